@@ -1,0 +1,66 @@
+"""The two ends of a flow lattice: embedding to surface energies, surface energies to embedding."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Root mean square of the initial surface energies: tanh is still nearly linear there.
+INITIAL_ENERGY = 0.3
+
+
+class MapIn(nn.Module):
+    """Embedding [B, D] -> energies of the input surface [B, S, E].
+
+    The network ends in a tanh; a learned value per cell is added after it. The embedding is scaled by
+    sqrt(D), so that a row of unit length enters with entries of size one.
+    """
+
+    def __init__(self, embedding_dim: int, num_cells: int, energy_dim: int, hidden: int | None) -> None:
+        super().__init__()
+        self.num_cells, self.energy_dim = num_cells, energy_dim
+        self.input_scale = math.sqrt(embedding_dim)
+        self.network = nn.Sequential(*_layers(embedding_dim, num_cells * energy_dim, hidden), nn.Tanh())
+        if hidden is None:
+            _start_orthogonal(self.network[0])
+        self.cell_value = nn.Parameter(torch.zeros(num_cells, energy_dim))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        surface = self.network(embedding * self.input_scale)
+        return surface.view(-1, self.num_cells, self.energy_dim) + self.cell_value
+
+
+class MapOut(nn.Module):
+    """Energies of the output surface [B, S, E] -> embedding [B, D], not normalised.
+
+    The network's output is divided by sqrt(D), as the map in multiplies by it.
+    """
+
+    def __init__(self, embedding_dim: int, num_cells: int, energy_dim: int, hidden: int | None) -> None:
+        super().__init__()
+        self.output_scale = 1 / math.sqrt(embedding_dim)
+        self.network = nn.Sequential(*_layers(num_cells * energy_dim, embedding_dim, hidden))
+
+    def forward(self, surface: Tensor) -> Tensor:
+        return self.network(surface.flatten(1)) * self.output_scale
+
+    @torch.no_grad()
+    def start_as_inverse(self, map_in: MapIn) -> None:
+        """Begin as the (pseudo-)inverse of a linear map in, so that flows that stay put give the input back."""
+        weight, linear = map_in.network[0].weight, self.network[0]
+        linear.weight.copy_(weight.T * (min(weight.shape) / weight.square().sum()))
+        linear.bias.zero_()
+
+
+@torch.no_grad()
+def _start_orthogonal(linear: nn.Linear) -> None:
+    """Orthonormal rows or columns, scaled so that a unit-RMS input gives entries of `INITIAL_ENERGY`; bias 0."""
+    rows, columns = linear.weight.shape
+    nn.init.orthogonal_(linear.weight, gain=INITIAL_ENERGY * math.sqrt(max(rows / columns, 1.0)))
+    linear.bias.zero_()
+
+
+def _layers(inputs: int, outputs: int, hidden: int | None) -> list[nn.Module]:
+    if hidden is None:
+        return [nn.Linear(inputs, outputs)]
+    return [nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs)]

@@ -1,0 +1,225 @@
+"""Readers: where an array lies in a file, without loading it.
+
+A `StoredArray` says file, offset, dtype and shape; `open` maps it. Sizes in headers are checked against the file before
+anything is allocated, and nothing is ever unpickled.
+
+N rows, D embedding dimension.
+"""
+
+import json
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from energy_flow.errors import DataError
+
+_REQUIRED = ("source", "target")
+_SCALES = ("source_scale", "target_scale")
+
+# Safetensors names; bfloat16 has no numpy dtype and is read as its bits.
+_SAFETENSORS_DTYPES = {"I8": "<i1", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+_NPY_DTYPES = ("int8", "float16", "float32", "float64")
+_DTYPES_TEXT = "float16, bfloat16 (only .safetensors), float32, float64, or int8 with row scales"
+
+# Deflate can't shrink further than 1032:1 (https://zlib.net/zlib_tech.html); a header that claims more is a lie.
+_MAX_DEFLATE_RATIO = 1032
+_BLOCK_BYTES = 1 << 24
+# What zipfile lets through on damaged archives (found by fuzzing it); RuntimeError: features it lacks, passwords.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error)
+_ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array in a file, not yet loaded."""
+
+    file: Path
+    name: str
+    kind: str  # int8, float16, bfloat16, float32, float64
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int | None  # where the numbers begin in the file; None: a compressed member of an .npz
+    fortran_order: bool = False
+
+    def open(self) -> NDArray:
+        """The numbers as they are stored: a read-only memory map, or for a compressed member an array.
+
+        Raises:
+            DataError: a compressed member is damaged.
+        """
+        order: Literal["F", "C"] = "F" if self.fortran_order else "C"
+        if self.offset is None:
+            return np.ndarray(self.shape, self.dtype, _decompress(self), order=order)
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape, order)
+
+
+def read_pair(path: Path) -> dict[str, StoredArray]:
+    """`source` and `target` of a .safetensors or .npz file, and `source_scale`, `target_scale` where they are there.
+
+    Raises:
+        DataError: missing, empty or damaged file, an unknown suffix, a missing array, an array that isn't numeric.
+    """
+    readers: dict[str, Callable[[Path], dict[str, StoredArray]]] = {".safetensors": _safetensors, ".npz": _npz}
+    if path.suffix == ".npy":
+        raise DataError(f"{path}: one .npy holds one array; give the pair as a list: [source.npy,target.npy]")
+    if path.suffix not in readers:
+        raise DataError(
+            f"{path}: unknown suffix {path.suffix!r}; give a .safetensors, a .npz or a list of two .npy: "
+            "[source.npy,target.npy]"
+        )
+    _check_file(path)
+    return readers[path.suffix](path)
+
+
+def read_npy(path: Path, name: str) -> StoredArray:
+    """The array of a .npy file, called `name`.
+
+    Raises:
+        DataError: missing, empty or damaged file, another suffix, an array that isn't numeric.
+    """
+    if path.suffix != ".npy":
+        raise DataError(f"{path}: a list must hold two .npy files; a {path.suffix or 'file'} is given by itself")
+    _check_file(path)
+    with _opened(path) as file:
+        return _npy_array(file, path, name, path.stat().st_size)
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path}: no such file; relative paths start at the current folder {Path.cwd()}")
+    if not path.is_file():
+        raise DataError(f"{path}: a folder, not a file; give the file itself")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty (0 bytes); write it again")
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: can't be opened: {error.strerror}") from error
+
+
+def _safetensors(path: Path) -> dict[str, StoredArray]:
+    with _opened(path) as file:
+        try:
+            # The library checks the header: every offset inside the file, no overlaps, sizes that fit shape and dtype.
+            with safe_open(path, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise DataError(f"{path}: not a safetensors file, or truncated: {error}; write it again") from error
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: _safetensors_array(path, name, header[name], 8 + length) for name in _needed(path, header)}
+
+
+def _safetensors_array(path: Path, name: str, entry: dict, start: int) -> StoredArray:
+    stored, shape = entry["dtype"], tuple(entry["shape"])
+    if stored not in _SAFETENSORS_DTYPES:
+        raise _wrong_dtype(path, name, stored)
+    dtype = np.dtype(_SAFETENSORS_DTYPES[stored])
+    kind = "bfloat16" if stored == "BF16" else dtype.name
+    return StoredArray(path, name, kind, dtype, shape, start + entry["data_offsets"][0])
+
+
+def _npz(path: Path) -> dict[str, StoredArray]:
+    with _opened(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                members = {info.filename[:-4]: info for info in entries if info.filename.endswith(".npy")}
+                return {name: _npz_array(archive, file, path, name, members[name]) for name in _needed(path, members)}
+        except _ZIP_ERRORS as error:
+            raise DataError(f"{path}: not an .npz file, or truncated: {error}; write it with numpy.savez") from error
+
+
+def _npz_array(archive: zipfile.ZipFile, file: IO[bytes], path: Path, name: str, info: zipfile.ZipInfo) -> StoredArray:
+    if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{path}: {name} is encrypted or packed in a way numpy doesn't use; write it with numpy.savez")
+    if info.compress_type == zipfile.ZIP_DEFLATED:
+        if info.file_size > info.compress_size * _MAX_DEFLATE_RATIO + 1024:
+            raise DataError(f"{path}: {name} claims {info.file_size:,} bytes packed in {info.compress_size:,}: damaged")
+        with archive.open(info) as member:
+            return replace(_npy_array(member, path, name, info.file_size), offset=None)
+    start = _stored_member_start(file, path, name, info)
+    file.seek(start)
+    return _npy_array(file, path, name, start + info.file_size)
+
+
+def _stored_member_start(file: IO[bytes], path: Path, name: str, info: zipfile.ZipInfo) -> int:
+    file.seek(info.header_offset)
+    header = file.read(_ZIP_LOCAL_HEADER.size)
+    size = path.stat().st_size
+    if len(header) == _ZIP_LOCAL_HEADER.size:
+        signature, name_length, extra_length = _ZIP_LOCAL_HEADER.unpack(header)
+        start = info.header_offset + _ZIP_LOCAL_HEADER.size + name_length + extra_length
+        if signature == b"PK\x03\x04" and info.file_size == info.compress_size and start + info.file_size <= size:
+            return start
+    raise DataError(f"{path}: {name} doesn't lie inside the file: truncated or damaged; write it with numpy.savez")
+
+
+def _npy_array(file: IO[bytes], path: Path, name: str, end: int) -> StoredArray:
+    """Reads the .npy header at the place of `file`; `end` is where the array must end, on the scale of `file.tell`."""
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError(f"unknown version {version}")
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+    # What numpy's parser lets through on damaged headers (found by fuzzing it), beside its own ValueError.
+    except (ValueError, TypeError, SyntaxError, EOFError, tokenize.TokenError, RecursionError, zlib.error) as error:
+        raise DataError(f"{path}: {name} is not an .npy array, or truncated: {error}; write it again") from error
+    if dtype.hasobject:
+        raise DataError(f"{path}: {name} holds Python objects, which could run code; convert it with .astype(float)")
+    if dtype.name not in _NPY_DTYPES:
+        raise _wrong_dtype(path, name, str(dtype))
+    needed, there = math.prod(shape) * dtype.itemsize, end - file.tell()
+    if min(shape, default=0) < 0 or needed != there:
+        raise DataError(
+            f"{path}: {name} of shape {shape} and dtype {dtype} needs {needed:,} bytes, {there:,} are there: "
+            "truncated or damaged; write it again"
+        )
+    return StoredArray(path, name, dtype.name, dtype, shape, file.tell(), fortran_order)
+
+
+def _decompress(stored: StoredArray) -> bytearray:
+    numbers = bytearray(math.prod(stored.shape) * stored.dtype.itemsize)
+    read = 0
+    try:
+        with zipfile.ZipFile(stored.file) as archive, archive.open(f"{stored.name}.npy") as member:
+            _npy_array(member, stored.file, stored.name, archive.getinfo(f"{stored.name}.npy").file_size)
+            rest = memoryview(numbers)
+            while block := member.read(min(_BLOCK_BYTES, len(numbers) - read)):
+                rest[read : read + len(block)] = block
+                read += len(block)
+            member.read(1)  # at its end a member's checksum is compared
+    except _ZIP_ERRORS as error:
+        raise DataError(f"{stored.file}: {stored.name} can't be unpacked: {error}; write it again") from error
+    if read != len(numbers):
+        raise DataError(f"{stored.file}: {stored.name} ends after {read:,} of {len(numbers):,} bytes; write it again")
+    return numbers
+
+
+def _needed(path: Path, there: Iterable[str]) -> list[str]:
+    there = sorted(there)
+    if missing := [name for name in _REQUIRED if name not in there]:
+        listed = ", ".join(there) or "nothing"
+        raise DataError(
+            f"{path}: no {' and no '.join(missing)} in it; it holds {listed}; name the arrays source, target"
+        )
+    return [name for name in there if name in (*_REQUIRED, *_SCALES)]
+
+
+def _wrong_dtype(path: Path, name: str, dtype: str) -> DataError:
+    return DataError(f"{path}: {name} has dtype {dtype}; accepted are {_DTYPES_TEXT}; convert it")

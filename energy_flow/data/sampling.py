@@ -1,0 +1,56 @@
+"""The order of the training rows: the same for the same seed and epoch, also resumed and on several processes."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, DistributedSampler
+
+from energy_flow.data.pairs import PairDataset
+
+
+def epoch_sampler(
+    dataset: PairDataset, seed: int, batch_size: int, num_processes: int, process: int
+) -> DistributedSampler:
+    """Rows shuffled by (seed, epoch) alone; every process takes its share of one common order.
+
+    So the joined batch i of P processes is batch i of one process with P times the batch size. Lightning calls
+    `set_epoch` at the start of every epoch, and leaves a `DistributedSampler` as it is under DDP.
+    """
+    return DistributedSampler(
+        dataset,
+        num_replicas=num_processes,
+        rank=process,
+        shuffle=True,
+        # The sampler shuffles by seed + epoch; spread, so that epoch 1 of seed 0 isn't epoch 0 of seed 1.
+        seed=int(np.random.SeedSequence(seed).generate_state(1)[0]),
+        # Where a full batch exists the last incomplete one is left out anyway; no row needs to be repeated then.
+        drop_last=len(dataset) // num_processes >= batch_size,
+    )
+
+
+class ResumableLoader(DataLoader):
+    """Goes on in the middle of an epoch: a restored run leaves out the batches that it has already trained on.
+
+    `batches_done` tells how many those are. Lightning keeps that count in its checkpoints, so this loader saves nothing
+    of its own; it learns from `load_state_dict` that its next epoch is a restored one.
+    """
+
+    batches_done: Callable[[], int] | None = None
+    restored = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # A generator: nothing is read before the first batch is asked for. By then Lightning has told the sampler the
+        # epoch and restored its counts; workers started by `iter` would have prefetched the first rows of epoch 0.
+        done = self.batches_done() if self.restored and self.batches_done is not None else 0
+        self.restored = False
+        yield from islice(super().__iter__(), done, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: see the class."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called by Lightning, before the first epoch of a restored run."""
+        self.restored = True

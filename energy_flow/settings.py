@@ -1,0 +1,73 @@
+"""Strict settings: unknown keys, wrong types and values out of range end before any work starts.
+
+Every class owns its `Settings`; the defaults stand in `conf/` alone.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from energy_flow.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of all settings: no unknown keys, no silent conversions, no change after construction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
+    """Build `settings` from a config section.
+
+    Args:
+        settings: the class to build.
+        section: a plain mapping (`OmegaConf.to_container(..., resolve=True)`).
+        key: where the section stands in the config, e.g. `lattice`; "" for the top.
+
+    Raises:
+        ConfigError: names every wrong key with its value, the limit and what to do.
+    """
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{key} = {section!r}: must be a section with the keys {', '.join(settings.model_fields)}")
+    try:
+        return settings.model_validate(dict(section))
+    except ValidationError as error:
+        lines = [_explain(settings, detail, key) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt `name`: the closest of the `known` names, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
+def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> str:
+    # Union members stand in the location as type names ("int"); they are no part of the key.
+    path, owner = [key] if key else [], settings
+    for part in detail["loc"]:
+        if isinstance(part, int):
+            path[-1] = f"{path[-1]}[{part}]"
+            continue
+        if part not in owner.model_fields and detail["type"] != "extra_forbidden":
+            break
+        path.append(part)
+        annotation = owner.model_fields[part].annotation if part in owner.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            owner = annotation
+    full = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        return f"{full}: unknown key; {did_you_mean(path[-1], owner.model_fields)}"
+    if detail["type"] == "missing":
+        return f"{full}: missing; give it a value"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if detail["type"] == "value_error" and detail["loc"] == ():
+        return message  # a rule over several keys: it names them itself
+    return f"{full} = {detail['input']!r}: {message}"

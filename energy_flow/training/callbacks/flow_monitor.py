@@ -1,0 +1,174 @@
+"""TensorBoard's view of the flows: histograms and pictures of a few samples, always the same ones."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib.figure import Figure
+from pydantic import field_validator
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from energy_flow.core.flow_processor import FlowOutput
+from energy_flow.core.geometry import Deposit
+from energy_flow.settings import Settings, read
+from energy_flow.viz import (
+    group_figure,
+    landing_figure,
+    population_figure,
+    render,
+    surface_figure,
+    trajectory_figure,
+)
+
+log = logging.getLogger(__name__)
+
+
+class FlowMonitorSettings(Settings):
+    """Config section `callbacks.flow_monitor`."""
+
+    every_n_epochs: int
+    samples: int
+    max_flows: int
+
+    @field_validator("every_n_epochs", "samples", "max_flows")
+    @classmethod
+    def _at_least_one(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("must be at least 1; null instead of the section removes the callback")
+        return value
+
+
+class FlowMonitor(Callback):
+    """Draws what the flows of the first validation samples do.
+
+    At the end of a validation, in every `every_n_epochs`-th epoch, and once more at the end of training, the processor
+    runs the first `samples` rows of the first validation batch in evaluation mode, without gradient. Every TensorBoard
+    logger gets histograms (`flows/*`) and pictures (`surfaces/*`, `landings/*`, `groups/*`, `trajectories/*`,
+    `population`) at the trainer's global step. Without a TensorBoard logger, in the sanity check and on processes other
+    than the first it does nothing.
+
+    Args:
+        every_n_epochs: at least 1.
+        samples: rows to look at, at least 1; fewer if the batch has fewer.
+        max_flows: paths to draw per sample, at least 1.
+
+    Raises:
+        ConfigError: a value out of its range, with its key.
+    """
+
+    def __init__(self, every_n_epochs: int, samples: int, max_flows: int) -> None:
+        values = {"every_n_epochs": every_n_epochs, "samples": samples, "max_flows": max_flows}
+        read(FlowMonitorSettings, values, "callbacks.flow_monitor")
+        self._every_n_epochs, self._samples, self._max_flows = every_n_epochs, samples, max_flows
+        self._batch: tuple[Tensor, Tensor | None] | None = None
+        self._drawn_epoch: int | None = None
+        self._drawn_step: int | None = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._batch is None and batch_idx == 0 and dataloader_idx == 0 and _writers(trainer):
+            self._batch = _first_rows(batch, self._samples)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        epoch = trainer.current_epoch
+        if (epoch + 1) % self._every_n_epochs == 0 and epoch != self._drawn_epoch:
+            self._drawn_epoch = epoch
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_step != self._drawn_step:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: Any) -> None:
+        writers = _writers(trainer)
+        if not writers:
+            return
+        if self._batch is None:
+            log.info("no validation batch was seen: there are no flows to draw")
+            return
+        self._drawn_step = trainer.global_step
+        source, rows = self._batch
+        processor = pl_module.processor
+        with _evaluating(processor), torch.no_grad(), trainer.precision_plugin.forward_context():
+            output = processor(source, rows, record_trajectories=True)
+        histograms = _histograms(output)
+        lattice = processor.settings
+        images = {
+            tag: render(figure)
+            for tag, figure in _figures(output, lattice.width, lattice.height, lattice.deposit, self._max_flows)
+        }
+        for writer in writers:
+            for tag, values in histograms.items():
+                writer.add_histogram(tag, values, self._drawn_step)
+            for tag, image in images.items():
+                writer.add_image(tag, image, self._drawn_step, dataformats="HWC")
+
+
+def _writers(trainer: Trainer) -> list[SummaryWriter]:
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _first_rows(batch: Any, samples: int) -> tuple[Tensor, Tensor | None]:
+    """Copies of the first rows of `source` and, where the batch has it, `row`."""
+    source, rows = (batch["source"], batch.get("row")) if isinstance(batch, dict) else (batch[0], None)
+    # Validation runs in inference mode; a copy made in it could not be used outside.
+    with torch.inference_mode(False):
+        return source[:samples].clone(), None if rows is None else rows[:samples].clone()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each submodule is back in its own mode (some may be frozen in evaluation)."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def _histograms(output: FlowOutput) -> dict[str, Tensor]:
+    """Values of all flows that landed (or moved) as finite floats; empty ones are left out: they have no range."""
+    landings, landed = output.landings, output.landings.landed
+    towards = landings.plane * 2 - 1  # -1 for z0, +1 for zdepth
+    values = {
+        "flows/landing_z": towards[landed].float(),
+        "flows/final_x": landings.xy[..., 0][landed],
+        "flows/final_y": landings.xy[..., 1][landed],
+        "flows/final_z": (towards * (1 - landings.distance))[landed],
+        "flows/energy": landings.energy[landed].flatten(),
+    }
+    if output.trajectories is not None:
+        moved = output.trajectories.active[:-1]
+        values["flows/displacement"] = output.trajectories.displacement[moved]
+    finite = {tag: value[value.isfinite()].float().cpu() for tag, value in values.items()}
+    broken = [tag for tag, value in values.items() if finite[tag].numel() < value.numel()]
+    if broken:
+        log.warning("histograms leave out values that are not finite: %s", ", ".join(broken))
+    return {tag: value for tag, value in finite.items() if value.numel()}
+
+
+def _figures(
+    output: FlowOutput, width: int, height: int, deposit: Deposit, max_flows: int
+) -> Iterator[tuple[str, Figure]]:
+    """One figure at a time: drawn, rendered and dropped."""
+    yield "surfaces/input", surface_figure(output.input_surface, width, height, "Input surface")
+    yield "surfaces/output", surface_figure(output.surface, width, height, "Output surface")
+    yield "population", population_figure(output.by_step)
+    for sample in range(output.surface.shape[0]):
+        yield f"landings/{sample}", landing_figure(output.landings, sample, width, height)
+        yield f"groups/{sample}", group_figure(output.landings, sample, width, height, deposit)
+        if output.trajectories is not None:
+            yield f"trajectories/{sample}", trajectory_figure(output.trajectories, sample, max_flows)

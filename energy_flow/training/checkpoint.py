@@ -1,0 +1,82 @@
+"""What a checkpoint says of itself, and whether it fits."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from energy_flow.errors import CheckpointError
+from energy_flow.version import __version__
+
+KEY = "energy_flow"
+_LATTICE_SIZE = ("width", "height", "depth")  # its rules, noise say, may change when a run goes on
+
+
+def provenance(config: dict[str, Any] | None, dim: int, fingerprint: dict[str, str]) -> dict[str, Any]:
+    """Where a checkpoint comes from, as plain containers."""
+    return {
+        "config": config,
+        "embedding_dim": dim,
+        "data_fingerprint": dict(fingerprint),
+        "versions": {
+            "energy_flow": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "lightning": importlib.metadata.version("lightning"),
+        },
+    }
+
+
+def origin(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """Config and data fingerprint of the run that wrote a checkpoint."""
+    info = checkpoint[KEY]
+    return info["config"], dict(info["data_fingerprint"])
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint; nothing in it can run code.
+
+    Raises:
+        CheckpointError: missing, damaged, or not written by energy_flow.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"ckpt_path = {path}: there is no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise CheckpointError(
+            f"ckpt_path = {path}: damaged, or no checkpoint ({reason}). Give another one, such as last.ckpt beside it"
+        ) from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint or "hyper_parameters" not in checkpoint:
+        raise CheckpointError(f"ckpt_path = {path}: not a checkpoint of energy_flow")
+    return checkpoint
+
+
+def check_architecture(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:
+    """See that the weights of a checkpoint fit the model of a config.
+
+    Raises:
+        CheckpointError: names every key that differs.
+    """
+    lines = list(_differences(_architecture(checkpoint["hyper_parameters"]), _architecture(hyper_parameters)))
+    if lines:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise CheckpointError(f"ckpt_path = {path}: belongs to another architecture:\n{listed}")
+
+
+def _architecture(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    lattice = {f"lattice.{name}": hyper_parameters["lattice"].get(name) for name in _LATTICE_SIZE}
+    model = {f"model.{name}": value for name, value in hyper_parameters["model"].items()}
+    return {"embedding dimension": hyper_parameters["dim"], **lattice, **model}
+
+
+def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    for key in dict.fromkeys([*saved, *ours]):
+        if saved.get(key) != ours.get(key):
+            yield f"{key}: {saved.get(key)} in the checkpoint, {ours.get(key)} here"

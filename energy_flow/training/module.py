@@ -1,0 +1,243 @@
+"""The LightningModule around the flow processor."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import lightning.pytorch as pl
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from energy_flow.core.energy_lattice import LatticeSettings
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
+from energy_flow.core.timing import PhaseTimer
+from energy_flow.errors import ConfigError
+from energy_flow.settings import Settings, read
+from energy_flow.training import checkpoint as checkpoints
+from energy_flow.training.faults import FaultQueue
+from energy_flow.training.losses import LossSettings, embedding_losses, surface_loss, weighted
+from energy_flow.training.retrieval import retrieval_metrics
+
+Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
+_CHUNK = 1024  # rows of an evaluation whose scores stand at a time
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerSettings(Settings):
+    """AdamW with warm-up and cosine decay (config group `optimizer`)."""
+
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    betas: Annotated[list[Rate], Field(min_length=2, max_length=2)]
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    final_lr: Annotated[float, Field(ge=0, le=1)]
+
+
+class EnergyFlowModule(pl.LightningModule):
+    """A flow lattice with its losses, metrics and optimiser.
+
+    Batches are dicts with `source` and `target` [B, D] and, where noise is on, `row` int64 [B]; a pair
+    (source, target) of a user's own loader works too.
+
+    Args:
+        dim: D, of the embeddings.
+        lattice, model, loss, optimizer: the config sections of these names, as plain dicts.
+        seed: of the exploration noise.
+
+    Raises:
+        ConfigError: a section with an unknown key, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        lattice: dict[str, Any],
+        model: dict[str, Any],
+        loss: dict[str, Any],
+        optimizer: dict[str, Any],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        # Plain containers only, so that checkpoints load with `weights_only=True`.
+        self.save_hyperparameters(logger=False)
+        self.loss = read(LossSettings, loss, "loss")
+        self.optimizer_settings = read(OptimizerSettings, optimizer, "optimizer")
+        lattice_settings = read(LatticeSettings, lattice, "lattice")
+        self.processor = FlowProcessor(dim, lattice_settings, read(ModelSettings, model, "model"), seed)
+        self.phase_timer: PhaseTimer | None = None
+        self.run_config: dict[str, Any] | None = None
+        self.fingerprint: dict[str, str] = {}
+        self._faults = FaultQueue(lattice_settings.capacity)
+        self._seen: list[dict[str, Tensor]] = []
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, source: Tensor, rows: Tensor | None = None) -> FlowOutput:
+        """Embeddings [B, D] -> the flow lattice's output."""
+        output: FlowOutput = self.processor(source, rows, timer=self.phase_timer)
+        return output
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        source, target, rows = _unpack(batch)
+        output = self(source, rows)
+        self._faults.put(output.faults)
+        losses = self._losses(output, target)
+        loss = weighted(losses, self.loss)
+        trained = {f"train/{name}": losses[name] for name, weight in self.loss.weights().items() if weight > 0}
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(trained)
+        self.log_dict({f"flows/{name}": value.float() for name, value in output.statistics.items()})
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._faults.raise_all()
+
+    def on_train_start(self) -> None:
+        self.processor.optimizer_step.fill_(self.trainer.global_step)
+        self.fingerprint = getattr(self.trainer.datamodule, "fingerprint", {})  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.processor.optimizer_step.fill_(self.trainer.global_step)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._look(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._look(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Output embeddings [B, D] of a batch; one without targets (a tensor, or a dict with `source`) will do."""
+        source = batch if isinstance(batch, Tensor) else batch["source"] if isinstance(batch, Mapping) else batch[0]
+        output = self(source)
+        self._faults.put(output.faults)
+        self._faults.raise_all()
+        return output.embedding
+
+    def configure_optimizers(self) -> Any:
+        settings = self.optimizer_settings
+        decayed = [p for p in self.parameters() if p.ndim > 1 and p is not self.processor.map_in.cell_value]
+        rest = [p for p in self.parameters() if p.ndim <= 1 or p is self.processor.map_in.cell_value]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            lr=settings.lr,
+            betas=(settings.betas[0], settings.betas[1]),
+            eps=settings.eps,
+        )
+        total = self.trainer.estimated_stepping_batches
+        if total == math.inf:
+            raise ConfigError(
+                "trainer.max_epochs = -1: the cosine decay needs to know where a run ends. "
+                "Set trainer.max_epochs or trainer.max_steps"
+            )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, int(total)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[checkpoints.KEY] = checkpoints.provenance(self.run_config, self.processor.dim, self.fingerprint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.run_config, self.fingerprint = checkpoints.origin(checkpoint)
+
+    def _rate(self, step: int, total: int) -> float:
+        """Linear warm-up to 1, then a half cosine down to `final_lr` at the last step."""
+        settings = self.optimizer_settings
+        if step < settings.warmup_steps:
+            return (step + 1) / (settings.warmup_steps + 1)
+        progress = min(1.0, (step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
+        return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def _losses(self, output: FlowOutput, target: Tensor) -> dict[str, Tensor]:
+        """All losses that training or evaluation needs; the contrastive one runs over all processes' targets."""
+        all_targets, offset = None, 0
+        if self.trainer.world_size > 1:
+            all_targets = self.all_gather(target).flatten(0, 1)
+            offset = self.global_rank * len(target)
+        losses = embedding_losses(
+            output.embedding, target, self.loss.temperature, all_targets=all_targets, offset=offset
+        )
+        if self.loss.surface > 0:
+            losses["surface"] = surface_loss(output.surface, self._target_surface(target))
+        return losses
+
+    def _target_surface(self, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.processor.map_in(target)
+
+    def _look(self, batch: Batch, stage: str) -> None:
+        """Run an evaluation batch and keep what the metrics of the whole epoch need."""
+        source, target, rows = _unpack(batch)
+        output = self(source, rows)
+        self._faults.put(output.faults)
+        kept = {"prediction": output.embedding.float(), "target": target}
+        kept["surface"] = (output.surface - self._target_surface(target)).square().mean((1, 2)).float()
+        if rows is not None:
+            kept["row"] = rows
+        self._seen.append(kept)
+        flows = {f"{stage}/flows/{name}": value.float() for name, value in output.statistics.items()}
+        self.log_dict(flows, on_epoch=True, batch_size=len(source), sync_dist=True)
+
+    def _report(self, stage: str) -> None:
+        """Metrics of an epoch: of one process's gathered, unpadded rows, however many processes looked."""
+        self._faults.raise_all()
+        seen, self._seen = self._seen, []
+        if self.trainer.sanity_checking:
+            return
+        kept = {name: self._gather(torch.cat([part[name] for part in seen])) for name in seen[0]}
+        kept = _in_order(kept)
+        prediction, target = kept["prediction"], kept["target"]
+        with torch.autocast(prediction.device.type, enabled=False):
+            metrics = retrieval_metrics(prediction, target)
+            losses = self._losses_of_all(prediction, target)
+        losses["surface"] = kept["surface"].mean()
+        for name, loss in losses.items():
+            # The cosine itself is a metric already.
+            metrics["cosine_loss" if name == "cosine" else name] = loss.item()
+        metrics["loss"] = weighted(losses, self.loss).item()
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, prog_bar=False)
+        self.log(f"{stage}/mrr", metrics["mrr"], prog_bar=stage == "val")
+
+    def _losses_of_all(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Losses over a whole split, every target a candidate; in chunks of rows, so that N x N never stands."""
+        total: dict[str, Tensor] = {}
+        for start in range(0, len(target), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            losses = embedding_losses(
+                prediction[rows], target[rows], self.loss.temperature, all_targets=target, offset=start
+            )
+            for name, loss in losses.items():
+                share = len(target[rows]) / len(target)
+                total[name] = total.get(name, target.new_zeros(())) + share * loss
+        return total
+
+    def _gather(self, value: Tensor) -> Tensor:
+        return self.all_gather(value).flatten(0, 1) if self.trainer.world_size > 1 else value
+
+
+def _unpack(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    if isinstance(batch, Mapping):
+        return batch["source"], batch["target"], batch.get("row")
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1], None
+    raise ConfigError(
+        f"a batch of type {type(batch).__name__}: give a dict with 'source' and 'target' (and 'row'), "
+        "or a pair (source, target)"
+    )
+
+
+def _in_order(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sorted by row, every row once: a distributed sampler pads with rows that occur twice."""
+    if "row" not in kept:
+        return kept
+    row, order = kept["row"].sort(stable=True)
+    order = order[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])]
+    return {name: value[order] for name, value in kept.items()}

@@ -1,0 +1,116 @@
+"""How well predictions find their targets among all candidates.
+
+N predictions, G candidates of the gallery, D embedding dimension
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from energy_flow.errors import EnergyFlowError
+
+SCORE_BLOCK_BYTES = 64 * 2**20
+RECALL_AT = (1, 10, 100)
+
+
+def ranks(prediction: Tensor, gallery: Tensor, gold: Tensor | None = None) -> Tensor:
+    """The rank of each prediction's gold candidate by cosine: 1 + number of better ones + half the number of ties.
+
+    The gold score is read from the same matrix product as all others: computed apart it differs in the last bit, and
+    ranks of near and exact ties move. For the same reason copies of a candidate are scored once (the columns of a
+    matrix product may be summed in different orders), so they tie exactly. The product is in float64, which neither
+    autocast nor TF32 touches, and runs in chunks of rows: a block of scores takes at most `SCORE_BLOCK_BYTES` (or one
+    row).
+
+    Args:
+        prediction: [N, D]; a zero row ties with all candidates.
+        gallery: [G, D]
+        gold: int64 [N], the gallery row that each prediction should find; default: row i for prediction i.
+
+    Returns:
+        float64 [N]
+
+    Raises:
+        EnergyFlowError: predictions or candidates are not finite; names how many.
+        ValueError: the shapes don't fit.
+    """
+    _check_shapes(prediction, gallery, gold)
+    _check_finite(prediction, "predictions")
+    _check_finite(gallery, "candidates")
+    if gold is None:
+        gold = torch.arange(len(prediction), device=gallery.device)
+    distinct, column, copies = torch.unique(gallery, dim=0, return_inverse=True, return_counts=True)
+    candidates = F.normalize(distinct.double(), dim=-1).T
+    own = column[gold].unsqueeze(-1)  # [N, 1]
+    rows = max(1, SCORE_BLOCK_BYTES // (8 * len(distinct)))
+    blocks = zip(prediction.split(rows), own.split(rows), strict=True)
+    return torch.cat([_block_ranks(block, candidates, gold_column, copies.double()) for block, gold_column in blocks])
+
+
+def retrieval_metrics(prediction: Tensor, target: Tensor, row: Tensor | None = None) -> dict[str, float]:
+    """Retrieval of each target among all N targets, and the mean cosine.
+
+    MRR is the mean of 1 / rank, recall@k the share of ranks <= k; a rank with a half (ties) counts as it is.
+
+    Args:
+        prediction: [N, D]
+        target: [N, D]
+        row: int64 [N], the samples' rows in the data set. Samples are put in the order of their rows and rows that
+            occur again (the padding of a distributed sampler) are dropped, so gathered samples of several processes
+            give the metrics of one.
+
+    Returns:
+        mrr, recall@1, recall@10, recall@100, median_rank, cosine
+
+    Raises:
+        EnergyFlowError: predictions or targets are not finite; names how many.
+        ValueError: the shapes don't fit, or there is no sample.
+    """
+    if prediction.shape != target.shape or len(prediction) == 0:
+        raise ValueError(f"prediction {list(prediction.shape)}, target {list(target.shape)}: must both be [N > 0, D]")
+    if row is not None:
+        first = _first_of_each(row)
+        prediction, target = prediction[first], target[first]
+    rank = ranks(prediction, target)
+    middle = rank.sort().values[[(len(rank) - 1) // 2, len(rank) // 2]]
+    return {
+        "mrr": rank.reciprocal().mean().item(),
+        **{f"recall@{k}": (rank <= k).double().mean().item() for k in RECALL_AT},
+        "median_rank": middle.mean().item(),
+        "cosine": F.cosine_similarity(prediction.double(), target.double(), dim=-1).mean().item(),
+    }
+
+
+def _block_ranks(prediction: Tensor, candidates: Tensor, own: Tensor, copies: Tensor) -> Tensor:
+    scores = F.normalize(prediction.double(), dim=-1) @ candidates
+    # In place, so that there is one block: 1 for a better candidate, 0 for a tie, -1 for a worse one.
+    compared = scores.sub_(scores.gather(1, own)).sign_()
+    # #better + #ties / 2, where the gold itself counts as a tie.
+    above = (compared @ copies + copies.sum()) / 2
+    return 1 + above - 0.5
+
+
+def _first_of_each(row: Tensor) -> Tensor:
+    ordered, index = row.sort(stable=True)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    return index[is_first]
+
+
+def _check_shapes(prediction: Tensor, gallery: Tensor, gold: Tensor | None) -> None:
+    if prediction.dim() != 2 or gallery.dim() != 2 or prediction.shape[1] != gallery.shape[1]:
+        raise ValueError(f"prediction {list(prediction.shape)} must be [N, D], gallery {list(gallery.shape)} [G, D]")
+    if gold is None and len(prediction) > len(gallery):
+        raise ValueError(f"{len(prediction)} predictions, {len(gallery)} candidates: say which are gold")
+    if gold is not None and gold.shape != prediction.shape[:1]:
+        raise ValueError(f"gold {list(gold.shape)} must be [N] with N = {len(prediction)}")
+
+
+def _check_finite(x: Tensor, name: str) -> None:
+    bad = (~x.isfinite().all(dim=-1)).nonzero().squeeze(-1)
+    if len(bad):
+        some = ", ".join(map(str, bad[:5].tolist())) + (", ..." if len(bad) > 5 else "")
+        raise EnergyFlowError(
+            f"{len(bad)} of {len(x)} {name} are not finite (rows {some}): they have no rank; "
+            "if training diverged, lower the learning rate or clip the gradient"
+        )

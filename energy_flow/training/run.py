@@ -1,0 +1,173 @@
+"""A run: its config, its models and trainer, its results as a table and as `metrics.json`."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from energy_flow.data import EnergyDataModule
+from energy_flow.data.pairs import PairDataset
+from energy_flow.errors import ConfigError
+from energy_flow.settings import Settings
+from energy_flow.training.baselines import BaselineResults, Report, run_baselines
+from energy_flow.training.losses import LossSettings
+
+COLUMNS = ("median_rank", "recall@1", "recall@10", "recall@100", "mrr", "cosine")
+
+
+class BaselineSettings(Settings):
+    """Config section `baselines`."""
+
+    enabled: bool
+    epochs: Annotated[int, Field(ge=1)]
+
+
+class PathSettings(Settings):
+    """Config group `paths`."""
+
+    log_dir: str
+    output_dir: str
+
+
+Section = dict[str, Any]
+
+
+class TrainSettings(Settings):
+    """The whole config of a training run. Sections are checked by the classes that own them."""
+
+    task_name: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    ckpt_path: str | None
+    optimized_metric: str
+    test: bool
+    baselines: BaselineSettings
+    lattice: Section
+    model: Section
+    data: Section
+    loss: Section
+    optimizer: Section
+    trainer: Section
+    callbacks: Section | None = None
+    logger: Section | None = None
+    paths: PathSettings
+
+
+class EvaluateSettings(Settings):
+    """The whole config of an evaluation."""
+
+    task_name: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    ckpt_path: str
+    baselines: BaselineSettings
+    data: Section
+    trainer: Section
+    paths: PathSettings
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run found: metrics of the model's test, and the baselines beside it."""
+
+    metrics: dict[str, float]  # flat: test/mrr, params, fit_seconds, ...
+    baselines: BaselineResults
+
+    def flat(self) -> dict[str, float]:
+        beside = {f"baseline/{b}/{m}": v for b, row in self.baselines.metrics.items() for m, v in row.items()}
+        return {**self.metrics, **beside}
+
+
+def fit_baselines(
+    settings: BaselineSettings,
+    data: EnergyDataModule,
+    *,
+    num_parameters: int,
+    loss: LossSettings,
+    seed: int,
+    device: Any,
+    report: Report | None,
+) -> BaselineResults:
+    """The baselines on the run's data, or nothing where they are switched off or there is no test split."""
+    if not settings.enabled or data.test is None:
+        return BaselineResults()
+
+    def pairs(dataset: PairDataset | None) -> Any:
+        return None if dataset is None else dataset.all()
+
+    return run_baselines(
+        pairs(data.train),
+        pairs(data.val),
+        pairs(data.test),
+        num_parameters=num_parameters,
+        loss=loss,
+        epochs=settings.epochs,
+        seed=seed,
+        device=device,
+        report=report,
+    )
+
+
+def refuse_multirun_of_processes(trainer: Trainer, multirun: bool) -> None:
+    """Processes that start themselves again would each start the whole sweep again.
+
+    Raises:
+        ConfigError: a multirun whose jobs launch the script several times.
+    """
+    if multirun and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+        raise ConfigError(
+            "trainer.devices: a multirun can't start several processes per job, every one of them would run the "
+            "whole sweep. Set trainer.devices=1, or trainer.strategy=ddp_spawn"
+        )
+
+
+def write_metrics(results: Results, output_dir: str | Path) -> Path:
+    """Write `metrics.json`, flat; a number that isn't finite is null, and said so.
+
+    Returns:
+        The file.
+    """
+    path = Path(output_dir) / "metrics.json"
+    flat = results.flat()
+    finite = {key: value if math.isfinite(value) else None for key, value in flat.items()}
+    path.write_text(json.dumps(finite, indent=2) + "\n")
+    bad = [key for key, value in finite.items() if value is None]
+    if bad:
+        Console(stderr=True).print(f"not finite, null in {path}: {', '.join(bad)}", style="bold red")
+    return path
+
+
+def show_results(results: Results, model_name: str, console: Console) -> None:
+    """The table: the model beside the baselines, best MRR in bold."""
+    model = {column: results.metrics[f"test/{column}"] for column in COLUMNS if f"test/{column}" in results.metrics}
+    rows = {model_name: model, **results.baselines.metrics}
+    best = max(row.get("mrr", -math.inf) for row in rows.values())
+    table = Table(title="Test: find the target among all targets of the split", title_justify="left")
+    table.add_column("method")
+    for column in COLUMNS:
+        table.add_column({"median_rank": "median rank", "mrr": "MRR"}.get(column, column), justify="right")
+    for name, row in rows.items():
+        cells = [_cell(column, row.get(column)) for column in COLUMNS]
+        table.add_row(name, *cells, style="bold" if row.get("mrr") == best else "")
+    console.print(table)
+    for name, reason in results.baselines.skipped.items():
+        console.print(f"{name}: left out, {reason}")
+    for name, detail in results.baselines.details.items():
+        console.print(f"{name}: {detail}", style="dim", highlight=False)
+
+
+def _cell(column: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if column == "median_rank" else f"{value:.3f}"
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Lightning's callback metrics as plain numbers."""
+    return {key: float(value) for key, value in metrics.items()}

@@ -1,0 +1,65 @@
+"""A table over the jobs of a Hydra multirun."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+SHOWN = ("val/mrr", "test/mrr", "test/recall@1", "test/recall@10", "test/median_rank", "params", "fit_seconds")
+
+
+class SweepSummary(Callback):
+    """Writes `summary.csv` (every metric) and `summary.md` into the multirun folder, and prints the table."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        jobs = [_read(path) for path in sorted(folder.glob("**/.hydra/overrides.yaml"), key=_job_number)]
+        if not jobs:
+            return
+        _write_csv(folder / "summary.csv", jobs)
+        columns = [name for name in SHOWN if any(name in job for job in jobs)]
+        _write_markdown(folder / "summary.md", jobs, columns)
+        table = Table(title=f"Summary of {len(jobs)} jobs: {folder}", title_justify="left")
+        for name in ("job", "overrides", *columns):
+            table.add_column(name, justify="left" if name in ("job", "overrides") else "right")
+        for job in jobs:
+            table.add_row(job["job"], job["overrides"], *(_number(job.get(name)) for name in columns))
+        Console().print(table)
+
+
+def _job_number(overrides: Path) -> tuple[int, str]:
+    name = overrides.parent.parent.name
+    return (int(name) if name.isdigit() else -1, str(overrides))
+
+
+def _read(overrides: Path) -> dict[str, Any]:
+    run = overrides.parent.parent
+    job = {"job": run.name, "overrides": " ".join(OmegaConf.load(overrides))}
+    metrics = run / "metrics.json"
+    return {**job, **(json.loads(metrics.read_text()) if metrics.is_file() else {})}
+
+
+def _write_csv(path: Path, jobs: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for job in jobs for name in job))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(jobs)
+
+
+def _write_markdown(path: Path, jobs: list[dict[str, Any]], columns: list[str]) -> None:
+    names = ["job", "overrides", *columns]
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for job in jobs:
+        cells = [job["job"], job["overrides"], *(_number(job.get(name)) for name in columns)]
+        lines.append("| " + " | ".join(cells) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"

@@ -1,0 +1,16 @@
+"""Figures of what the flows do; TensorBoard and the notebooks draw with the same functions."""
+
+from energy_flow.viz.landings import group_figure, landing_figure
+from energy_flow.viz.population import population_figure
+from energy_flow.viz.style import render
+from energy_flow.viz.surfaces import surface_figure
+from energy_flow.viz.trajectories import trajectory_figure
+
+__all__ = [
+    "group_figure",
+    "landing_figure",
+    "population_figure",
+    "render",
+    "surface_figure",
+    "trajectory_figure",
+]

@@ -1,0 +1,177 @@
+"""No silent zeros: what can't be collected is said, and settings that can't work are refused by key."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.errors import ConfigError, NoLandingError
+from tests.helpers import DIM, Case, lattice_settings, model_settings
+
+# Weak flows and a filter that nobody passes: all are removed in the first step.
+ALL_REMOVED = Case({"filter.enabled": True, "filter.min_displacement": 50.0}, displacement=0.1)
+
+
+def test_samples_without_a_landing_raise_when_collected() -> None:
+    processor = ALL_REMOVED.processor()
+    landings = processor(ALL_REMOVED.embedding()).landings
+    for collect in (
+        processor.lattice.collect_completed_flows_surface_direct,
+        processor.lattice.collect_completed_flows_direct,
+    ):
+        with pytest.raises(NoLandingError, match=r"0, 1, 2\b.*lattice\.filter"):
+            collect(landings)
+    assert issubclass(NoLandingError, RuntimeError)
+
+
+def test_only_the_samples_without_a_landing_are_named() -> None:
+    case = Case(batch=4)
+    processor = case.processor()
+    landings = processor(case.embedding()).landings
+    processor.lattice.collect_completed_flows_direct(landings)
+    landed = landings.landed.clone()
+    landed[[1, 3]] = False
+    with pytest.raises(NoLandingError, match=r"1, 3\b") as caught:
+        processor.lattice.collect_completed_flows_direct(dataclasses.replace(landings, landed=landed))
+    assert "0" not in str(caught.value).split("(")[1].split(")")[0]
+
+
+def test_forward_flags_samples_without_a_landing() -> None:
+    output = ALL_REMOVED.processor()(ALL_REMOVED.embedding())
+    assert output.faults.no_landing.dtype == torch.bool
+    assert output.faults.no_landing.tolist() == [True] * 3
+    assert int(output.statistics["removed"]) == int(output.statistics["created"]) == 18
+    assert int(output.faults.lost) == 0
+    assert all(torch.isfinite(value.double()) for value in output.statistics.values())
+    assert Case().processor()(Case().embedding()).faults.no_landing.tolist() == [False] * 3
+
+
+def test_collection_equals_forward() -> None:
+    case = Case({"spawn.enabled": True})
+    processor = case.processor()
+    output = processor(case.embedding())
+    lattice = processor.lattice
+    assert torch.equal(lattice.collect_completed_flows_surface_direct(output.landings), output.surface)
+    assert torch.equal(lattice.collect_completed_flows_direct(output.landings), output.embedding)
+
+
+def test_slots_that_did_not_land_are_not_collected() -> None:
+    case = Case({"filter.enabled": True, "filter.min_displacement": 0.45}, displacement=0.7)
+    processor = case.processor()
+    landings = processor(case.embedding()).landings
+    assert (~landings.landed).any()
+    nowhere = ~landings.landed[..., None]
+    garbled = dataclasses.replace(
+        landings,
+        energy=torch.where(nowhere, 1e3, landings.energy),
+        xy=torch.where(nowhere, 0.1, landings.xy),
+        steps=torch.where(nowhere[..., 0], 99, landings.steps),
+    )
+    collect = processor.lattice.collect_completed_flows_surface_direct
+    torch.testing.assert_close(collect(garbled), collect(landings), rtol=0, atol=1e-14)
+
+
+def test_collection_without_tensorised_storage() -> None:
+    case = Case()
+    processor = case.processor()
+    landings = processor(case.embedding()).landings
+    processor.lattice.tensorized_storage_enabled = False
+    for collect in (
+        processor.lattice.collect_completed_flows_surface_direct,
+        processor.lattice.collect_completed_flows_direct,
+    ):
+        with pytest.raises(RuntimeError, match="tensorized_storage_enabled"):
+            collect(landings)
+
+
+def test_a_torch_without_scatter_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    processor = case.processor()
+    landings = processor(case.embedding()).landings
+    collect = processor.lattice.collect_completed_flows_surface_direct
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "Tensor", object)
+        with pytest.raises(RuntimeError, match="scatter_reduce"):
+            collect(landings)
+
+
+def test_noise_needs_rows() -> None:
+    case = Case({"noise.std": 0.1}, training=True)
+    processor = case.processor()
+    with pytest.raises(ConfigError, match=r"lattice\.noise\.std.*row"):
+        processor(case.embedding())
+    processor.eval()(case.embedding())
+
+
+@pytest.mark.parametrize("shape", [(3, DIM + 1), (DIM,), (2, 3, DIM)])
+def test_embeddings_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=str(DIM)):
+        Case().processor()(torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"width": 0}, "lattice.width = 0"),
+        ({"height": -1}, "lattice.height = -1"),
+        ({"depth": 0}, "lattice.depth = 0"),
+        ({"depth": 2.5}, "lattice.depth = 2.5"),
+        ({"depth": "6"}, "lattice.depth = '6'"),
+        ({"depth": True}, "lattice.depth = True"),
+        ({"max_steps": -1}, "lattice.max_steps = -1"),
+        ({"max_flows_per_sample": 5}, "lattice.max_flows_per_sample = 5"),
+        ({"deposit": "linear"}, "lattice.deposit = 'linear'"),
+        ({"movement__scale": 0.0}, "lattice.movement.scale = 0.0"),
+        ({"movement__scale": float("nan")}, "lattice.movement.scale = nan"),
+        ({"movement__warmup_steps": -1}, "lattice.movement.warmup_steps = -1"),
+        ({"movement__decay_steps": -1}, "lattice.movement.decay_steps = -1"),
+        ({"movement__final_scale": -0.1}, "lattice.movement.final_scale = -0.1"),
+        ({"movement__max_displacement": 0.0}, "lattice.movement.max_displacement = 0.0"),
+        ({"movement__max_displacement": float("inf")}, "lattice.movement.max_displacement = inf"),
+        ({"noise__std": -0.1}, "lattice.noise.std = -0.1"),
+        ({"spawn__threshold": 0.0}, "lattice.spawn.threshold = 0.0"),
+        ({"spawn__max_spawn_per_step": 0}, "lattice.spawn.max_spawn_per_step = 0"),
+        ({"filter__min_displacement": -1.0}, "lattice.filter.min_displacement = -1.0"),
+        ({"convergence__threshold": 1.5}, "lattice.convergence.threshold = 1.5"),
+        ({"convergence__min_steps": -1}, "lattice.convergence.min_steps = -1"),
+        ({"convergence__patience": 0}, "lattice.convergence.patience = 0"),
+        ({"tensorized_storage_enabled": False}, "lattice.tensorized_storage_enabled"),
+        (
+            {"spawn__enabled": True, "filter__enabled": True, "filter__min_displacement": 0.3},
+            "lattice.filter.min_displacement = 0.3",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        lattice_settings(**changes)
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["energy_dim", "features", "hidden_size", "num_layers", "map_hidden"])
+def test_model_settings_out_of_range(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = 0"):
+        model_settings(**{key: 0})
+
+
+def test_capacity_and_steps_have_their_defaults() -> None:
+    for changes, steps, capacity in (
+        ({}, 3, 6),
+        ({"depth": 7}, 3, 6),
+        ({"depth": 1}, 0, 6),
+        ({"max_steps": 9}, 9, 6),
+        ({"spawn__enabled": True}, 3, 12),
+        ({"spawn__enabled": True, "max_flows_per_sample": 7}, 3, 7),
+    ):
+        settings = lattice_settings(**changes)
+        output = FlowProcessor(DIM, settings, model_settings(), seed=0)(torch.randn(2, DIM))
+        assert output.by_step["created"].shape == (steps + 1,)
+        assert output.landings.landed.shape == (2, capacity)
+
+
+def test_filter_below_the_spawn_threshold_is_fine() -> None:
+    lattice_settings(spawn__enabled=True, filter__enabled=True, filter__min_displacement=0.29)
+    lattice_settings(filter__enabled=True, filter__min_displacement=5.0)  # nobody spawns

@@ -1,0 +1,184 @@
+"""Rule 6: the weighted softmax average per group, against a loop over groups."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from energy_flow.ops.group_softmax import group_softmax_deposit
+
+
+def reference(scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """sum(w exp(s) v) / (sum(w exp(s)) + max(0, 1 - sum w)), one group after the other, as the formula says."""
+    groups, masses = [], []
+    for group in range(num_groups):
+        members = [(n, k) for n in range(keys.shape[0]) for k in range(keys.shape[1]) if int(keys[n, k]) == group]
+        mass = sum((weights[n, k] for n, k in members), torch.zeros((), dtype=scores.dtype))
+        masses.append(mass)
+        if not members:
+            groups.append(torch.zeros_like(values[0]))
+            continue
+        numerator = sum(weights[n, k] * scores[n].exp() * values[n] for n, k in members)
+        denominator = sum(weights[n, k] * scores[n].exp() for n, k in members) + (1 - mass).clamp(min=0)
+        groups.append(numerator / denominator)
+    return torch.stack(groups), torch.stack(masses)
+
+
+def landings(seed: int, num: int = 12, shares: int = 4, num_groups: int = 6, energy_dim: int = 2) -> list[Tensor]:
+    """Random scores, values, keys (all different within a row; the last group stays empty) and weights that sum to one."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(num, generator=generator, dtype=torch.float64) * 3
+    values = torch.randn(num, energy_dim, generator=generator, dtype=torch.float64)
+    keys = torch.rand(num, num_groups - 1, generator=generator).argsort(dim=1)[:, :shares]
+    weights = torch.rand(num, shares, generator=generator, dtype=torch.float64)
+    return [scores, values, keys, weights / weights.sum(dim=1, keepdim=True)]
+
+
+@pytest.mark.parametrize("num", [1, 3, 12])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equals_the_formula(num: int, seed: int) -> None:
+    scores, values, keys, weights = landings(seed, num)
+    weights[0, 1] = 0.0
+    leaves = [leaf.requires_grad_() for leaf in (scores, values, weights)]
+    actual, mass = group_softmax_deposit(scores, values, keys, weights, 6)
+    expected, expected_mass = reference(scores, values, keys, weights, 6)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(mass, expected_mass, rtol=0, atol=1e-13)
+    cotangent = torch.randn(actual.shape, dtype=torch.float64)
+    mine = torch.autograd.grad((actual * cotangent).sum(), leaves)
+    theirs = torch.autograd.grad((expected * cotangent).sum(), leaves)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_both_sides_of_the_missing_share_are_tested() -> None:
+    scores, values, keys, weights = landings(0)
+    _, mass = group_softmax_deposit(scores, values, keys, weights, 6)
+    assert ((mass > 0) & (mass < 1)).any() or landings_with_thin_groups_exist()
+    assert (mass > 1).any()
+    assert mass[5] == 0
+
+
+def landings_with_thin_groups_exist() -> bool:
+    scores, values, keys, weights = landings(0, 1)
+    _, mass = group_softmax_deposit(scores, values, keys, weights, 6)
+    return bool(((mass > 0) & (mass < 1)).any())
+
+
+@pytest.mark.parametrize("num", [2, 7])
+def test_gradcheck(num: int) -> None:
+    scores, values, keys, weights = landings(3, num)
+    inputs = [scores.requires_grad_(), values.requires_grad_(), weights.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda s, v, w: group_softmax_deposit(s, v, keys, w, 6)[0], inputs)
+
+
+def test_empty_groups_are_zero() -> None:
+    scores, values, keys, weights = landings(0, 2)
+    actual, mass = group_softmax_deposit(scores, values, keys + 3, weights, 40)
+    assert torch.equal(actual[:3], torch.zeros(3, 2, dtype=torch.float64))
+    assert torch.equal(actual[9:], torch.zeros(31, 2, dtype=torch.float64))
+    assert torch.equal(mass[9:], torch.zeros(31, dtype=torch.float64))
+
+
+def test_no_members_at_all() -> None:
+    none = torch.zeros(0, dtype=torch.float64)
+    actual, mass = group_softmax_deposit(none, none.view(0, 2), none.view(0, 4).long(), none.view(0, 4), 3)
+    assert torch.equal(actual, torch.zeros(3, 2, dtype=torch.float64))
+    assert torch.equal(mass, torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0, 500.0, 1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_whole_member_gives_its_value(score: float, dtype: torch.dtype) -> None:
+    scores = torch.tensor([score], dtype=dtype, requires_grad=True)
+    values = torch.tensor([[0.3, -2.0]], dtype=dtype, requires_grad=True)
+    actual, _ = group_softmax_deposit(scores, values, torch.tensor([[1]]), torch.ones(1, 1, dtype=dtype), 2)
+    assert torch.equal(actual, torch.tensor([[0.0, 0.0], [0.3, -2.0]], dtype=dtype))
+    on_scores, on_values = torch.autograd.grad(
+        (actual * torch.tensor([[5.0, 7.0], [2.0, 3.0]])).sum(), (scores, values)
+    )
+    assert torch.equal(on_scores, torch.zeros_like(on_scores))
+    assert torch.equal(on_values, torch.tensor([[2.0, 3.0]], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("scores", "weights", "expected"),
+    [
+        # Two members with values 1 and 3; the expected number is worked out by hand.
+        ([1e4, -1e4], [1.0, 1.0], 1.0),
+        ([1e4, 1e4], [1.0, 1.0], 2.0),
+        ([-1e4, -1e4], [1.0, 1.0], 2.0),
+        ([1e4, 1e4 - math.log(3)], [0.5, 0.5], 1.5),
+        ([1e4, 1e4], [0.1, 0.3], 2.5),  # the empty member (0.6 at score 0) vanishes beside e^10000
+        ([-1e4, -1e4], [0.1, 0.3], 0.0),  # and is all there is beside e^-10000
+        ([0.0, 1e4], [1.0, 0.0], 1.0),  # weight 0 is no member, however large its score
+    ],
+)
+def test_extreme_scores(scores: list[float], weights: list[float], expected: float, dtype: torch.dtype) -> None:
+    leaves = [
+        torch.tensor(scores, dtype=dtype, requires_grad=True),
+        torch.tensor([[1.0], [3.0]], dtype=dtype, requires_grad=True),
+        torch.tensor(weights, dtype=dtype)[:, None].requires_grad_(),
+    ]
+    actual, _ = group_softmax_deposit(leaves[0], leaves[1], torch.zeros(2, 1, dtype=torch.int64), leaves[2], 1)
+    # float32 can't tell 10,000 from 9,998.9 better than to 1e-3.
+    torch.testing.assert_close(
+        actual, torch.tensor([[expected]], dtype=dtype), rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-12
+    )
+    for gradient in torch.autograd.grad(actual.sum(), leaves):
+        assert torch.isfinite(gradient).all()
+
+
+def test_order_of_landings_does_not_matter() -> None:
+    scores, values, keys, weights = landings(4)
+    order = torch.randperm(len(scores))
+    expected, _ = group_softmax_deposit(scores, values, keys, weights, 6)
+    actual, _ = group_softmax_deposit(scores[order], values[order], keys[order], weights[order], 6)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
+
+
+def test_whole_weights_make_a_softmax_that_sums_to_one() -> None:
+    scores, values, keys, weights = landings(5, 20, shares=1)
+    same = torch.full_like(values, 0.7)
+    actual, mass = group_softmax_deposit(scores, same, keys, torch.ones_like(weights), 6)
+    hit = mass > 0
+    assert hit.any()
+    assert not hit.all()
+    torch.testing.assert_close(actual[hit], torch.full_like(actual[hit], 0.7), rtol=0, atol=1e-14)
+
+
+def test_groups_do_not_touch() -> None:
+    scores, values, keys, weights = landings(6)
+    expected, _ = group_softmax_deposit(scores, values, keys, weights, 6)
+    both, _ = group_softmax_deposit(
+        torch.cat([scores, scores + 50]),
+        torch.cat([values, -values]),
+        torch.cat([keys, keys + 6]),
+        weights.repeat(2, 1),
+        12,
+    )
+    torch.testing.assert_close(both[:6], expected, rtol=0, atol=1e-14)
+
+
+def test_float32_is_close_to_float64() -> None:
+    scores, values, keys, weights = landings(7)
+    expected, _ = group_softmax_deposit(scores, values, keys, weights, 6)
+    actual, mass = group_softmax_deposit(scores.float(), values.float(), keys, weights.float(), 6)
+    assert actual.dtype == mass.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_moves_continuously_as_a_member_leaves() -> None:
+    """A landing whose weight goes to 0 leaves the group without a jump, even as its only member."""
+    scores, values = torch.tensor([2.0], dtype=torch.float64), torch.tensor([[5.0]], dtype=torch.float64)
+    out = [
+        float(
+            group_softmax_deposit(scores, values, torch.tensor([[0]]), torch.tensor([[w]], dtype=torch.float64), 1)[0]
+        )
+        for w in (0.0, 1e-9, 1e-6)
+    ]
+    assert out[0] == 0.0
+    assert out[1] == pytest.approx(5 * math.exp(2) * 1e-9, rel=1e-5)
+    assert out[2] == pytest.approx(5 * math.exp(2) * 1e-6, rel=1e-4)

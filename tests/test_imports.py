@@ -1,0 +1,125 @@
+"""Imports run one way: entry points -> training, viz, data -> core -> ops; and rollout code never asks the device for values."""
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "energy_flow"
+TIERS = {"ops": 0, "core": 1, "training": 2, "viz": 2, "data": 2}
+ENTRY_POINT = 3
+FREE = {"errors", "settings", "version"}
+HEAVY = {"lightning", "hydra", "omegaconf", "matplotlib", "tensorboard"}
+WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "synchronize"}
+# Called between batches or by whoever looks at a result: these may wait.
+MAY_WAIT = {"collect_completed_flows_surface_direct", "seconds"}
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Absolute names of all imported modules; `package` resolves relative ones."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                if node.level
+                else node.module
+            )
+            assert base is not None
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def tier(parts: list[str]) -> int | None:
+    """Of a module by its parts below the package; None: free to all."""
+    if not parts or parts[0] in FREE:
+        return None
+    return TIERS.get(parts[0], ENTRY_POINT)
+
+
+def wrong_imports(source: str, relative: Path) -> list[str]:
+    own_parts = [*relative.parent.parts, relative.stem]
+    own = tier(own_parts)
+    wrong = []
+    for name in imports(ast.parse(source), ".".join(["energy_flow", *relative.parent.parts])):
+        top, *below = name.split(".")
+        if top == "tests" or (top in HEAVY and own is not None and own < 2):
+            wrong.append(name)
+        if top != "energy_flow":
+            continue
+        other = tier(below)
+        if other is not None and (own is None or other > own) and own_parts != ["__init__"]:
+            wrong.append(name)
+    return wrong
+
+
+def waits(source: str) -> list[str]:
+    """Calls that make the host wait for the device, outside the functions that may."""
+    found = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef) and node.name in MAY_WAIT:
+            return
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WAITS:
+            found.append(f"{node.func.attr} in line {node.lineno}")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    assert wrong_imports(path.read_text(), path.relative_to(PACKAGE)) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if path.parent.name in ("core", "ops")],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_core_and_ops_do_not_wait_for_the_device(path: Path) -> None:
+    assert waits(path.read_text()) == []
+
+
+def test_there_is_something_to_test() -> None:
+    assert {path.parent.name for path in SOURCES} >= {"core", "ops", "training", "data", "viz"}
+
+
+@pytest.mark.parametrize(
+    ("source", "where"),
+    [
+        ("from energy_flow.core.geometry import fold", "ops/rollout.py"),
+        ("import energy_flow.training.losses", "core/flow_processor.py"),
+        ("from energy_flow import train", "training/module.py"),
+        ("from ..training import losses", "core/geometry.py"),
+        ("from energy_flow.core import geometry", "errors.py"),
+        ("import lightning", "core/geometry.py"),
+        ("def f():\n    from tests.reference import fold", "core/geometry.py"),
+    ],
+)
+def test_wrong_imports_are_found(source: str, where: str) -> None:
+    assert len(wrong_imports(source, Path(where))) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "where"),
+    [
+        ("from energy_flow.ops.gru_cell import gru_cell", "core/energy_carrier.py"),
+        ("from energy_flow.errors import ConfigError", "ops/rollout.py"),
+        ("from energy_flow.training.losses import weighted", "train.py"),
+        ("import lightning, torch", "training/module.py"),
+    ],
+)
+def test_right_imports_pass(source: str, where: str) -> None:
+    assert wrong_imports(source, Path(where)) == []
+
+
+def test_waits_are_found() -> None:
+    assert waits("def f(x):\n    return x.sum().item()") == ["item in line 2"]
+    assert waits("def collect_completed_flows_surface_direct(x):\n    return x.tolist()") == []
