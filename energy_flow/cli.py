@@ -1,23 +1,34 @@
 """What the entry points share: where the configs are, and how errors reach the user."""
 
+import functools
 import logging
+import os
+import re
+import shlex
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from energy_flow.errors import EnergyFlowError
+from energy_flow.errors import ConfigError, EnergyFlowError
+from energy_flow.settings import did_you_mean
 
 log = logging.getLogger(__name__)
 
 Task = Callable[[dict[str, Any]], Any]
+
+# Hydra prints its errors itself, with a traceback or advice that is wrong here, unless this is set; then it raises them.
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def config_dir() -> str:
@@ -30,26 +41,56 @@ def config_dir() -> str:
 def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
     """Decorator: a task on a plain config becomes a Hydra application.
 
-    Errors that a user can mend end the program with their message and exit code 1, without a traceback.
+    Errors that a user can mend end the program with their message and exit code 1, without a traceback. A job of a
+    sweep that ends so doesn't keep the other jobs from running. `HYDRA_FULL_ERROR=1` brings the tracebacks back.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
+        asked = os.environ.get(_FULL_ERROR)
+
         def run(config: DictConfig) -> Any:
             try:
-                plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-                assert isinstance(plain, dict)
-                return task({str(key): value for key, value in plain.items()})
-            except (EnergyFlowError, OmegaConfBaseException) as error:
-                log.debug("ended by an error of the user's", exc_info=True)
+                with _environment(_FULL_ERROR, asked):
+                    return task(_plain(config))
+            except EnergyFlowError as error:
+                log.info("ended by an error of the user's: %s", error)
+                log.debug("where it was found", exc_info=True)
                 sys.stdout.flush()
                 print(f"error: {error}", file=sys.stderr)
+                if is_multirun():
+                    raise  # Hydra runs the other jobs, then raises it again
+                sys.exit(1)
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
+
+        start = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(run)
+
+        @functools.wraps(task)
+        def main() -> None:
+            try:
+                with _environment(_FULL_ERROR, "1"):
+                    start()
+            except EnergyFlowError:
+                sys.exit(1)  # of a sweep's job, which has printed it
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                if asked == "1" or any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+                    raise
+                print(f"error: {_explain(error, config_name)}", file=sys.stderr)
                 sys.exit(1)
 
-        # Hydra names log file and job after the task's module.
-        run.__name__ = task.__name__
-        return hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(run)
+        return main
 
     return decorate
+
+
+def command_to_go_on(checkpoint: Path) -> str:
+    """The command line that continues an interrupted run, in its own folder."""
+    config = HydraConfig.get()
+    overrides = [o for o in config.overrides.task if not o.startswith("ckpt_path=")]
+    folder = [f"hydra.run.dir={shlex.quote(config.runtime.output_dir)}"]
+    words = ["python -m energy_flow.train", *map(shlex.quote, overrides), f"ckpt_path={shlex.quote(str(checkpoint))}"]
+    return " ".join(words + folder)
 
 
 def is_multirun() -> bool:
@@ -61,6 +102,67 @@ def quieten() -> None:
     """Silence what Lightning says of choices that were made on purpose."""
     # Embeddings are read in whole batches, from memory or a mapped file: workers would only copy them once more.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 asks torch >= 2.12 about its trees in a way that torch will drop.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     # Its advertisements and device list come as info.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {_lines(error)[0]}; give it a value") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """The environment variable has this value (None: isn't there) inside."""
+    before = os.environ.get(name)
+    _set(name, value)
+    try:
+        yield
+    finally:
+        _set(name, before)
+
+
+def _set(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _explain(error: Exception, config_name: str) -> str:
+    """A config that Hydra could not compose, in the words of the other messages."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} = {name}: no such option; {did_you_mean(name, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: can't be read as key=value ({_lines(error)[-2]}); quote special characters"
+    if "Config group override must be a string" in str(error):
+        return "a group is set to null or left without a name: name one of its options, or [] for none (logger=[])"
+    unknown = re.match(r"Could not override '([^']+)'", str(error))
+    if unknown:
+        return f"{unknown[1]}: unknown key; {_closest(unknown[1], config_name)}"
+    return "\n".join(_lines(error)[:3])
+
+
+def _closest(key: str, config_name: str) -> str:
+    """Did-you-mean for a key, by the default config and the names of the groups."""
+    with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        node: Any = hydra.compose(config_name)
+    known = {*map(str, node), *(path.name for path in Path(config_dir()).iterdir() if path.is_dir())}
+    for name in key.split("."):
+        if not isinstance(node, DictConfig) or name not in node:
+            break
+        node = node[name]
+        known = set(map(str, node)) if isinstance(node, DictConfig) else set()
+    return did_you_mean(name, known - {"_target_"})
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -1,26 +1,30 @@
 """Train a flow lattice: python -m energy_flow.train [key=value ...]"""
 
+import gc
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from energy_flow import cli
 from energy_flow.data import DataSettings, EnergyDataModule
-from energy_flow.errors import ConfigError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.building import build_all, build_trainer
+from energy_flow.training.callbacks.interrupt import SaveOnInterrupt
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
     Results,
     TrainSettings,
+    check_optimized_metric,
     fit_baselines,
+    hyper_parameters,
     refuse_multirun_of_processes,
     scalars,
     show_results,
@@ -28,3 +32,137 @@ from energy_flow.training.run import (
 )
 
 log = logging.getLogger(__name__)
+
+
+def train(config: dict[str, Any]) -> float | None:
+    """One run from its config to its results.
+
+    Returns:
+        The best value of `optimized_metric`, None for a run without a checkpoint callback.
+    """
+    settings = read(TrainSettings, config, "")
+    check_optimized_metric(settings.optimized_metric)
+    pl.seed_everything(settings.seed, workers=True, verbose=False)
+    data = EnergyDataModule(read(DataSettings, settings.data, "data"))
+    data.setup("fit")
+    module = EnergyFlowModule.from_config(config, data.dim)
+    module.run_config = config
+    if settings.ckpt_path is not None:
+        checkpoint = checkpoints.load(settings.ckpt_path)
+        checkpoints.check_architecture(checkpoint, module.hparams, settings.ckpt_path)
+    interrupt = SaveOnInterrupt(Path(settings.paths.output_dir, "checkpoints", "last.ckpt"))
+    trainer = build_trainer(
+        settings.trainer,
+        callbacks=[*build_all(settings.callbacks, "callbacks"), interrupt],
+        loggers=build_all(settings.logger, "logger"),
+        output_dir=settings.paths.output_dir,
+        num_batches=len(data.train_dataloader()),
+    )
+    refuse_multirun_of_processes(trainer, cli.is_multirun())
+    console = Console(quiet=not trainer.is_global_zero)
+    _introduce(console, settings, module, data, trainer)
+    try:
+        seconds = _fit(trainer, module, data, settings.ckpt_path, interrupt)
+        return _finish(settings, trainer, module, data, seconds, console)
+    finally:
+        console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
+        _free()
+
+
+def _introduce(
+    console: Console, settings: TrainSettings, module: EnergyFlowModule, data: EnergyDataModule, trainer: pl.Trainer
+) -> None:
+    lattice, model = module.processor.settings, module.processor.model
+    pairs = ", ".join(f"{len(split):,} {name}" for name, split in data.splits().items())
+    console.print(
+        f"flow lattice {lattice.width} x {lattice.height} x {lattice.depth}, energy dimension {model.energy_dim}, "
+        f"{lattice.num_steps} steps, GRU {model.num_layers} x {model.hidden_size}: "
+        f"{module.num_parameters:,} parameters\n"
+        f"data {settings.data['name']}: {pairs} pairs of dimension {data.dim}\n"
+        f"device {trainer.strategy.root_device}, precision {trainer.precision}, seed {settings.seed}",
+        highlight=False,
+    )
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: EnergyFlowModule,
+    data: EnergyDataModule,
+    ckpt_path: str | None,
+    interrupt: SaveOnInterrupt,
+) -> float:
+    """Train; returns the seconds it took. Ctrl-C ends the program with 130 and says how to go on."""
+    started = time.perf_counter()
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    except SystemExit:  # how Lightning ends on Ctrl-C, after callbacks have saved what they can
+        if interrupt.saved is None:
+            raise
+        command = cli.command_to_go_on(interrupt.saved)
+        print(f"\ninterrupted at step {trainer.global_step}; to go on:\n{command}", file=sys.stderr)
+        sys.exit(130)
+    return time.perf_counter() - started
+
+
+def _finish(
+    settings: TrainSettings,
+    trainer: pl.Trainer,
+    module: EnergyFlowModule,
+    data: EnergyDataModule,
+    seconds: float,
+    console: Console,
+) -> float | None:
+    """Test the best checkpoint, fit the baselines, write and show the results."""
+    best_path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    best_score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    metrics = scalars(trainer.callback_metrics)
+    if best_score is not None:
+        metrics[settings.optimized_metric] = float(best_score)
+    metrics |= {"params": float(module.num_parameters), "fit_seconds": seconds}
+    if settings.test and data.test is not None:
+        trainer.test(module, datamodule=data, ckpt_path=best_path or None, weights_only=True, verbose=False)
+        metrics |= scalars(trainer.callback_metrics)
+    if not trainer.is_global_zero:
+        return metrics.get(settings.optimized_metric)
+    with console.status("baselines") as status:
+        baselines = fit_baselines(
+            settings.baselines,
+            data,
+            num_parameters=module.num_parameters,
+            loss=module.loss,
+            seed=settings.seed,
+            device=trainer.strategy.root_device,
+            report=lambda what: status.update(f"baselines: {what}"),
+        )
+    results = Results(metrics, baselines)
+    write_metrics(results, settings.paths.output_dir)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(hyper_parameters(settings), results.metrics)
+            logger.save()
+    if settings.test and data.test is not None:
+        show_results(results, "flow lattice", console)
+    else:
+        console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
+    console.print(
+        f"trained {seconds:.0f} s; TensorBoard: tensorboard --logdir {settings.paths.log_dir}", soft_wrap=True
+    )
+    return metrics.get(settings.optimized_metric)
+
+
+def _free() -> None:
+    """Jobs of a multirun share one process: leave nothing of this one to the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@cli.application("train")
+def main(config: dict[str, Any]) -> float | None:
+    """Entry point."""
+    cli.quieten()
+    return train(config)
+
+
+if __name__ == "__main__":
+    main()

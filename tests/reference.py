@@ -1,112 +1,23 @@
 """One forward pass of a flow lattice, flow by flow: slow, obvious, and written from the rules alone.
 
-It takes a `FlowProcessor` for its parameters only; everything is computed here, in loops over samples, flows, steps and cells. All of it is
-differentiable, so `backward()` gives gradients with respect to the processor's own parameters.
+It takes a `FlowProcessor` for its parameters only; everything is computed here, in loops over samples, flows,
+steps and cells. All of it is differentiable: `backward()` gives gradients of the processor's own parameters.
 
-Letters: B samples, D embedding dimension, S cells, E energy dimension, M slots per sample, T steps, H hidden size, L GRU layers.
+Letters: B samples, D embedding dimension, S cells, E energy dimension, H hidden size, L GRU layers, T steps.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from tests.reference_flows import Flow, Margins, ReferenceOutput, Sample, Snapshot, number
+
 NoiseFunction = Callable[[int, int, int], Tensor]  # (rollout step from 0, data row, slot) -> [3] standard normal
-
-
-@dataclass
-class Flow:
-    """One particle; `status` is active, reached, projected or removed."""
-
-    slot: int
-    position: Tensor  # [3]; of a projected flow: where it was before
-    energy: Tensor  # [E]
-    hidden: list[Tensor]  # L x [H]
-    age: int = 0
-    steps: int = 0
-    status: str = "active"
-    plane: int = 0
-    distance: Tensor | None = None
-    length: float = 0.0  # of its last move
-
-    @property
-    def landed(self) -> bool:
-        return self.status in ("reached", "projected")
-
-
-@dataclass
-class Margins:
-    """How close any decision came to its threshold: rounding can't flip one that was far away."""
-
-    smallest: float = math.inf
-    name: str = "none"
-
-    def note(self, name: str, distance: Tensor | float) -> None:
-        distance = abs(number(distance))
-        if distance < self.smallest:
-            self.smallest, self.name = distance, name
-
-
-@dataclass
-class Sample:
-    """The flows of one sample and what the rules remember about it."""
-
-    row: int
-    flows: list[Flow]
-    idle: int = 0
-    overflow: int = 0
-
-    def active(self) -> list[Flow]:
-        return [flow for flow in self.flows if flow.status == "active"]
-
-    def count(self, *status: str) -> int:
-        return sum(flow.status in status for flow in self.flows)
-
-
-@dataclass
-class Snapshot:
-    """One flow at the start of a step, or after the last one."""
-
-    position: Tensor  # [3], detached
-    active: bool
-
-
-@dataclass
-class ReferenceOutput:
-    embedding: Tensor  # [B, D]
-    surface: Tensor  # [B, S, E]
-    samples: list[Sample]
-    by_step: dict[str, list[int]]  # T + 1 entries: created active reached removed projected
-    snapshots: list[list[list[Snapshot]]]  # T + 1 x B x flows created so far
-    lengths: list[float]  # of every single move
-    moves: list[int]  # number of flows that moved, per step
-    margins: Margins
-    events: Counter[str]  # what happened, how often
-    statistics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def overflow(self) -> int:
-        return sum(sample.overflow for sample in self.samples)
-
-    @property
-    def needed(self) -> int:
-        return max(len(sample.flows) + sample.overflow for sample in self.samples)
-
-    def landings(self) -> Iterator[tuple[int, Flow]]:
-        """(sample, flow) of every landing."""
-        for index, sample in enumerate(self.samples):
-            for flow in sample.flows:
-                if flow.landed:
-                    yield index, flow
-
-
-def number(value: Tensor | float) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def fold(x: float) -> float:
@@ -168,7 +79,7 @@ class Reference:
         }
         self.snapshots: list[list[list[Snapshot]]] = []
         self.lengths: list[float] = []
-        self.moves: list[int] = []
+        self.hit_cells = 0
 
     def run(self, embedding: Tensor, rows: list[int] | None = None) -> ReferenceOutput:
         """embedding [B, D] and the data row of each sample -> everything there is to know about the pass."""
@@ -178,27 +89,23 @@ class Reference:
         samples = [Sample(rows[b], self.place(energies[b])) for b in range(batch)]
         self.record(samples)
         for k in range(1, self.max_steps + 1):
-            self.lengths_before = len(self.lengths)
             for sample in samples:
                 self.advance(sample, k)
-            self.moves.append(len(self.lengths) - self.lengths_before)
             self.record(samples)
         for sample in samples:
             self.project(sample.active())
         surface = torch.stack([self.collect(sample) for sample in samples])
-        output = ReferenceOutput(
+        return ReferenceOutput(
             embedding=self.map_out(surface),
             surface=surface,
             samples=samples,
             by_step=self.by_step,
             snapshots=self.snapshots,
             lengths=self.lengths,
-            moves=self.moves,
+            hit_cells=self.hit_cells,
             margins=self.margins,
             events=self.events,
         )
-        output.statistics = statistics(output, self)
-        return output
 
     # Rule 1
 
@@ -374,6 +281,7 @@ class Reference:
                 cells.append(torch.zeros_like(sample.flows[0].energy))
                 continue
             mass = sum(weight for weight, _, _ in of_cell)
+            self.hit_cells += number(mass) > 0
             if mass.requires_grad:
                 self.margins.note("missing share", 1.0 - mass)
             missing = 1.0 - mass if number(mass) < 1.0 else torch.zeros_like(mass)
@@ -423,33 +331,3 @@ class Reference:
                 for sample in samples
             ]
         )
-
-
-def statistics(output: ReferenceOutput, reference: Reference) -> dict[str, float]:
-    """The figures of a pass that have one plain meaning: shares of the landings, means over landings and moves, counts."""
-    landings = [flow for _, flow in output.landings()]
-    created = sum(len(sample.flows) for sample in output.samples)
-    cells = len(output.samples) * reference.num_cells
-    hit = {
-        (index, cell)
-        for index, flow in output.landings()
-        for cell, weight in reference.deposit(flow)
-        if number(weight) > 0
-    }
-    values = torch.stack([flow.energy.detach() for flow in landings]) if landings else torch.zeros(0)
-    count = max(1, len(landings))
-    return {
-        "share_z0": sum(flow.plane == 0 for flow in landings) / count,
-        "share_zdepth": sum(flow.plane == 1 for flow in landings) / count,
-        "share_projected": sum(flow.status == "projected" for flow in landings) / count,
-        "steps": sum(flow.steps for flow in landings) / count,
-        "created": float(created),
-        "landed": float(len(landings)),
-        "removed": float(sum(sample.count("removed") for sample in output.samples)),
-        "spawned": float(created - cells),
-        "overflow": float(output.overflow),
-        "coverage": len(hit) / cells,
-        "displacement": sum(output.lengths) / max(1, len(output.lengths)),
-        "energy_mean": float(values.mean()) if landings else 0.0,
-        "energy_std": float(values.std(unbiased=False)) if landings else 0.0,
-    }

@@ -1,4 +1,4 @@
-"""Imports run one way: entry points -> training, viz, data -> core -> ops; and rollout code never asks the device for values."""
+"""Imports run one way, entry points -> training, viz, data -> core -> ops; rollout code never waits for the device."""
 
 import ast
 import importlib.util

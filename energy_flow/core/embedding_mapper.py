@@ -22,7 +22,7 @@ class MapIn(nn.Module):
         self.input_scale = math.sqrt(embedding_dim)
         self.network = nn.Sequential(*_layers(embedding_dim, num_cells * energy_dim, hidden), nn.Tanh())
         if hidden is None:
-            _start_orthogonal(self.network[0])
+            _start_orthogonal(_only_linear(self))
         self.cell_value = nn.Parameter(torch.zeros(num_cells, energy_dim))
 
     def forward(self, embedding: Tensor) -> Tensor:
@@ -47,9 +47,15 @@ class MapOut(nn.Module):
     @torch.no_grad()
     def start_as_inverse(self, map_in: MapIn) -> None:
         """Begin as the (pseudo-)inverse of a linear map in, so that flows that stay put give the input back."""
-        weight, linear = map_in.network[0].weight, self.network[0]
+        weight, linear = _only_linear(map_in).weight, _only_linear(self)
         linear.weight.copy_(weight.T * (min(weight.shape) / weight.square().sum()))
         linear.bias.zero_()
+
+
+def _only_linear(mapper: MapIn | MapOut) -> nn.Linear:
+    linear = mapper.network[0]
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ class EnergyCarrier(nn.Module):
         layer_input = torch.cat([features, energy.to(features.dtype)], dim=-1)
         next_hidden = []
         for cell, state in zip(self.cells, hidden, strict=True):
+            assert isinstance(cell, nn.GRUCell)
             layer_input = gru_cell(layer_input, state, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
             next_hidden.append(layer_input)
         # The heads set energies and positions: they run in the precision of the energy, also under autocast.

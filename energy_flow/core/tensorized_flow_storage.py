@@ -4,6 +4,7 @@ The sample of a slot is its row; the first S slots of a row are its cells, child
 in which they were born. Slots are never reused within a rollout, so a flow needs no other name.
 """
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -47,15 +48,11 @@ class TensorPool:
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The buffer `name` as a zeroed tensor of `shape`. A second call hands out the same memory."""
         key = (name, dtype, device)
-        size = 1
-        for extent in shape:
-            size *= extent
+        size = math.prod(shape)
         self._needed[key] = max(size, self._needed.get(key, 0))
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            # A plain tensor even inside `inference_mode`: an inference tensor could not be written to in training.
-            with torch.inference_mode(False):
-                buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+            buffer = self._buffers[key] = _plain_buffer(size, dtype, device)
         return buffer[:size].view(shape).zero_()
 
     def trim(self) -> int:
@@ -66,9 +63,15 @@ class TensorPool:
             if needed == 0:
                 del self._buffers[key]
             elif needed < self._buffers[key].numel():
-                self._buffers[key] = torch.empty(needed, dtype=key[1], device=key[2])
+                self._buffers[key] = _plain_buffer(needed, key[1], key[2])
         self._needed.clear()
         return before - self.nbytes
+
+
+def _plain_buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Never an inference tensor, whoever asks first: training could not write to it.
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=dtype, device=device)
 
 
 class TensorizedFlowStorage:

@@ -85,7 +85,14 @@ class EnergyDataModule(LightningDataModule):
     @property
     def dim(self) -> int:
         """D, the embedding dimension of all splits; after `setup`."""
-        return self._loaded()[0][1].dim
+        return next(iter(self.splits().values())).dim
+
+    def splits(self) -> dict[str, PairDataset]:
+        """The data sets that there are, by split; after `setup`."""
+        loaded = {split: dataset for split in SPLITS if (dataset := getattr(self, split)) is not None}
+        if not loaded:
+            raise RuntimeError("no data yet: call setup() first")
+        return loaded
 
     def setup(self, stage: str | None = None) -> None:
         """Opens and checks every split that has a file.
@@ -150,16 +157,10 @@ class EnergyDataModule(LightningDataModule):
         }
 
     def _dataset(self, split: str) -> PairDataset:
-        loaded = dict(self._loaded())
+        loaded = self.splits()
         if split not in loaded:
             raise ConfigError(f"data.{split} = null: nothing to load; give data.{split}=PATH")
         return loaded[split]
-
-    def _loaded(self) -> list[tuple[str, PairDataset]]:
-        loaded = [(split, dataset) for split in SPLITS if (dataset := getattr(self, split)) is not None]
-        if not loaded:
-            raise RuntimeError("no data yet: call setup() first")
-        return loaded
 
     def _check_dimension(self, split: str, dataset: PairDataset) -> None:
         where = f"data.{split}: {dataset.files[0]}: dimension {dataset.dim}"

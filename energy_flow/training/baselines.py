@@ -51,8 +51,8 @@ def run_baselines(
     *,
     num_parameters: int,
     loss: LossSettings,
+    epochs: int,
     seed: int,
-    epochs: int = 20,
     device: torch.device | str = "cpu",
     report: Report | None = None,
 ) -> BaselineResults:
@@ -75,8 +75,8 @@ def run_baselines(
             without `val` neither λ nor the best epoch can be chosen. What is left out for that stands in `skipped`.
         num_parameters: how many the model has beside which the baselines stand.
         loss: that model's loss.
-        seed: of the MLPs' initial weights and order of samples.
         epochs: of the MLPs.
+        seed: of the MLPs' initial weights and order of samples.
         device: where to compute.
         report: is told what is being done, e.g. "mlp epoch 3/20".
 

@@ -2,22 +2,23 @@
 
 import inspect
 import logging
+import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import hydra
 import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from energy_flow.errors import ConfigError
-from energy_flow.settings import Settings, did_you_mean, read
+from energy_flow.settings import Settings, did_you_mean, explain, read
 
 log = logging.getLogger(__name__)
 
-Limit = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
 
 class TrainerSettings(Settings):
@@ -33,12 +34,21 @@ class TrainerSettings(Settings):
     gradient_clip_val: Annotated[float, Field(ge=0)] | None
     accumulate_grad_batches: Annotated[int, Field(ge=1)]
     check_val_every_n_epoch: Annotated[int, Field(ge=1)] | None
-    val_check_interval: Limit | None
+    val_check_interval: Interval | None
     log_every_n_steps: Annotated[int, Field(ge=1)]
     num_sanity_val_steps: Annotated[int, Field(ge=-1)]
     deterministic: bool | Literal["warn"]
     enable_progress_bar: bool
     enable_model_summary: bool
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.max_steps == -1 and self.max_epochs in (None, -1):
+            raise ValueError(
+                f"trainer.max_epochs = {'null' if self.max_epochs is None else -1} and trainer.max_steps = -1: the "
+                "cosine decay needs to know where a run ends. Set one of them"
+            )
+        return self
 
 
 _RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}

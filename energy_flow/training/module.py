@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -71,6 +71,12 @@ class EnergyFlowModule(pl.LightningModule):
         self.fingerprint: dict[str, str] = {}
         self._faults = FaultQueue(lattice_settings.capacity)
         self._seen: list[dict[str, Tensor]] = []
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
+        """The module of a config, such as `energy_flow.config.compose()` gives, for embeddings of dimension `dim`."""
+        sections = ("lattice", "model", "loss", "optimizer", "seed")
+        return cls(dim, **{section: config[section] for section in sections})
 
     @property
     def num_parameters(self) -> int:
@@ -160,7 +166,7 @@ class EnergyFlowModule(pl.LightningModule):
         """All losses that training or evaluation needs; the contrastive one runs over all processes' targets."""
         all_targets, offset = None, 0
         if self.trainer.world_size > 1:
-            all_targets = self.all_gather(target).flatten(0, 1)
+            all_targets = self._gather(target)
             offset = self.global_rank * len(target)
         losses = embedding_losses(
             output.embedding, target, self.loss.temperature, all_targets=all_targets, offset=offset
@@ -203,8 +209,8 @@ class EnergyFlowModule(pl.LightningModule):
             # The cosine itself is a metric already.
             metrics["cosine_loss" if name == "cosine" else name] = loss.item()
         metrics["loss"] = weighted(losses, self.loss).item()
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, prog_bar=False)
-        self.log(f"{stage}/mrr", metrics["mrr"], prog_bar=stage == "val")
+        for name, value in metrics.items():
+            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name == "mrr")
 
     def _losses_of_all(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Losses over a whole split, every target a candidate; in chunks of rows, so that N x N never stands."""
@@ -220,7 +226,12 @@ class EnergyFlowModule(pl.LightningModule):
         return total
 
     def _gather(self, value: Tensor) -> Tensor:
-        return self.all_gather(value).flatten(0, 1) if self.trainer.world_size > 1 else value
+        """All processes' values, joined along the first dimension."""
+        if self.trainer.world_size == 1:
+            return value
+        gathered = self.all_gather(value)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
 
 
 def _unpack(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -17,10 +17,9 @@ def ranks(prediction: Tensor, gallery: Tensor, gold: Tensor | None = None) -> Te
     """The rank of each prediction's gold candidate by cosine: 1 + number of better ones + half the number of ties.
 
     The gold score is read from the same matrix product as all others: computed apart it differs in the last bit, and
-    ranks of near and exact ties move. For the same reason copies of a candidate are scored once (the columns of a
-    matrix product may be summed in different orders), so they tie exactly. The product is in float64, which neither
-    autocast nor TF32 touches, and runs in chunks of rows: a block of scores takes at most `SCORE_BLOCK_BYTES` (or one
-    row).
+    ranks of near and exact ties move. Copies of a candidate are scored once, so that they tie exactly: no BLAS promises
+    that equal columns of a product get equal sums. The product is in float64, which neither autocast nor TF32 touches,
+    and runs in chunks of rows: a block of scores takes at most `SCORE_BLOCK_BYTES` (or one row).
 
     Args:
         prediction: [N, D]; a zero row ties with all candidates.
@@ -47,7 +46,7 @@ def ranks(prediction: Tensor, gallery: Tensor, gold: Tensor | None = None) -> Te
     return torch.cat([_block_ranks(block, candidates, gold_column, copies.double()) for block, gold_column in blocks])
 
 
-def retrieval_metrics(prediction: Tensor, target: Tensor, row: Tensor | None = None) -> dict[str, float]:
+def retrieval_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
     """Retrieval of each target among all N targets, and the mean cosine.
 
     MRR is the mean of 1 / rank, recall@k the share of ranks <= k; a rank with a half (ties) counts as it is.
@@ -55,9 +54,6 @@ def retrieval_metrics(prediction: Tensor, target: Tensor, row: Tensor | None = N
     Args:
         prediction: [N, D]
         target: [N, D]
-        row: int64 [N], the samples' rows in the data set. Samples are put in the order of their rows and rows that
-            occur again (the padding of a distributed sampler) are dropped, so gathered samples of several processes
-            give the metrics of one.
 
     Returns:
         mrr, recall@1, recall@10, recall@100, median_rank, cosine
@@ -68,9 +64,6 @@ def retrieval_metrics(prediction: Tensor, target: Tensor, row: Tensor | None = N
     """
     if prediction.shape != target.shape or len(prediction) == 0:
         raise ValueError(f"prediction {list(prediction.shape)}, target {list(target.shape)}: must both be [N > 0, D]")
-    if row is not None:
-        first = _first_of_each(row)
-        prediction, target = prediction[first], target[first]
     rank = ranks(prediction, target)
     middle = rank.sort().values[[(len(rank) - 1) // 2, len(rank) // 2]]
     return {
@@ -88,13 +81,6 @@ def _block_ranks(prediction: Tensor, candidates: Tensor, own: Tensor, copies: Te
     # #better + #ties / 2, where the gold itself counts as a tie.
     above = (compared @ copies + copies.sum()) / 2
     return 1 + above - 0.5
-
-
-def _first_of_each(row: Tensor) -> Tensor:
-    ordered, index = row.sort(stable=True)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    return index[is_first]
 
 
 def _check_shapes(prediction: Tensor, gallery: Tensor, gold: Tensor | None) -> None:

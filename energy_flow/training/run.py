@@ -20,7 +20,18 @@ from energy_flow.settings import Settings
 from energy_flow.training.baselines import BaselineResults, Report, run_baselines
 from energy_flow.training.losses import LossSettings
 
-COLUMNS = ("median_rank", "recall@1", "recall@10", "recall@100", "mrr", "cosine")
+HEADINGS = {
+    "median_rank": "median rank",
+    "recall@1": "R@1",
+    "recall@10": "R@10",
+    "recall@100": "R@100",
+    "mrr": "MRR",
+    "cosine": "cosine",
+}
+COLUMNS = tuple(HEADINGS)
+
+
+OPTIMIZED = ("val/mrr", "val/recall@1", "val/recall@10", "val/recall@100", "val/cosine")  # higher is better
 
 
 class BaselineSettings(Settings):
@@ -82,6 +93,31 @@ class Results:
     def flat(self) -> dict[str, float]:
         beside = {f"baseline/{b}/{m}": v for b, row in self.baselines.metrics.items() for m, v in row.items()}
         return {**self.metrics, **beside}
+
+
+def check_optimized_metric(name: str) -> None:
+    """Find a wrong name before training, not at the end of its first epoch.
+
+    Raises:
+        ConfigError: no metric of that name, or one that should be low.
+    """
+    if name not in OPTIMIZED:
+        raise ConfigError(f"optimized_metric = {name!r}: must be one of {', '.join(OPTIMIZED)}")
+
+
+def hyper_parameters(settings: TrainSettings) -> dict[str, Any]:
+    """The values that TensorBoard's hparams page compares, as one flat mapping."""
+    sections = ("lattice", "model", "loss", "optimizer", "data", "trainer")
+    flat: dict[str, Any] = {"seed": settings.seed}
+    for section in sections:
+        flat |= _flatten(section, getattr(settings, section))
+    return flat
+
+
+def _flatten(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {k: v for name, item in value.items() for k, v in _flatten(f"{key}.{name}", item).items()}
+    return {key: value if isinstance(value, int | float | str) else str(value)}
 
 
 def fit_baselines(
@@ -149,9 +185,9 @@ def show_results(results: Results, model_name: str, console: Console) -> None:
     rows = {model_name: model, **results.baselines.metrics}
     best = max(row.get("mrr", -math.inf) for row in rows.values())
     table = Table(title="Test: find the target among all targets of the split", title_justify="left")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for column in COLUMNS:
-        table.add_column({"median_rank": "median rank", "mrr": "MRR"}.get(column, column), justify="right")
+        table.add_column(HEADINGS[column], justify="right", no_wrap=True)
     for name, row in rows.items():
         cells = [_cell(column, row.get(column)) for column in COLUMNS]
         table.add_row(name, *cells, style="bold" if row.get("mrr") == best else "")

@@ -1,7 +1,5 @@
 """Pictures of where flows landed and of the groups they form."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -125,12 +123,13 @@ def _scatter(axes: Axes, place: Array, energy: Array, projected: Array, limit: f
 
 
 def _member_histogram(axes: Axes, members: Array, aspect: float) -> None:
-    width = max(1, int(np.ceil((members.max() + 1) / MAX_BARS)))
-    # Cells nobody hits have a bar of their own, whatever the width of the others.
+    width = max(1, int(np.ceil(members.max() / MAX_BARS)))
+    # Cells nobody hits have a bar of their own, as wide as the others, left of them.
     edges = np.concatenate([[0], np.arange(1, members.max() + width + 1, width)])
     counts, _ = np.histogram(members, bins=edges)
+    left = np.where(edges[:-1] == 0, 0.5 - width, edges[:-1] - 0.5)
     colours = [GREY] + [BLUE] * (len(counts) - 1)
-    axes.bar(edges[:-1] - 0.5, counts, width=np.diff(edges), align="edge", color=colours, edgecolor="white", lw=0.5)
+    axes.bar(left, counts, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.5)
     axes.set_box_aspect(aspect)
     axes.set_title("grey: cells nobody hits", fontsize=9)
     axes.set_xlabel("members of a group", fontsize=8)

@@ -1,7 +1,5 @@
 """Picture of flows on their way through the lattice."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

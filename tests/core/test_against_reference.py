@@ -1,6 +1,7 @@
 """The lattice against the flow-by-flow reference: outputs, landings, counts, paths and all gradients, in float64.
 
-The heads are strong, so that flows reach planes, reflect, spawn and end at different steps; every case names the events that must happen.
+The heads are strong, so that flows reach planes, reflect, spawn and end at different steps; every case names the
+events that must happen.
 """
 
 import dataclasses
@@ -62,6 +63,12 @@ CASES = {
     "spawn not at the last step": Case({**SPAWN, "max_steps": 1}, absent=("spawned", "parents"), expect=("projected",)),
     "filter": Case(
         {"filter.enabled": True, "filter.min_displacement": 0.45}, displacement=0.7, expect=("removed", "projected")
+    ),
+    "filter spares flows that reach a plane": Case(
+        {"filter.enabled": True, "filter.min_displacement": 50.0},
+        displacement=3.0,
+        expect=("removed", "reached_z0", "reached_zdepth"),
+        absent=("projected",),
     ),
     "filter and spawn": Case(
         {**SPAWN, "filter.enabled": True, "filter.min_displacement": 0.25},

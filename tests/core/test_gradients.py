@@ -73,3 +73,18 @@ def test_the_graph_of_a_batch_can_be_differentiated_in_parts() -> None:
     assert torch.equal(on_input, torch.full_like(on_input, 3.0))
     output.surface.sum().backward()
     assert processor.carrier.energy_head.weight.grad is not None
+
+
+def test_the_distance_has_a_slope_in_the_middle() -> None:
+    """Flows that never left z = 0 must still learn to leave it; |z| would have no slope there."""
+    case = Case({"deposit": "nearest", "max_steps": 1})
+    processor, embedding = case.processor(), case.embedding()
+    head = processor.carrier.displacement_head
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.zero_()
+    output = processor(embedding)
+    assert (output.landings.plane == 0).all()
+    assert (output.landings.distance == 1).all()
+    (gradient,) = torch.autograd.grad(output.landings.distance.sum(), head.bias)
+    assert gradient.tolist() == [0.0, 0.0, 18.0]

@@ -139,8 +139,8 @@ def test_inference_between_training_steps() -> None:
     with torch.inference_mode():
         run(processor, 0, batch=5)
         processor.cleanup_memory_safe()
-        run(processor, 0, batch=2)
-        processor.cleanup_memory_safe()
+        run(processor, 0, batch=4)
+        processor.cleanup_memory_safe()  # shrinks the buffers
     train(processor)
     assert all(parameter.grad is not None for parameter in processor.parameters())
 
@@ -180,7 +180,7 @@ def test_no_graph_is_kept() -> None:
 
 def live_tensors() -> int:
     gc.collect()
-    return sum(isinstance(item, Tensor) for item in gc.get_objects())
+    return sum(issubclass(type(item), Tensor) for item in gc.get_objects())
 
 
 def test_nothing_grows() -> None:

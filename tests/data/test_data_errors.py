@@ -41,15 +41,13 @@ def npz(tmp_path, **arrays):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "npz", "npy"])
 @pytest.mark.parametrize(
-    ("content", "part"), [(None, "no such file"), (b"", "empty"), (b"word;1.0;2.0\n" * 40, "not a")]
+    ("content", "part"), [(None, "no such file"), (b"", "is empty"), (b"word;1.0;2.0\n" * 40, "or truncated")]
 )
 def test_missing_empty_and_text(tmp_path, suffix, content, part):
     path = tmp_path / f"pairs.{suffix}"
     if content is not None:
         path.write_bytes(content)
-    refused(
-        [path, path] if suffix == "npy" else path, str(path), "not a" if part != "no such file" and content else part
-    )
+    refused([path, path] if suffix == "npy" else path, str(path), part)
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.4, 0.99])
@@ -192,8 +190,7 @@ def test_header_that_claims_more_than_the_file_holds(tmp_path, good):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     refused(tmp_path / "a.safetensors", "truncated")
     np.save(tmp_path / "a.npy", good["source"])
-    lie = (tmp_path / "a.npy").read_bytes().replace(b"(6, 4), }      ", b"(6000000000, 4)")
-    lie = lie.replace(b"'shape': (6000000000, 4)", b"'shape': (60000, 4), }  ")
+    lie = (tmp_path / "a.npy").read_bytes().replace(b"(6, 4), }    ", b"(60000, 4), }")
     (tmp_path / "a.npy").write_bytes(lie)
     refused([tmp_path / "a.npy"] * 2, "needs 960,000 bytes, 96 are there")
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -154,7 +154,7 @@ def test_a_pickled_data_set_carries_no_rows_and_reads_the_same(tmp_path, form):
     assert torch.equal(pickle.loads(sent).all()[1], dataset.all()[1])  # noqa: S301 - our own bytes
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_the_same_rows(tmp_path, method):
     dataset = PairDataset(write(tmp_path, "safetensors", numbers()), normalize=True)
     loader = DataLoader(dataset, 10, collate_fn=dict, num_workers=2, multiprocessing_context=method)

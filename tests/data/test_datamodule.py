@@ -7,6 +7,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
@@ -15,14 +16,14 @@ from energy_flow.data.sampling import epoch_sampler
 from energy_flow.errors import ConfigError, DataError
 from energy_flow.settings import read
 
-CONF = Path(__file__).parents[2] / "conf" / "data"
+CONF = Path(__file__).parents[2] / "conf"
 
 
-def config(name="files", **changes):
-    section = OmegaConf.merge(
-        {"seed": 3, "data": OmegaConf.load(CONF / "reverse_dictionary.yaml")}, {"data": {"name": name, **changes}}
-    )
-    return read(DataSettings, OmegaConf.to_container(section, resolve=True)["data"], "data")
+def config(group="files", **changes):
+    """The settings that `data=<group>` gives, changed."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose(overrides=["+seed=3", f"+data={group}"])
+    return read(DataSettings, {**OmegaConf.to_container(composed, resolve=True)["data"], **changes}, "data")
 
 
 def pairs(path, rows=45, dim=4, seed=0):
@@ -215,7 +216,6 @@ def fit(files, folder, *, epochs=4, workers=0, resume=None, callbacks=(), batch_
         recorder,
         datamodule=EnergyDataModule(config(**files, num_workers=workers, batch_size=batch_size)),
         ckpt_path=resume,
-        **({"weights_only": True} if resume and lightning.__version__ >= "2.6" else {}),
     )
     return recorder.seen
 

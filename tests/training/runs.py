@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,6 +16,14 @@ from energy_flow.core.flow_processor import FlowProcessor, ModelSettings
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.settings import read
 from tests.helpers import DIM, LATTICE, MODEL, section
+
+# A run of ours raises no warnings; these are Lightning's own, about a toy of this size and about torch.
+NO_WARNINGS = pytest.mark.filterwarnings(
+    "error",
+    "ignore:.*does not have many workers",
+    "ignore:.*have no `val_dataloader`",
+    "ignore:.*LeafSpec.*deprecated",
+)
 
 Scalars = dict[str, list[tuple[int, float]]]
 
@@ -68,7 +77,6 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
 
 
 def loader(num_batches: int) -> DataLoader:
-    # One worker process would cost more than all batches; Lightning warns about that.
     return DataLoader(Pairs(2 * num_batches), batch_size=2)
 
 

@@ -22,7 +22,7 @@ from tests.viz.fakes import random_walk
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-SHAPES = [(4, 3, 2, 5), (1, 5, 1, 3), (6, 1, 3, 1), (1, 1, 1, 0), (4, 3, 1, 0)]  # W, H, E, T
+SHAPES = [(4, 3, 2, 5), (1, 5, 1, 1), (6, 1, 3, 0)]  # W, H, E, T
 
 
 def texts(figure: Figure) -> list[str]:

@@ -1,0 +1,36 @@
+"""The configs: where they are, and how to read them without the command line."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+SECTIONS = ("seed", "lattice", "model", "data", "loss", "optimizer", "trainer")
+
+
+def config_dir() -> str:
+    """The folder of the configs: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    packaged = package / "conf"
+    return str(packaged if packaged.is_dir() else package.parent / "conf")
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    """The training config as plain containers, for use from Python.
+
+    Args:
+        overrides: as on the command line, e.g. "size=debug", "lattice.depth=12".
+
+    Returns:
+        The sections that describe model, data and training: `seed`, `lattice`, `model`, `data`, `loss`, `optimizer`,
+        `trainer`. Callbacks, loggers and paths belong to a run of the command line.
+    """
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = hydra_compose("train", overrides=list(overrides))
+    plain: dict[str, Any] = {}
+    for section in SECTIONS:
+        value = config[section]
+        plain[section] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return plain

@@ -1,0 +1,274 @@
+"""The LightningModule: what it trains, what it reports, what it leaves behind."""
+
+import gc
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from energy_flow.config import compose
+from energy_flow.core.energy_lattice import Landings
+from energy_flow.errors import ConfigError, NoLandingError
+from energy_flow.training import checkpoint as checkpoints
+from energy_flow.training.losses import embedding_losses
+from energy_flow.training.module import EnergyFlowModule
+from energy_flow.training.retrieval import retrieval_metrics
+
+GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+DIM = 12
+TINY = (
+    "lattice.width=5",
+    "lattice.height=4",
+    "lattice.depth=6",
+    "model.energy_dim=2",
+    "model.features=6",
+    "model.hidden_size=8",
+    "data.batch_size=8",
+    "optimizer.warmup_steps=3",
+)
+LIVELY = ("lattice.movement.scale=0.5", "lattice.noise.std=0.1", "lattice.spawn.enabled=true", "lattice.noise.z=true")
+
+
+def make_module(*overrides: str) -> EnergyFlowModule:
+    seed_everything(3, verbose=False)
+    return EnergyFlowModule.from_config(compose(*TINY, *overrides), DIM)
+
+
+def make_rows(num_rows: int) -> list[dict[str, Tensor]]:
+    """A learnable toy task: a fixed rotation of random directions."""
+    generator = torch.Generator().manual_seed(0)
+    source = functional.normalize(torch.randn(num_rows, DIM, generator=generator), dim=-1)
+    rotation = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator)).Q
+    target = source @ rotation
+    return [
+        {"source": s, "target": t, "row": torch.tensor(i)} for i, (s, t) in enumerate(zip(source, target, strict=True))
+    ]
+
+
+def make_loader(num_rows: int, batch_size: int = 8) -> DataLoader:
+    return DataLoader(make_rows(num_rows), batch_size=batch_size)  # type: ignore[arg-type]
+
+
+def make_trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "callbacks": list(callbacks),
+    }
+    return Trainer(**{**defaults, **options})
+
+
+class LossCurve(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+
+@pytest.fixture
+def float64_module() -> EnergyFlowModule:
+    """Initial weights in float64 too: an orthogonal start in float32 differs from one LAPACK to the next."""
+    torch.set_default_dtype(torch.float64)
+    module = make_module(*LIVELY, "loss=combined", "optimizer.lr=1.0e-2")
+    torch.set_default_dtype(torch.float32)
+    return module
+
+
+def test_the_loss_curve_is_the_golden_one(float64_module: EnergyFlowModule) -> None:
+    curve = LossCurve()
+    trainer = make_trainer(curve, max_epochs=5, precision="64-true", gradient_clip_val=1.0)
+    trainer.fit(float64_module, make_loader(64))
+    golden = json.loads(GOLDEN.read_text())
+    assert curve.losses[-1] < 0.8 * curve.losses[0]
+    # float64, and sums of a few hundred terms: machines differ in the last digits alone, which 40 steps amplify.
+    assert curve.losses == pytest.approx(golden, rel=1e-7)
+
+
+class LiveTensors(Callback):
+    """Number and bytes of all tensors alive after some batches."""
+
+    def __init__(self, at: tuple[int, ...]) -> None:
+        self.at, self.seen = at, {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx in self.at:
+            gc.collect()
+            alive = [item for item in gc.get_objects() if isinstance(item, Tensor)]
+            with_graph = sum(tensor.grad_fn is not None for tensor in alive)
+            self.seen[batch_idx] = (len(alive), sum(tensor.nbytes for tensor in alive), with_graph)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("lattice.spawn.enabled=true", "lattice.noise.std=0.05")])
+def test_memory_after_batch_50_is_memory_after_batch_3(overrides: tuple[str, ...]) -> None:
+    seed_everything(0, verbose=False)
+    config = compose("size=debug", "model.hidden_size=16", *overrides)
+    live = LiveTensors((2, 49))
+    make_trainer(live, limit_train_batches=50).fit(EnergyFlowModule.from_config(config, DIM), make_loader(400))
+    assert live.seen[49] == live.seen[2]
+
+
+def test_a_sample_without_landing_ends_training_before_the_optimiser_steps() -> None:
+    overrides = ("lattice.filter.enabled=true", "lattice.filter.min_displacement=100.0")
+    module = make_module(*overrides)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(NoLandingError, match=r"8 samples without a single landing \(samples 0, 1"):
+        make_trainer().fit(module, make_loader(16))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_faults_of_every_accumulated_batch_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module()
+    original, calls = module.processor.lattice.landings, []
+
+    def lose_the_second_batch(storage: Any) -> Landings:
+        landings = original(storage)
+        calls.append(1)
+        if len(calls) == 2:
+            landings.landed[3] = False
+        return landings
+
+    monkeypatch.setattr(module.processor.lattice, "landings", lose_the_second_batch)
+    with pytest.raises(NoLandingError, match=r"1 samples without a single landing \(samples 3 "):
+        make_trainer(accumulate_grad_batches=3).fit(module, make_loader(24))
+
+
+def test_overflow_is_said_with_the_number_needed_and_the_key(caplog: pytest.LogCaptureFixture) -> None:
+    overrides = ("lattice.spawn.enabled=true", "lattice.spawn.threshold=0.0001", "lattice.max_flows_per_sample=21")
+    with caplog.at_level(logging.WARNING, "energy_flow"):
+        make_trainer().fit(make_module(*overrides), make_loader(32))
+    said = [record.getMessage() for record in caplog.records if "overflow" in record.getMessage()]
+    assert said
+    assert "lattice.max_flows_per_sample = 21. Raise it to" in said[0]
+    assert len(said) < 4, "said again only where more is needed than was said before"
+
+
+def test_biases_norms_and_cell_values_are_not_decayed() -> None:
+    module = make_module()
+    make_trainer(max_steps=1).fit(module, make_loader(8))
+    optimizer = module.optimizers()
+    decayed, rest = optimizer.param_groups
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    not_decayed = {names[parameter] for parameter in rest["params"]}
+    assert rest["weight_decay"] == 0
+    assert decayed["weight_decay"] == 0.01
+    assert not_decayed == {name for name in names.values() if "bias" in name or "cell_value" in name}
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+def test_the_rate_warms_up_and_decays_to_its_final_share() -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    make_trainer(Rates(), max_steps=11).fit(
+        make_module("optimizer.lr=1.0e-2", "optimizer.final_lr=0.1"), make_loader(88)
+    )
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert rates[7] == pytest.approx(0.01 * 0.55)  # half way down from step 3 to step 11
+    assert all(late < early for early, late in itertools.pairwise(rates[3:]))
+
+
+def test_an_endless_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs = -1"):
+        make_trainer(max_epochs=-1).fit(make_module(), make_loader(8))
+
+
+def test_validation_metrics_are_those_of_the_whole_split() -> None:
+    module, loader = make_module(), make_loader(30, batch_size=7)
+    [reported] = make_trainer().validate(module, loader, verbose=False)
+    rows = next(iter(make_loader(30, batch_size=30)))
+    with torch.no_grad():
+        output = module.eval()(rows["source"])
+    expected = retrieval_metrics(output.embedding, rows["target"])
+    losses = embedding_losses(output.embedding, rows["target"], module.loss.temperature)
+    assert {name: reported[f"val/{name}"] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert reported["val/contrastive"] == pytest.approx(float(losses["contrastive"]), rel=1e-5)
+    assert reported["val/cosine_loss"] == pytest.approx(float(losses["cosine"]), rel=1e-5)
+    assert reported["val/loss"] == reported["val/contrastive"]
+    assert reported["val/flows/landed"] > 0
+
+
+def test_rows_that_come_twice_count_once() -> None:
+    module = make_module()
+    once = make_trainer().validate(module, make_loader(20), verbose=False)[0]
+    padded = [*make_rows(20), make_rows(20)[0], make_rows(20)[7]]
+    twice = make_trainer().validate(module, DataLoader(padded, batch_size=11), verbose=False)[0]  # type: ignore[arg-type]
+    assert twice["val/mrr"] == pytest.approx(once["val/mrr"], rel=1e-6)
+    assert twice["val/loss"] == pytest.approx(once["val/loss"], rel=1e-5)
+
+
+def test_a_users_own_loader_of_pairs_and_predict() -> None:
+    rows = make_rows(32)
+    source, target = (torch.stack([row[name] for row in rows]) for name in ("source", "target"))
+    loader = DataLoader(TensorDataset(source, target), batch_size=8)
+    module, trainer = make_module(), make_trainer()
+    trainer.fit(module, loader, loader)
+    assert trainer.callback_metrics["val/mrr"] > 0
+    predicted = trainer.predict(module, DataLoader(TensorDataset(source), batch_size=8))
+    assert predicted is not None
+    assert torch.allclose(torch.cat(predicted), module.eval()(source).embedding, atol=1e-6)
+
+
+def test_noise_without_rows_is_refused_with_the_remedy() -> None:
+    rows = make_rows(8)
+    loader = DataLoader(TensorDataset(*(torch.stack([r[n] for r in rows]) for n in ("source", "target"))), batch_size=8)
+    with pytest.raises(ConfigError, match=r"lattice\.noise\.std = 0\.1.*'row'"):
+        make_trainer().fit(make_module("lattice.noise.std=0.1"), loader)
+
+
+def test_a_checkpoint_says_where_it_comes_from_and_is_plain(tmp_path: Path) -> None:
+    module = make_module(*LIVELY)
+    module.run_config = {"seed": 3}
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(module, make_loader(16))
+    path = tmp_path / "module.ckpt"
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    info = checkpoint[checkpoints.KEY]
+    assert info["config"] == {"seed": 3}
+    assert info["embedding_dim"] == DIM
+    assert info["data_fingerprint"] == {}
+    assert info["versions"]["torch"] == str(torch.__version__)
+    assert checkpoint["state_dict"]["processor.optimizer_step"] == 4
+    again = EnergyFlowModule.load_from_checkpoint(path)
+    source = torch.randn(3, DIM)
+    assert torch.equal(again.eval()(source).embedding, module.eval()(source).embedding)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_geometry_and_energies_stay_in_float32(precision: str) -> None:
+    dtypes: set[torch.dtype] = set()
+
+    class Spy(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+            landings = pl_module.processor.last_output.landings
+            dtypes.update({landings.xy.dtype, landings.distance.dtype, landings.energy.dtype})
+
+    make_trainer(Spy(), precision=precision, max_steps=2).fit(make_module(*LIVELY), make_loader(16))
+    assert dtypes == {torch.float32}
+
+
+def test_bf16_trains_like_float32() -> None:
+    curves = {}
+    for precision in ("32-true", "bf16-mixed"):
+        curves[precision] = LossCurve()
+        make_trainer(curves[precision], precision=precision, max_epochs=4).fit(make_module(), make_loader(64))
+    assert curves["bf16-mixed"].losses[-1] == pytest.approx(curves["32-true"].losses[-1], rel=0.05)
