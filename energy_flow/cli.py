@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[dict[str, Any]], Any]
 
-# Hydra prints its errors itself, with a traceback or advice that is wrong here, unless this is set; then it raises them.
+# Unless this is set Hydra prints its errors itself, with a traceback or with advice that is wrong here.
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -74,7 +74,9 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
             except EnergyFlowError:
                 sys.exit(1)  # of a sweep's job, which has printed it
             except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if asked == "1" or any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+                if asked == "1" or any(
+                    frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)
+                ):
                     raise
                 print(f"error: {_explain(error, config_name)}", file=sys.stderr)
                 sys.exit(1)
@@ -98,8 +100,10 @@ def is_multirun() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def quieten() -> None:
+def quieten(*, resuming: bool = False) -> None:
     """Silence what Lightning says of choices that were made on purpose."""
+    if resuming:  # in its own folder
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     # Embeddings are read in whole batches, from memory or a mapped file: workers would only copy them once more.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning 2.6 asks torch >= 2.12 about its trees in a way that torch will drop.
@@ -158,10 +162,10 @@ def _closest(key: str, config_name: str) -> str:
     known = {*map(str, node), *(path.name for path in Path(config_dir()).iterdir() if path.is_dir())}
     for name in key.split("."):
         if not isinstance(node, DictConfig) or name not in node:
-            break
+            return did_you_mean(name, known - {"_target_"})
         node = node[name]
         known = set(map(str, node)) if isinstance(node, DictConfig) else set()
-    return did_you_mean(name, known - {"_target_"})
+    return "it is not in the groups that were chosen"
 
 
 def _lines(error: BaseException) -> list[str]:

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from energy_flow.errors import ConfigError
@@ -38,8 +38,21 @@ def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
     try:
         return settings.model_validate(dict(section))
     except ValidationError as error:
-        lines = [_explain(settings, detail, key) for detail in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+        found = [_explain(settings, detail, key) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join(_join(found))) from error
+
+
+def check_type(value: Any, annotation: Any, key: str) -> None:
+    """See that a value of the config has the type that a function not of ours asks for.
+
+    Raises:
+        ConfigError: names the key, the value and what it should be.
+    """
+    try:
+        TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError as error:
+        found = [(f"{key} = {_shown(value)}", _reason(detail)) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join(_join(found))) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -49,7 +62,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
-def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> str:
+def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> tuple[str, str]:
+    """Key (with its value) and what is wrong with it."""
     # Union members stand in the location as type names ("int"); they are no part of the key.
     path, owner = [key] if key else [], settings
     for part in detail["loc"]:
@@ -64,10 +78,30 @@ def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> str:
             owner = annotation
     full = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        return f"{full}: unknown key; {did_you_mean(path[-1], owner.model_fields)}"
+        return full, f"unknown key; {did_you_mean(path[-1], owner.model_fields)}"
     if detail["type"] == "missing":
-        return f"{full}: missing; give it a value"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        return full, "missing; give it a value"
+    if detail["type"] == "model_type":
+        return f"{full} = {_shown(detail['input'])}", f"must be a section with the keys {', '.join(owner.model_fields)}"
     if detail["type"] == "value_error" and detail["loc"] == ():
-        return message  # a rule over several keys: it names them itself
-    return f"{full} = {detail['input']!r}: {message}"
+        return "", _reason(detail)  # a rule over several keys: it names them itself
+    return f"{full} = {_shown(detail['input'])}", _reason(detail)
+
+
+def _reason(detail: ErrorDetails) -> str:
+    return detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+
+
+def _join(found: Iterable[tuple[str, str]]) -> list[str]:
+    """One line per key, also where every member of a union has its own complaint."""
+    reasons: dict[str, list[str]] = {}
+    for head, reason in found:
+        reasons.setdefault(head, []).append(reason)
+    return [": ".join(filter(None, (head, ", or ".join(dict.fromkeys(said))))) for head, said in reasons.items()]
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in a config."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return repr(value)

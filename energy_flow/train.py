@@ -81,6 +81,7 @@ def _introduce(
         f"data {settings.data['name']}: {pairs} pairs of dimension {data.dim}\n"
         f"device {trainer.strategy.root_device}, precision {trainer.precision}, seed {settings.seed}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -138,7 +139,9 @@ def _finish(
     write_metrics(results, settings.paths.output_dir)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(hyper_parameters(settings), results.metrics)
+            # Under names of their own: the curves of the same metrics must not get a point at step 0.
+            found = {f"result/{name}": value for name, value in results.metrics.items()}
+            logger.log_hyperparams(hyper_parameters(settings), found, trainer.global_step)
             logger.save()
     if settings.test and data.test is not None:
         show_results(results, "flow lattice", console)
@@ -160,7 +163,7 @@ def _free() -> None:
 @cli.application("train")
 def main(config: dict[str, Any]) -> float | None:
     """Entry point."""
-    cli.quieten()
+    cli.quieten(resuming=config.get("ckpt_path") is not None)
     return train(config)
 
 

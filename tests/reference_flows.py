@@ -98,19 +98,19 @@ class ReferenceOutput:
                     yield index, flow
 
     def statistics(self) -> dict[str, float]:
-        """Shares of the landings, means over landings and moves, counts."""
+        """Shares of the landings, means over landings and moves (0 where there are none), counts."""
         landings = [flow for _, flow in self.landings()]
-        count, moves = len(landings), max(1, len(self.lengths))
+        count, moves = max(1, len(landings)), max(1, len(self.lengths))
         created = sum(len(sample.flows) for sample in self.samples)
         batch, num_cells = self.surface.shape[:2]
-        energy = torch.stack([flow.energy.detach() for flow in landings])
+        energy = torch.stack([flow.energy.detach() for flow in landings]) if landings else torch.zeros(1)
         return {
             "share_z0": sum(flow.plane == 0 for flow in landings) / count,
             "share_zdepth": sum(flow.plane == 1 for flow in landings) / count,
             "share_projected": sum(flow.status == "projected" for flow in landings) / count,
             "steps": sum(flow.steps for flow in landings) / count,
             "created": created,
-            "landed": count,
+            "landed": len(landings),
             "removed": sum(sample.count("removed") for sample in self.samples),
             "spawned": created - batch * num_cells,
             "overflow": self.overflow,

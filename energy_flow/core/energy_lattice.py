@@ -127,7 +127,11 @@ class Landings:
     @property
     def score(self) -> Tensor:
         """Weight of a landing in its group's softmax: |energy| / (1 + distance) * (1 + 0.1 steps), [B, M]."""
-        return torch.linalg.vector_norm(self.energy, dim=-1) / (1 + self.distance) * (1 + 0.1 * self.steps)
+        return (
+            torch.linalg.vector_norm(self.energy, dim=-1)
+            / (1 + self.distance)
+            * (1 + 0.1 * self.steps.to(self.distance.dtype))
+        )
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class FlowOutput:
     input_surface: Tensor  # [B, S, E]
     landings: Landings
     statistics: dict[str, Tensor]  # scalars
-    by_step: dict[str, Tensor]  # counts after each step, [T + 1]; entry 0 is the start
+    by_step: dict[str, Tensor]  # created, active, reached, projected, removed after each step, [T + 1]; entry 0: start
     faults: Faults
     trajectories: Trajectories | None
 
@@ -228,7 +228,9 @@ class _Convergence:
         ended = (storage.where(FlowStatus.REACHED) | storage.where(FlowStatus.REMOVED)).sum(1)
         self._idle = torch.where(ended > self._ended, 0, self._idle + (step > rule.min_steps))
         self._ended = ended
-        done = (ended >= rule.threshold * storage.created) | (self._idle >= rule.patience)
+        # In float64: a share that equals the threshold must not be missed by float32's rounding.
+        share = ended.double() / storage.created
+        done = (share >= rule.threshold) | (self._idle >= rule.patience)
         if step < rule.min_steps:
             done = torch.zeros_like(done)
         return done[:, None] & storage.where(FlowStatus.ACTIVE)
@@ -239,7 +241,7 @@ class _Record:
 
     def __init__(self, keep_paths: bool) -> None:
         self._keep_paths = keep_paths
-        self._counts: dict[str, list[Tensor]] = {"created": [], "active": [], "reached": [], "removed": []}
+        self._counts: dict[str, list[Tensor]] = {}
         self._unaccounted: list[Tensor] = []
         self._distance: list[Tensor] = []
         self._position: list[Tensor] = []
@@ -247,19 +249,16 @@ class _Record:
         self._displacement: list[Tensor] = []
 
     def start(self, storage: TensorizedFlowStorage) -> None:
-        active = storage.where(FlowStatus.ACTIVE)
-        counts = {
-            "created": storage.created,
-            "active": active,
-            "reached": storage.where(FlowStatus.REACHED),
-            "removed": storage.where(FlowStatus.REMOVED),
-        }
-        for name, value in counts.items():
-            self._counts[name].append(value.sum())
+        self._count("created", storage.created)
+        for status in (FlowStatus.ACTIVE, FlowStatus.REACHED, FlowStatus.PROJECTED, FlowStatus.REMOVED):
+            self._count(status.name.lower(), storage.where(status))
         self._unaccounted.append(storage.unaccounted())
         if self._keep_paths:
             self._position.append(storage.state.position.detach())
-            self._active.append(active)
+            self._active.append(storage.where(FlowStatus.ACTIVE))
+
+    def _count(self, name: str, flows: Tensor) -> None:
+        self._counts.setdefault(name, []).append(flows.sum())
 
     def step(self, storage: TensorizedFlowStorage, length: Tensor) -> None:
         """After a step; `length` [B, M] is 0 for flows that didn't move."""

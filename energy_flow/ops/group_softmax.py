@@ -44,8 +44,9 @@ def group_softmax_deposit(
     # sums, and their slope in the weight stays finite.
     exponent = (flat_scores - maximum[flat_keys]).clamp(max=60.0)
     share = flat_weights * exponent.exp()
-    denominator = (missing * (-maximum).exp()).index_add(0, flat_keys, share)
+    # Where a share is missing the maximum is 0 or more; elsewhere the clamp keeps 0 * exp(1e4) from being NaN.
+    denominator = (missing * (-maximum.clamp(min=0)).exp()).index_add(0, flat_keys, share)
     normalised = (share / denominator[flat_keys]).view_as(weights)
     num_members, num_cells = weights.shape
-    deposits = (normalised[:, :, None] * values[:, None, :]).reshape(num_members * num_cells, -1)
+    deposits = (normalised[:, :, None] * values[:, None, :]).reshape(num_members * num_cells, values.shape[1])
     return values.new_zeros(num_groups, values.shape[1]).index_add(0, flat_keys, deposits), mass

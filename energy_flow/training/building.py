@@ -1,7 +1,6 @@
 """Trainer, callbacks and loggers from their config sections; what can't work ends here, before any training."""
 
 import inspect
-import logging
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
@@ -11,12 +10,11 @@ import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from pydantic import ConfigDict, Field, model_validator
 
 from energy_flow.errors import ConfigError
-from energy_flow.settings import Settings, did_you_mean, explain, read
-
-log = logging.getLogger(__name__)
+from energy_flow.settings import Settings, check_type, did_you_mean, read
 
 Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
@@ -51,6 +49,15 @@ class TrainerSettings(Settings):
         return self
 
 
+# What the module logs at the end of a validation.
+VALIDATED = tuple(
+    f"val/{name}"
+    for name in (
+        *("mrr", "recall@1", "recall@10", "recall@100", "median_rank", "cosine"),
+        *("loss", "contrastive", "cosine_loss", "mse", "surface"),
+    )
+)
+
 _RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 
 
@@ -68,24 +75,76 @@ def build_trainer(
         section: the config section, a plain mapping.
         callbacks, loggers: as built.
         output_dir: the run's folder.
-        num_batches: training batches per epoch; logs at least once per epoch, so that short runs have a curve too.
+        num_batches: training batches per epoch, for a trainer that trains.
 
     Raises:
-        ConfigError: an argument that the Trainer doesn't have or can't use, or a device that isn't there.
+        ConfigError: an argument that the Trainer doesn't have or can't use, a device that isn't there, or a run that
+            would end in its first epoch.
     """
     known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     _refuse_unknown(section, known - _RESERVED.keys(), "trainer")
     settings = read(TrainerSettings, section, "trainer")
-    arguments = {**dict(section), "log_every_n_steps": min(settings.log_every_n_steps, num_batches or 10**9)}
+    _check_types(pl.Trainer.__init__, section, "trainer")
     if not settings.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
+    if not loggers:  # Lightning refuses it then
+        callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.LearningRateMonitor)]
+    where = f"trainer (accelerator={settings.accelerator}, devices={settings.devices}, precision={settings.precision})"
     try:
-        return pl.Trainer(**arguments, callbacks=callbacks, logger=loggers, default_root_dir=output_dir)
+        profiler = {"profiler": _profiler(section.get("profiler"), output_dir)}
+        trainer = pl.Trainer(
+            **{**section, **profiler}, callbacks=callbacks, logger=loggers, default_root_dir=output_dir
+        )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        remedy = "" if settings.accelerator in ("auto", "cpu") else ". trainer.accelerator=auto takes what there is"
+        raise ConfigError(f"{where}: {_one_line(error).rstrip('.!')}{remedy}") from error
+    if trainer.precision != settings.precision:
+        raise ConfigError(f"{where}: this device can't; trainer.precision={trainer.precision} works")
+    if num_batches is not None:
+        _check_epoch(trainer, num_batches // trainer.world_size)
+    return trainer
+
+
+def _profiler(name: Any, output_dir: str) -> Any:
+    """Profilers write their report into the run's folder: `fit-profile.txt`, `test-profile.txt`."""
+    profilers = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return profilers[name](dirpath=output_dir, filename="profile") if name in profilers else name
+
+
+def _check_epoch(trainer: pl.Trainer, num_batches: int) -> None:
+    """Find what would end a run in its first epoch; log at least once per epoch: short runs need a curve, too."""
+    limit = trainer.limit_train_batches or 0
+    num_batches = min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
+    if num_batches == 0:
+        raise ConfigError(f"trainer.limit_train_batches = {limit}: leaves no batch to train on")
+    trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, num_batches))  # type: ignore[attr-defined]
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if every is not None and isinstance(interval, int) and interval > num_batches:
         raise ConfigError(
-            f"trainer (accelerator={settings.accelerator}, devices={settings.devices}, "
-            f"precision={settings.precision}): {_first_line(error)}"
-        ) from error
+            f"trainer.val_check_interval = {interval}: an epoch has {num_batches} batches. Lower it, or set "
+            "trainer.check_val_every_n_epoch=null to count over epochs"
+        )
+    _check_monitors(trainer, num_batches)
+
+
+def _check_monitors(trainer: pl.Trainer, num_batches: int) -> None:
+    """Every metric that a callback watches must be one that is measured."""
+    watched = {name for callback in trainer.callbacks if (name := getattr(callback, "monitor", None)) is not None}  # type: ignore[attr-defined]
+    for name in watched:
+        if name not in VALIDATED and not name.startswith(("train/", "flows/", "val/flows/")):
+            raise ConfigError(f"callbacks: monitor = {name!r}: no such metric; {did_you_mean(name, VALIDATED)}")
+    if not any(name.startswith("val/") for name in watched):
+        return
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch or 1
+    first = every * (interval if isinstance(interval, int) else max(1, int(interval * num_batches)))
+    batches = [trainer.max_epochs * num_batches] if trainer.max_epochs not in (None, -1) else []
+    batches += [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps != -1 else []
+    if trainer.limit_val_batches == 0 or min(batches) < first:
+        raise ConfigError(
+            f"trainer: {', '.join(sorted(watched))} would never be measured: the first validation is after {first} "
+            f"batches, training ends after {min(batches)}, trainer.limit_val_batches = {trainer.limit_val_batches}. "
+            "Validate earlier, or leave out what watches it: callbacks.early_stopping=null"
+        )
 
 
 def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
@@ -109,19 +168,20 @@ def _build(entry: Mapping[str, Any], key: str) -> Any:
     parameters = inspect.signature(target).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         _refuse_unknown(entry, set(parameters) | {"_target_"}, key)
+    _check_types(target.__init__, entry, key)  # type: ignore[misc]
     try:
         return hydra.utils.instantiate(entry, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
-        raise ConfigError(f"{key}: {_first_line(error.__cause__ or error)}") from error
+        raise ConfigError(f"{key}: {_one_line(error.__cause__ or error)}") from error
 
 
-def _target(path: str, key: str) -> Callable[..., Any]:
+def _target(path: str, key: str) -> type:
     try:
         return hydra.utils.get_class(path)
     except (ImportError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{key}._target_ = {path}: {_first_line(error)}") from error
+        raise ConfigError(f"{key}._target_ = {path}: {_one_line(error)}") from error
 
 
 def _refuse_unknown(section: Mapping[str, Any], known: set[str], key: str) -> None:
@@ -132,5 +192,13 @@ def _refuse_unknown(section: Mapping[str, Any], known: set[str], key: str) -> No
             raise ConfigError(f"{key}.{name}: unknown key; {did_you_mean(name, known - {'_target_'})}")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _check_types(function: Callable[..., Any], section: Mapping[str, Any], key: str) -> None:
+    """Types of the arguments of a class that doesn't check them itself; Lightning's callbacks take anything."""
+    hints = typing.get_type_hints(function)
+    for name, value in section.items():
+        if name in hints and not isinstance(value, Mapping):
+            check_type(value, hints[name], f"{key}.{name}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

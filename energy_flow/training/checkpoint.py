@@ -13,6 +13,12 @@ from energy_flow.errors import CheckpointError
 from energy_flow.version import __version__
 
 KEY = "energy_flow"
+# What every checkpoint of ours holds, and what is read of it.
+_PARTS = {
+    KEY: ("config", "embedding_dim", "data_fingerprint"),
+    "hyper_parameters": ("dim", "lattice", "model"),
+    "state_dict": (),
+}
 _LATTICE_SIZE = ("width", "height", "depth")  # its rules, noise say, may change when a run goes on
 
 
@@ -53,17 +59,27 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"ckpt_path = {path}: damaged, or no checkpoint ({reason}). Give another one, such as last.ckpt beside it"
         ) from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint or "hyper_parameters" not in checkpoint:
+    if not all(_has(checkpoint, part, names) for part, names in _PARTS.items()):
         raise CheckpointError(f"ckpt_path = {path}: not a checkpoint of energy_flow")
     return checkpoint
 
 
+def _has(checkpoint: Any, part: str, names: tuple[str, ...]) -> bool:
+    found = checkpoint.get(part) if isinstance(checkpoint, dict) else None
+    return isinstance(found, dict) and all(name in found for name in names)
+
+
 def check_architecture(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:
-    """See that the weights of a checkpoint fit the model of a config.
+    """See that training can go on from a checkpoint: its weights fit the model, the optimiser's state is there.
 
     Raises:
         CheckpointError: names every key that differs.
     """
+    if "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"ckpt_path = {path}: holds weights only, training can't go on from it. Write checkpoints with "
+            "callbacks.checkpoint.save_weights_only=false"
+        )
     lines = list(_differences(_architecture(checkpoint["hyper_parameters"]), _architecture(hyper_parameters)))
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)

@@ -184,7 +184,7 @@ class EnergyFlowModule(pl.LightningModule):
         source, target, rows = _unpack(batch)
         output = self(source, rows)
         self._faults.put(output.faults)
-        kept = {"prediction": output.embedding.float(), "target": target}
+        kept = {"prediction": output.embedding.to(target.dtype), "target": target}
         kept["surface"] = (output.surface - self._target_surface(target)).square().mean((1, 2)).float()
         if rows is not None:
             kept["row"] = rows

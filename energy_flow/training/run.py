@@ -195,7 +195,7 @@ def show_results(results: Results, model_name: str, console: Console) -> None:
     for name, reason in results.baselines.skipped.items():
         console.print(f"{name}: left out, {reason}")
     for name, detail in results.baselines.details.items():
-        console.print(f"{name}: {detail}", style="dim", highlight=False)
+        console.print(f"{name}: {detail}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _cell(column: str, value: float | None) -> str:

@@ -2,10 +2,13 @@
 
 import csv
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -14,22 +17,34 @@ SHOWN = ("val/mrr", "test/mrr", "test/recall@1", "test/recall@10", "test/median_
 
 
 class SweepSummary(Callback):
-    """Writes `summary.csv` (every metric) and `summary.md` into the multirun folder, and prints the table."""
+    """Writes `summary.csv` (every metric) and `summary.md` into the multirun folder, and prints the table.
+
+    The files are written after every job: an interrupted sweep, or one with a job that failed, has them too.
+    """
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode == RunMode.MULTIRUN:
+            _summarise(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        jobs = [_read(path) for path in sorted(folder.glob("**/.hydra/overrides.yaml"), key=_job_number)]
-        if not jobs:
-            return
-        _write_csv(folder / "summary.csv", jobs)
-        columns = [name for name in SHOWN if any(name in job for job in jobs)]
-        _write_markdown(folder / "summary.md", jobs, columns)
+        jobs, columns = _summarise(folder)
         table = Table(title=f"Summary of {len(jobs)} jobs: {folder}", title_justify="left")
         for name in ("job", "overrides", *columns):
             table.add_column(name, justify="left" if name in ("job", "overrides") else "right")
         for job in jobs:
             table.add_row(job["job"], job["overrides"], *(_number(job.get(name)) for name in columns))
         Console().print(table)
+
+
+def _summarise(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Write both files; returns the jobs and the columns that are shown of them."""
+    jobs = [_read(path) for path in sorted(folder.glob("**/.hydra/overrides.yaml"), key=_job_number)]
+    columns = [name for name in SHOWN if any(name in job for job in jobs)]
+    _write_csv(folder / "summary.csv", jobs)
+    jobs = _without_common_overrides(jobs)
+    _write_markdown(folder / "summary.md", jobs, columns)
+    return jobs, columns
 
 
 def _job_number(overrides: Path) -> tuple[int, str]:
@@ -39,9 +54,17 @@ def _job_number(overrides: Path) -> tuple[int, str]:
 
 def _read(overrides: Path) -> dict[str, Any]:
     run = overrides.parent.parent
-    job = {"job": run.name, "overrides": " ".join(OmegaConf.load(overrides))}
+    job = {"job": run.name, "overrides": shlex.join(OmegaConf.load(overrides))}
     metrics = run / "metrics.json"
     return {**job, **(json.loads(metrics.read_text()) if metrics.is_file() else {})}
+
+
+def _without_common_overrides(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In a table only what tells the jobs apart has room."""
+    given = [shlex.split(job["overrides"]) for job in jobs]
+    common = set.intersection(*map(set, given)) if len(jobs) > 1 else set()
+    left = [shlex.join(word for word in words if word not in common) for words in given]
+    return [{**job, "overrides": words} for job, words in zip(jobs, left, strict=True)]
 
 
 def _write_csv(path: Path, jobs: list[dict[str, Any]]) -> None:

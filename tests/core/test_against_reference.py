@@ -64,6 +64,12 @@ CASES = {
     "filter": Case(
         {"filter.enabled": True, "filter.min_displacement": 0.45}, displacement=0.7, expect=("removed", "projected")
     ),
+    "filter takes all": Case(
+        {"filter.enabled": True, "filter.min_displacement": 50.0},
+        displacement=0.1,
+        expect=("removed",),
+        absent=("projected", "reached_z0", "reached_zdepth"),
+    ),
     "filter spares flows that reach a plane": Case(
         {"filter.enabled": True, "filter.min_displacement": 50.0},
         displacement=3.0,

@@ -1,0 +1,30 @@
+"""Data and programs for the tests of the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.helpers import Outcome, Program, spawn, write_pairs
+
+
+@pytest.fixture
+def program(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """The entry points on tiny files in a fresh folder, which is the working directory."""
+    write_pairs(tmp_path, seed=1)
+    monkeypatch.chdir(tmp_path)
+    return Program(tmp_path, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny files and, in logs/, the run of `trained`."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pairs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(trained_folder: Path) -> Outcome:
+    """One finished run with everything on, in a process of its own."""
+    overrides = ("trainer.max_epochs=2", "baselines.enabled=true", "baselines.epochs=1", "logger=[tensorboard,csv]")
+    return spawn("train", trained_folder, *overrides, check=True)

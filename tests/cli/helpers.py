@@ -1,0 +1,196 @@
+"""Starting the programs as a user does: in this process with their own command line, or as a subprocess."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from energy_flow.evaluate import main as evaluate_main
+from energy_flow.train import main as train_main
+
+ROOT = Path(__file__).parents[2]
+DIM = 16
+SIZES = {"train": 64, "val": 32, "test": 32}
+
+# A model and a run as small as they get; pictures cost seconds and have their own tests.
+TINY = {
+    "data": "files",
+    "lattice.width": "4",
+    "lattice.height": "4",
+    "lattice.max_steps": "1",
+    "model.hidden_size": "8",
+    "data.batch_size": "16",
+    "trainer.max_epochs": "1",
+    "trainer.enable_progress_bar": "false",
+    "callbacks.flow_monitor": "null",
+    "baselines.enabled": "false",
+}
+EVALUATE = {
+    "data": "files",
+    "trainer.enable_progress_bar": "false",
+    "baselines.enabled": "false",
+}
+MODULES = {"train": (train_main, TINY), "evaluate": (evaluate_main, EVALUATE)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def folder(self) -> Path:
+        """The run folder that was printed."""
+        return Path(self.out.split("run folder: ")[1].split("\n")[0])
+
+    def metrics(self) -> dict[str, float]:
+        return read_metrics(self.folder)
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """`metrics.json` of a run folder."""
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def write_pairs(folder: Path, sizes: dict[str, int] | None = None, dim: int = DIM, seed: int = 0) -> None:
+    """train, val and test.safetensors: targets are a rotation of their sources, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    for split, size in (sizes or SIZES).items():
+        source = torch.randn(size, dim, generator=generator)
+        noise = 0.3 * torch.randn(size, dim, generator=generator)
+        save_file({"source": source, "target": source @ rotation + noise}, folder / f"{split}.safetensors")
+
+
+def words(program: str, folder: Path, overrides: tuple[str, ...]) -> list[str]:
+    """The command line of a tiny run on the files of `folder`; `overrides` win over what they repeat."""
+    splits = {f"data.{split}": str(folder / f"{split}.safetensors") for split in SIZES}
+    given = {word.split("=")[0].lstrip("+~") for word in overrides}
+    defaults = {**MODULES[program][1], **splits, "paths.log_dir": str(folder / "logs")}
+    return [*(f"{key}={value}" for key, value in defaults.items() if key not in given), *overrides]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The entry points on the files of a folder, started in this process."""
+
+    folder: Path
+    capture: pytest.CaptureFixture
+    patch: pytest.MonkeyPatch
+
+    def train(self, *overrides: str) -> Outcome:
+        return self._run("train", overrides)
+
+    def evaluate(self, *overrides: str) -> Outcome:
+        return self._run("evaluate", overrides)
+
+    def refused(self, *overrides: str, program: str = "train") -> str:
+        """Must end before any training with a short message; returns it."""
+        before = files_of_runs(self.folder)
+        outcome = self._run(program, overrides)
+        assert outcome.code == 1, outcome
+        check_message(outcome.err)
+        assert files_of_runs(self.folder) == before, "something was trained or left behind"
+        return outcome.err
+
+    def _run(self, program: str, overrides: tuple[str, ...]) -> Outcome:
+        self.capture.readouterr()
+        self.patch.setattr(sys, "argv", [program, *words(program, self.folder, overrides)])
+        with _logging_as_it_was(), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("default")
+            for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", hidden)  # as Python does
+            try:
+                MODULES[program][0]()
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+        out, err = self.capture.readouterr()
+        return Outcome(code, out, err + "".join(f"{warning.message}\n" for warning in warned))
+
+
+def check_message(err: str) -> None:
+    lines = err.strip().splitlines()
+    assert 1 <= len(lines) <= 6, err
+    assert lines[0].startswith("error: "), err
+    assert "Traceback" not in err
+    assert len(err) < 1500, err
+
+
+def files_of_runs(folder: Path) -> set[Path]:
+    """Everything below logs/ but what Hydra writes before a run begins: its config and an empty or short log."""
+    found = {path for path in (folder / "logs").rglob("*") if path.is_file()}
+    return {path for path in found if path.parent.name != ".hydra" and path.suffix != ".log"}
+
+
+@contextmanager
+def _logging_as_it_was() -> Iterator[None]:
+    """Hydra replaces the root logger's handlers and level."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers[:], root.level = handlers, level
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", **changes}
+
+
+def spawn(program: str, folder: Path, *overrides: str, cwd: Path | None = None, check: bool = False) -> Outcome:
+    """Run `python -m energy_flow.<program>` to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"energy_flow.{program}", *words(program, folder, overrides)],
+        cwd=cwd or folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def start(program: str, folder: Path, *overrides: str) -> subprocess.Popen:
+    """Start it and go on."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"energy_flow.{program}", *words(program, folder, overrides)],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen, condition: Any, seconds: float = 120) -> None:
+    """Until `condition()` holds; an early end of the process or the time limit fails the test."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended early: {process.communicate()}"
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def interrupt(process: subprocess.Popen) -> tuple[int, str, str]:
+    """What Ctrl-C does; returns exit code, stdout and stderr."""
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err

@@ -1,0 +1,162 @@
+"""A run that was stopped and goes on ends where one that ran through ends, bit for bit."""
+
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from energy_flow import train
+from tests.cli.helpers import Program, environment, interrupt, read_metrics, start, wait_for, write_pairs
+
+# All that has state: noise by optimiser step and row, spawn, a schedule of the movement, warm-up and decay.
+BUSY = (
+    "trainer.max_epochs=4",
+    "lattice.max_steps=3",
+    "lattice.noise.std=0.1",
+    "lattice.spawn.enabled=true",
+    "lattice.spawn.threshold=0.05",
+    "lattice.max_flows_per_sample=64",
+    "lattice.movement.warmup_steps=3",
+    "lattice.movement.decay_steps=20",
+    "lattice.movement.final_scale=0.5",
+    "optimizer.warmup_steps=3",
+)
+NOT_COMPARED = ("run_config", "hyper_parameters", "energy_flow")  # say how it was started
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """Where two checkpoints differ, bit for bit."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return [] if left.dtype == right.dtype and torch.equal(left, right) else [path]
+    if isinstance(left, dict) and isinstance(right, dict):
+        keys = dict.fromkeys([*left, *right])
+        return [d for k in keys for d in differences(left.get(k), right.get(k), f"{path}/{k}")]
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple) and len(left) == len(right):
+        return [d for i, (a, b) in enumerate(zip(left, right, strict=True)) for d in differences(a, b, f"{path}/{i}")]
+    return [] if type(left) is type(right) and left == right else [path]
+
+
+def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
+    """What a run left behind, without what says where it lies."""
+    saved = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    saved = {key: value for key, value in saved.items() if key not in NOT_COMPARED}
+    for state in saved["callbacks"].values():
+        for key in [key for key in state if key.endswith(("path", "dirpath"))]:
+            del state[key]
+        if "best_k_models" in state:
+            state["best_k_models"] = list(state["best_k_models"].values())
+    return saved
+
+
+def test_differences_are_found() -> None:
+    one = {"a": [torch.ones(2), {"b": 1}], "c": 1.0}
+    assert differences(one, {"a": [torch.ones(2), {"b": 1}], "c": 1.0}) == []
+    assert differences(one, {"a": [torch.ones(2) + 1e-7, {"b": 2}], "c": 1}) == ["/a/0", "/a/1/b", "/c"]
+    assert differences(one, {"a": [torch.ones(2)], "c": 1.0, "d": 0}) == ["/a", "/d"]
+
+
+class StopAfter(Callback):
+    """Breaks off a run as an error would, after the checkpoint of an epoch was written or in the middle of the next."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.batches:
+            raise RuntimeError("power cut")
+
+
+@pytest.fixture
+def through(program: Program) -> Path:
+    outcome = program.train(*BUSY)
+    assert outcome.code == 0, outcome.err
+    return outcome.folder
+
+
+@pytest.mark.parametrize("batches", [8, 10])
+def test_resumed_equals_straight(program: Program, through: Path, batches: int) -> None:
+    folder = f"hydra.run.dir={program.folder}/broken"
+    with program.patch.context() as patch:
+        build = train.build_trainer
+        patch.setattr(
+            train,
+            "build_trainer",
+            lambda *a, callbacks, **k: build(*a, callbacks=[*callbacks, StopAfter(batches)], **k),
+        )
+        with pytest.raises(RuntimeError, match="power cut"):
+            program.train(*BUSY, folder)
+    last = program.folder / "broken" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    torch.manual_seed(batches)  # a resumed run must not live on the state of the process
+    outcome = program.train(*BUSY, folder, f"ckpt_path={last}")
+    assert (outcome.code, outcome.err) == (0, "")
+    for name in ("last", "best"):
+        assert differences(checkpoint(through, name), checkpoint(outcome.folder, name)) == []
+    for name, value in outcome.metrics().items():
+        if name.startswith(("test/", "val/")):
+            assert value == read_metrics(through)[name], name
+
+
+def test_noise_and_seed_change_the_result(program: Program, through: Path) -> None:
+    """The comparison above would be worth nothing if every run ended the same."""
+    other = program.train(*BUSY, "lattice.noise.std=0.11").folder
+    assert any(path.startswith("/state_dict") for path in differences(checkpoint(through), checkpoint(other)))
+
+
+def test_going_on_from_a_finished_run(program: Program, through: Path) -> None:
+    last = through / "checkpoints" / "last.ckpt"
+    here = f"hydra.run.dir={through}"
+    longer = program.train(*BUSY, "trainer.max_epochs=6", f"ckpt_path={last}", here)
+    assert (longer.code, longer.err) == (0, "")
+    assert torch.load(last, weights_only=True)["epoch"] == 5
+    message = program.refused(*BUSY, "trainer.max_epochs=3", f"ckpt_path={last}", here)
+    assert "trainer.max_epochs = 3" in message
+    assert "6 epochs" in message
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(program: Program, through: Path) -> None:
+    last = program.folder / "killed" / "checkpoints" / "last.ckpt"
+    process = start("train", program.folder, *BUSY, f"hydra.run.dir={program.folder}/killed")
+    wait_for(process, last.exists)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    outcome = program.train(*BUSY, f"hydra.run.dir={program.folder}/killed", f"ckpt_path={last}")
+    assert outcome.code == 0, outcome.err
+    assert differences(checkpoint(through), checkpoint(outcome.folder)) == []
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_by_the_printed_command(tmp_path: Path) -> None:
+    write_pairs(tmp_path, {"train": 1600, "val": 32, "test": 32})
+    overrides = ("trainer.max_epochs=60", "data.batch_size=4")
+    process = start("train", tmp_path, *overrides)
+    wait_for(process, lambda: list(tmp_path.rglob("last.ckpt")))
+    code, out, err = interrupt(process)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert "run folder: " in out
+    (last,) = tmp_path.rglob("last.ckpt")
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert f"interrupted at step {step}; to go on:" in err
+    command = shlex.split(err.strip().splitlines()[-1])
+    assert command[:3] == ["python", "-m", "energy_flow.train"]
+    words = [word for word in command[1:] if not word.startswith("trainer.max_epochs")]
+    done = subprocess.run(
+        [sys.executable, *words, f"trainer.max_epochs={step // 400 + 1}"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    after = torch.load(last, weights_only=True)
+    assert after["global_step"] == (step // 400 + 1) * 400
+    assert len(list((tmp_path / "logs" / "train" / "runs").iterdir())) == 1
