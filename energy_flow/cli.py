@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from energy_flow.errors import ConfigError, EnergyFlowError
 from energy_flow.settings import did_you_mean
@@ -116,8 +116,10 @@ def quieten(*, resuming: bool = False) -> None:
 def _plain(config: DictConfig) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: missing; give it a value: {error.full_key}=...") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_lines(error)[0]}; give it a value") from error
+        raise ConfigError(f"{error.full_key}: {_lines(error)[0]}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 

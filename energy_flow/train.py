@@ -9,11 +9,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from energy_flow import cli
 from energy_flow.data import DataSettings, EnergyDataModule
+from energy_flow.errors import ConfigError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.building import build_all, build_trainer
@@ -96,11 +98,12 @@ def _fit(
     started = time.perf_counter()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     except SystemExit:  # how Lightning ends on Ctrl-C, after callbacks have saved what they can
-        if interrupt.saved is None:
-            raise
-        command = cli.command_to_go_on(interrupt.saved)
-        print(f"\ninterrupted at step {trainer.global_step}; to go on:\n{command}", file=sys.stderr)
+        print(f"\ninterrupted at step {trainer.global_step}", file=sys.stderr)
+        if interrupt.path.is_file():  # saved now, or in a validation the one of the last epoch
+            print(f"to go on:\n{cli.command_to_go_on(interrupt.path)}", file=sys.stderr)
         sys.exit(130)
     return time.perf_counter() - started
 

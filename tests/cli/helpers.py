@@ -92,8 +92,8 @@ class Program:
     capture: pytest.CaptureFixture
     patch: pytest.MonkeyPatch
 
-    def train(self, *overrides: str) -> Outcome:
-        return self._run("train", overrides)
+    def train(self, *overrides: str, multirun: bool = False) -> Outcome:
+        return self._run("train", overrides, multirun=multirun)
 
     def evaluate(self, *overrides: str) -> Outcome:
         return self._run("evaluate", overrides)
@@ -107,9 +107,10 @@ class Program:
         assert files_of_runs(self.folder) == before, "something was trained or left behind"
         return outcome.err
 
-    def _run(self, program: str, overrides: tuple[str, ...]) -> Outcome:
+    def _run(self, program: str, overrides: tuple[str, ...], *, multirun: bool = False) -> Outcome:
         self.capture.readouterr()
-        self.patch.setattr(sys, "argv", [program, *words(program, self.folder, overrides)])
+        flags = ["-m"] if multirun else []
+        self.patch.setattr(sys, "argv", [program, *flags, *words(program, self.folder, overrides)])
         with _logging_as_it_was(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("default")
             for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):

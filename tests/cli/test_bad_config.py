@@ -124,6 +124,14 @@ def test_half_precision_without_a_gpu_is_not_replaced_silently(program: Program)
     assert "trainer.precision=bf16-mixed works" in outcome.err
 
 
+def test_a_sweep_of_jobs_of_several_processes(program: Program) -> None:
+    several = ("trainer.devices=2", "trainer.accelerator=cpu", "+trainer.strategy=ddp")
+    outcome = program.train("seed=1,2", *several, multirun=True)
+    assert outcome.code == 1
+    assert outcome.err.count("error: trainer.devices: a multirun can't start several processes per job") == 2
+    assert not list((program.folder / "logs").rglob("*.ckpt"))
+
+
 def test_the_reason_stands_in_the_log_too(program: Program) -> None:
     program.refused("lattice.depth=0")
     (log,) = (program.folder / "logs").rglob("train.log")
@@ -134,7 +142,7 @@ def test_a_fault_of_the_program_is_not_dressed_up(program: Program) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise ValueError("a bug")
 
-    program.patch.setattr("energy_flow.train.EnergyFlowModule", broken)
+    program.patch.setattr("energy_flow.train.build_trainer", broken)
     with pytest.raises(ValueError, match="a bug"):
         program.train()
 
@@ -147,7 +155,7 @@ def test_a_fault_of_the_program_is_not_dressed_up(program: Program) -> None:
         ("train", "lattice.depth=0", "lattice.depth = 0"),
         ("train", "data.train=nope.safetensors", "no such file"),
         ("evaluate", "ckpt_path=nope.ckpt", "no such file"),
-        ("evaluate", "+seeed=1", "seeed"),
+        ("evaluate", "trainer=cpu", "ckpt_path: missing"),
     ],
 )
 def test_in_a_process_of_its_own(tmp_path, program_name: str, override: str, part: str) -> None:

@@ -4,6 +4,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import torch
 from lightning.pytorch import Callback
 
 from energy_flow import train
-from tests.cli.helpers import Program, environment, interrupt, read_metrics, start, wait_for, write_pairs
+from tests.cli.helpers import (
+    Outcome,
+    Program,
+    check_message,
+    environment,
+    interrupt,
+    read_metrics,
+    start,
+    wait_for,
+    write_pairs,
+)
 
 # All that has state: noise by optimiser step and row, spawn, a schedule of the movement, warm-up and decay.
 BUSY = (
@@ -61,46 +72,57 @@ def test_differences_are_found() -> None:
     assert differences(one, {"a": [torch.ones(2)], "c": 1.0, "d": 0}) == ["/a", "/d"]
 
 
-class StopAfter(Callback):
-    """Breaks off a run as an error would, after the checkpoint of an epoch was written or in the middle of the next."""
+class StopAt(Callback):
+    """Breaks off a run before a batch."""
 
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step = step
+        self.error = error
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == self.batches:
-            raise RuntimeError("power cut")
+        if trainer.global_step == self.step:
+            raise self.error
 
 
 @pytest.fixture
 def through(program: Program) -> Path:
+    """The folder of a run that nothing stopped."""
     outcome = program.train(*BUSY)
     assert outcome.code == 0, outcome.err
     return outcome.folder
 
 
-@pytest.mark.parametrize("batches", [8, 10])
-def test_resumed_equals_straight(program: Program, through: Path, batches: int) -> None:
-    folder = f"hydra.run.dir={program.folder}/broken"
+def stopped(program: Program, step: int, error: BaseException) -> Outcome:
+    """The same run, broken off; in the folder "broken"."""
+    build = train.build_trainer
+
+    def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, StopAt(step, error)], **kwargs)
+
     with program.patch.context() as patch:
-        build = train.build_trainer
-        patch.setattr(
-            train,
-            "build_trainer",
-            lambda *a, callbacks, **k: build(*a, callbacks=[*callbacks, StopAfter(batches)], **k),
-        )
-        with pytest.raises(RuntimeError, match="power cut"):
-            program.train(*BUSY, folder)
+        patch.setattr(train, "build_trainer", build_and_stop)
+        return program.train(*BUSY, f"hydra.run.dir={program.folder}/broken")
+
+
+@pytest.mark.parametrize(("step", "kind"), [(8, RuntimeError), (10, RuntimeError), (10, KeyboardInterrupt)])
+def test_resumed_equals_straight(program: Program, through: Path, step: int, kind: type[BaseException]) -> None:
+    """An error loses the epoch that it ends; Ctrl-C saves what was done of it."""
     last = program.folder / "broken" / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["epoch"] == 1
-    torch.manual_seed(batches)  # a resumed run must not live on the state of the process
-    outcome = program.train(*BUSY, folder, f"ckpt_path={last}")
+    if kind is KeyboardInterrupt:
+        assert stopped(program, step, kind()).code == 130
+    else:
+        with pytest.raises(kind, match="power cut"):
+            stopped(program, step, kind("power cut"))
+    assert torch.load(last, weights_only=True)["global_step"] == (step if kind is KeyboardInterrupt else 8)
+    torch.manual_seed(step)  # a resumed run must not live on the state of the process
+    outcome = program.train(*BUSY, f"hydra.run.dir={program.folder}/broken", f"ckpt_path={last}")
     assert (outcome.code, outcome.err) == (0, "")
     for name in ("last", "best"):
         assert differences(checkpoint(through, name), checkpoint(outcome.folder, name)) == []
+    expected = read_metrics(through)
     for name, value in outcome.metrics().items():
         if name.startswith(("test/", "val/")):
-            assert value == read_metrics(through)[name], name
+            assert value == expected[name], name
 
 
 def test_noise_and_seed_change_the_result(program: Program, through: Path) -> None:
@@ -110,14 +132,21 @@ def test_noise_and_seed_change_the_result(program: Program, through: Path) -> No
 
 
 def test_going_on_from_a_finished_run(program: Program, through: Path) -> None:
-    last = through / "checkpoints" / "last.ckpt"
-    here = f"hydra.run.dir={through}"
+    last, here = through / "checkpoints" / "last.ckpt", f"hydra.run.dir={through}"
     longer = program.train(*BUSY, "trainer.max_epochs=6", f"ckpt_path={last}", here)
     assert (longer.code, longer.err) == (0, "")
     assert torch.load(last, weights_only=True)["epoch"] == 5
-    message = program.refused(*BUSY, "trainer.max_epochs=3", f"ckpt_path={last}", here)
-    assert "trainer.max_epochs = 3" in message
-    assert "6 epochs" in message
+    shorter = program.train(*BUSY, "trainer.max_epochs=2", f"ckpt_path={last}", here)
+    assert shorter.code == 1
+    check_message(shorter.err)
+    assert "max_epochs=2" in shorter.err
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch(program: Program) -> None:
+    """Also where the best one is of an earlier epoch: a killed run must lose one epoch at most."""
+    folder = program.train("trainer.max_epochs=6", "optimizer.lr=1.0").folder
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 5
+    assert torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] < 5
 
 
 @pytest.mark.slow
@@ -138,13 +167,14 @@ def test_interrupted_and_resumed_by_the_printed_command(tmp_path: Path) -> None:
     overrides = ("trainer.max_epochs=60", "data.batch_size=4")
     process = start("train", tmp_path, *overrides)
     wait_for(process, lambda: list(tmp_path.rglob("last.ckpt")))
+    time.sleep(0.3)  # into the middle of the next epoch
     code, out, err = interrupt(process)
     assert code == 130, err
     assert "Traceback" not in err
     assert "run folder: " in out
     (last,) = tmp_path.rglob("last.ckpt")
     step = torch.load(last, weights_only=True)["global_step"]
-    assert f"interrupted at step {step}; to go on:" in err
+    assert f"interrupted at step {step}\nto go on:\n" in err
     command = shlex.split(err.strip().splitlines()[-1])
     assert command[:3] == ["python", "-m", "energy_flow.train"]
     words = [word for word in command[1:] if not word.startswith("trainer.max_epochs")]

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning
 import lightning.pytorch as pl
@@ -11,11 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from energy_flow import train
 from energy_flow.errors import ConfigError
 from energy_flow.training.building import VALIDATED
 from energy_flow.training.module import EnergyFlowModule
-from tests.cli.helpers import DIM, Outcome, Program, words
-from tests.training.runs import scalars
+from tests.cli.helpers import DIM, Outcome, Program
+from tests.training.runs import NO_WARNINGS, scalars
 
 METRICS = ("mrr", "recall@1", "recall@10", "recall@100", "median_rank", "cosine")
 BASELINES = ("identity", "mean", "ridge", "procrustes", "mlp", "mlp_cosine")
@@ -96,11 +98,19 @@ def test_evaluation_finds_the_same(program: Program, trained: Outcome, trained_f
 
 
 def test_the_best_value_is_returned(program: Program) -> None:
+    returned = []
+
+    def recorded(config: dict[str, Any], inner: Any = train.train) -> Any:
+        returned.append(inner(config))
+        return returned[-1]
+
+    program.patch.setattr(train, "train", recorded)
     outcome = program.train("optimized_metric=val/cosine", "trainer.max_epochs=3")
     checkpoint = torch.load(outcome.folder / "checkpoints" / "best.ckpt", weights_only=True)
-    (callback,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint")]
-    assert callback["monitor"] == "val/cosine"
-    assert outcome.metrics()["val/cosine"] == pytest.approx(float(callback["best_model_score"]))
+    states = [state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint")]
+    (best,) = [float(state["best_model_score"]) for state in states if state["monitor"] == "val/cosine"]
+    assert returned == [pytest.approx(best)]
+    assert outcome.metrics()["val/cosine"] == pytest.approx(best)
 
 
 @pytest.mark.parametrize(
@@ -182,9 +192,7 @@ def test_help_and_config(program: Program) -> None:
 
 @pytest.mark.slow
 def test_multirun(program: Program) -> None:
-    sweep = ("-m", "lattice.depth=4,6", "seed=1,2", "paths.log_dir=relative")
-    program.patch.setattr("tests.cli.helpers.words", lambda *given: [*sweep[:1], *words(*given)])
-    outcome = program.train(*sweep[1:])
+    outcome = program.train("lattice.depth=4,6", "seed=1,2", "paths.log_dir=relative", multirun=True)
     assert (outcome.code, outcome.err) == (0, "")
     (folder,) = (program.folder / "relative" / "train" / "multiruns").iterdir()
     for job in range(4):
@@ -202,16 +210,17 @@ def test_multirun(program: Program) -> None:
 
 @pytest.mark.slow
 def test_a_bad_job_does_not_end_the_sweep(program: Program) -> None:
-    program.patch.setattr("tests.cli.helpers.words", lambda *given: ["-m", *words(*given)])
-    outcome = program.train("lattice.depth=4,0,6")
+    outcome = program.train("lattice.depth=4,0,6", multirun=True)
     assert outcome.code == 1
     assert "error: lattice.depth = 0" in outcome.err
     assert "Traceback" not in outcome.err
     (table,) = (program.folder / "logs").rglob("summary.md")
     rows = table.read_text().splitlines()[2:]
     assert [" - |" in row for row in rows] == [False, True, False]
+    assert len(list((program.folder / "logs").rglob("best.ckpt"))) == 2
 
 
+@NO_WARNINGS
 def test_a_users_own_trainer_and_loader(trained: Outcome, tmp_path: Path) -> None:
     module = EnergyFlowModule.load_from_checkpoint(trained.folder / "checkpoints" / "best.ckpt")
     before = {name: value.clone() for name, value in module.named_parameters()}
@@ -230,6 +239,7 @@ def test_a_users_own_trainer_and_loader(trained: Outcome, tmp_path: Path) -> Non
         assert torch.isfinite(predicted).all()
 
 
+@NO_WARNINGS
 def test_a_batch_of_another_kind_is_refused(trained: Outcome, tmp_path: Path) -> None:
     module = EnergyFlowModule.load_from_checkpoint(trained.folder / "checkpoints" / "best.ckpt")
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -23,6 +23,7 @@ NO_WARNINGS = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
     "ignore:.*have no `val_dataloader`",
     "ignore:.*LeafSpec.*deprecated",
+    "ignore:GPU available but not used",
 )
 
 Scalars = dict[str, list[tuple[int, float]]]

@@ -11,16 +11,11 @@ class SaveOnInterrupt(Callback):
 
     Args:
         path: the checkpoint; replaces what is there.
-
-    Attributes:
-        saved: the checkpoint, once it was written.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.saved: Path | None = None
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.training:
             trainer.save_checkpoint(self.path)
-            self.saved = self.path

@@ -1,0 +1,123 @@
+"""What only a CUDA device can show. Run with: python -m pytest tests/gpu"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
+from energy_flow.ops.counter_noise import counter_noise
+from tests.helpers import Case
+from tests.training.test_module import LIVELY, LossCurve, make_loader, make_module
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# Everything at once: children, removals, early ends, noise; heads strong enough for all of it to happen.
+LIVELY_CASE = Case(
+    {
+        "width": 6,
+        "height": 5,
+        "max_steps": 5,
+        "noise.std": 0.05,
+        "spawn.enabled": True,
+        "filter.enabled": True,
+        "filter.min_displacement": 0.29,
+        "convergence.enabled": True,
+    },
+    {"energy_dim": 2, "num_layers": 2},
+    displacement=0.5,
+    seed=3,
+    training=True,
+    batch=4,
+)
+
+
+def run(processor: FlowProcessor, source: Tensor, cotangent: Tensor) -> tuple[FlowOutput, dict[str, Tensor]]:
+    processor.zero_grad()
+    output = processor(source, torch.arange(len(source), device=source.device))
+    (output.embedding * cotangent).sum().backward()
+    return output, {name: p.grad.cpu() for name, p in processor.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Any wait of the host for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_noise_has_the_same_bits_on_both_devices() -> None:
+    rows, step = torch.tensor([0, 7, 2**31, 2**32 - 1]), torch.tensor(123456)
+    on_cpu = counter_noise(9, step, 3, rows, 1000, torch.float32)
+    on_gpu = counter_noise(9, step.cuda(), 3, rows.cuda(), 1000, torch.float32)
+    assert torch.equal(on_cpu, on_gpu.cpu())
+
+
+def test_outputs_and_gradients_are_those_of_the_cpu() -> None:
+    processor, source = LIVELY_CASE.processor(), LIVELY_CASE.embedding().detach()
+    cotangent = torch.randn(source.shape, dtype=source.dtype)
+    expected, expected_grads = run(processor, source, cotangent)
+    actual, grads = run(processor.cuda(), source.cuda(), cotangent.cuda())
+    for happened in ("spawned", "removed", "share_projected", "share_z0", "share_zdepth"):
+        assert expected.statistics[happened] > 0, happened
+    torch.testing.assert_close(actual.embedding.cpu(), expected.embedding, rtol=1e-10, atol=1e-10)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_the_host_never_waits_inside_a_rollout() -> None:
+    processor, source = LIVELY_CASE.processor().cuda(), LIVELY_CASE.embedding().detach().cuda()
+    cotangent = torch.randn_like(source)
+    rows = torch.arange(4, device="cuda")
+    (processor(source, rows).embedding * cotangent).sum().backward()  # allocations and caches of the first time
+    with no_sync():
+        (processor(source, rows).embedding * cotangent).sum().backward()
+    with pytest.raises(RuntimeError), no_sync():
+        source.sum().item()  # the guard itself works
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_mixed_precision_trains(precision: str) -> None:
+    curve = LossCurve()
+    trainer = make_cuda_trainer(curve, precision=precision, max_epochs=6, gradient_clip_val=1.0)
+    trainer.fit(make_module(*LIVELY, "optimizer.lr=1.0e-2"), make_loader(64))
+    assert all(torch.tensor(curve.losses).isfinite())
+    assert sum(curve.losses[-8:]) < 0.7 * sum(curve.losses[:8])
+
+
+class Allocated(Callback):
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        torch.cuda.synchronize()
+        self.bytes.append(torch.cuda.memory_allocated())
+
+
+def test_device_memory_after_batch_50_is_memory_after_batch_3() -> None:
+    allocated = Allocated()
+    make_cuda_trainer(allocated, max_epochs=1).fit(make_module(*LIVELY), make_loader(400))
+    assert allocated.bytes[49] == allocated.bytes[2]
+
+
+def make_cuda_trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "gpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{**defaults, **options}, callbacks=list(callbacks))
