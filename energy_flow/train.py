@@ -97,7 +97,7 @@ def _fit(
     """Train; returns the seconds it took. Ctrl-C ends the program with 130 and says how to go on."""
     started = time.perf_counter()
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     except SystemExit:  # how Lightning ends on Ctrl-C, after callbacks have saved what they can
@@ -124,7 +124,7 @@ def _finish(
         metrics[settings.optimized_metric] = float(best_score)
     metrics |= {"params": float(module.num_parameters), "fit_seconds": seconds}
     if settings.test and data.test is not None:
-        trainer.test(module, datamodule=data, ckpt_path=best_path or None, weights_only=True, verbose=False)
+        trainer.test(module, datamodule=data, ckpt_path=best_path or None, verbose=False)
         metrics |= scalars(trainer.callback_metrics)
     if not trainer.is_global_zero:
         return metrics.get(settings.optimized_metric)

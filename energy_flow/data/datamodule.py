@@ -128,7 +128,8 @@ class EnergyDataModule(LightningDataModule):
             **self._loader_options(),
         )
         if trainer is not None:
-            loader.batches_done = lambda: trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            loop = trainer.fit_loop.epoch_loop
+            loader.batches_done = lambda: loop.batch_progress.current.ready if loop.restarting else 0
         return loader
 
     def val_dataloader(self) -> DataLoader:

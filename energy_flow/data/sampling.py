@@ -34,23 +34,21 @@ class ResumableLoader(DataLoader):
     """Goes on in the middle of an epoch: a restored run leaves out the batches that it has already trained on.
 
     `batches_done` tells how many those are. Lightning keeps that count in its checkpoints, so this loader saves nothing
-    of its own; it learns from `load_state_dict` that its next epoch is a restored one.
+    of its own. Nor does it wait for `load_state_dict`, which Lightning leaves out where the loaders were made before the
+    checkpoint was read, as asking for `trainer.estimated_stepping_batches` does.
     """
 
     batches_done: Callable[[], int] | None = None
-    restored = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: nothing is read before the first batch is asked for. By then Lightning has told the sampler the
         # epoch and restored its counts; workers started by `iter` would have prefetched the first rows of epoch 0.
-        done = self.batches_done() if self.restored and self.batches_done is not None else 0
-        self.restored = False
+        done = self.batches_done() if self.batches_done is not None else 0
         yield from islice(super().__iter__(), done, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: see the class."""
+        """Empty: see the class. That it is there tells Lightning that this loader can go on in the middle."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called by Lightning, before the first epoch of a restored run."""
-        self.restored = True
+        """Nothing to load."""

@@ -1,24 +1,15 @@
-"""Findings of a rollout on their way from the device to an error, without making the device wait."""
+"""Findings of a rollout, from the device to an error."""
 
 import logging
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from energy_flow.core.energy_lattice import no_landing_message
 from energy_flow.core.flow_processor import Faults
 from energy_flow.errors import LostFlowError, NoLandingError
+from energy_flow.training.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """One batch's findings on the way to the host: lost, overflow, needed, then no_landing of every sample."""
-
-    numbers: Tensor  # int64 [3 + B] on the host; filled once `arrived`
-    arrived: torch.cuda.Event | None
 
 
 class FaultQueue:
@@ -30,21 +21,13 @@ class FaultQueue:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._flights: list[_Flight] = []
+        self._copies: list[HostCopy] = []
         self._most_needed = 0
 
     def put(self, faults: Faults) -> None:
         """Start copying a batch's findings to the host."""
         counts = torch.stack([faults.lost, faults.overflow, faults.needed])
-        numbers = torch.cat([counts, faults.no_landing.long()])
-        if numbers.device.type != "cuda":
-            self._flights.append(_Flight(numbers.cpu(), None))
-            return
-        on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        on_host.copy_(numbers, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._flights.append(_Flight(on_host, arrived))
+        self._copies.append(HostCopy(torch.cat([counts, faults.no_landing.long()])))
 
     def raise_all(self) -> None:
         """Wait for the copies (not for work queued after them) and raise what they say.
@@ -53,11 +36,9 @@ class FaultQueue:
             NoLandingError: samples without a single landing.
             LostFlowError: a flow that neither landed nor was removed.
         """
-        flights, self._flights = self._flights, []
-        for flight in flights:
-            if flight.arrived is not None:
-                flight.arrived.synchronize()
-            lost, overflow, needed, *no_landing = flight.numbers.tolist()
+        copies, self._copies = self._copies, []
+        for copy in copies:
+            lost, overflow, needed, *no_landing = copy.wait().tolist()
             if lost:
                 raise LostFlowError(f"{lost} flows were lost: created flows must have landed or been removed")
             if any(no_landing):

@@ -15,7 +15,9 @@ from energy_flow.core.timing import PhaseTimer
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, read
 from energy_flow.training import checkpoint as checkpoints
+from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
 from energy_flow.training.faults import FaultQueue
+from energy_flow.training.host_copy import DelayedScalars
 from energy_flow.training.losses import LossSettings, embedding_losses, surface_loss, weighted
 from energy_flow.training.retrieval import retrieval_metrics
 
@@ -70,6 +72,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.run_config: dict[str, Any] | None = None
         self.fingerprint: dict[str, str] = {}
         self._faults = FaultQueue(lattice_settings.capacity)
+        self._statistics = DelayedScalars()
         self._seen: list[dict[str, Tensor]] = []
 
     @classmethod
@@ -96,7 +99,9 @@ class EnergyFlowModule(pl.LightningModule):
         trained = {f"train/{name}": losses[name] for name, weight in self.loss.weights().items() if weight > 0}
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict(trained)
-        self.log_dict({f"flows/{name}": value.float() for name, value in output.statistics.items()})
+        if is_logging_batch(self.trainer):
+            statistics = {f"flows/{name}": value for name, value in output.statistics.items()}
+            self._statistics.put(logging_step(self.trainer), statistics)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -105,6 +110,12 @@ class EnergyFlowModule(pl.LightningModule):
     def on_train_start(self) -> None:
         self.processor.optimizer_step.fill_(self.trainer.global_step)
         self.fingerprint = getattr(self.trainer.datamodule, "fingerprint", {})  # type: ignore[attr-defined]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._write_statistics(wait=False)
+
+    def on_train_end(self) -> None:
+        self._write_statistics(wait=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.processor.optimizer_step.fill_(self.trainer.global_step)
@@ -153,6 +164,11 @@ class EnergyFlowModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.run_config, self.fingerprint = checkpoints.origin(checkpoint)
+
+    def _write_statistics(self, *, wait: bool) -> None:
+        """Log what has arrived from the device; `self.log` would wait for it."""
+        for step, scalars in self._statistics.take(wait=wait):
+            log_scalars(self.trainer, scalars, step)
 
     def _rate(self, step: int, total: int) -> float:
         """Linear warm-up to 1, then a half cosine down to `final_lr` at the last step."""

@@ -118,7 +118,9 @@ def test_memory_after_batch_50_is_memory_after_batch_3(overrides: tuple[str, ...
     seed_everything(0, verbose=False)
     config = compose("size=debug", "model.hidden_size=16", *overrides)
     live = LiveTensors((2, 49))
-    make_trainer(live, limit_train_batches=50).fit(EnergyFlowModule.from_config(config, DIM), make_loader(400))
+    make_trainer(live, limit_train_batches=50, log_every_n_steps=1).fit(
+        EnergyFlowModule.from_config(config, DIM), make_loader(400)
+    )
     assert live.seen[49] == live.seen[2]
 
 
