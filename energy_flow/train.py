@@ -143,7 +143,7 @@ def _finish(
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             # Under names of their own: the curves of the same metrics must not get a point at step 0.
-            found = {f"result/{name}": value for name, value in results.metrics.items()}
+            found = {f"result/{name}": value for name, value in results.headlines().items()}
             logger.log_hyperparams(hyper_parameters(settings), found, trainer.global_step)
             logger.save()
     if settings.test and data.test is not None:

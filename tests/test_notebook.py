@@ -46,7 +46,7 @@ def test_what_is_stored_is_a_clean_run() -> None:
     assert NOTEBOOK.stat().st_size < MAX_BYTES
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "not run top to bottom"
-    assert figures(notebook) == 10
+    assert figures(notebook) == 9
     for output in outputs(notebook):
         assert output.output_type != "error"
         assert output.get("name") != "stderr", output.text

@@ -34,8 +34,8 @@ class ResumableLoader(DataLoader):
     """Goes on in the middle of an epoch: a restored run leaves out the batches that it has already trained on.
 
     `batches_done` tells how many those are. Lightning keeps that count in its checkpoints, so this loader saves nothing
-    of its own. Nor does it wait for `load_state_dict`, which Lightning leaves out where the loaders were made before the
-    checkpoint was read, as asking for `trainer.estimated_stepping_batches` does.
+    of its own. Nor does it wait for `load_state_dict`, which Lightning leaves out where something asked for the loaders
+    before the checkpoint was read, as `trainer.estimated_stepping_batches` does.
     """
 
     batches_done: Callable[[], int] | None = None

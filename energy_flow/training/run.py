@@ -90,6 +90,11 @@ class Results:
     metrics: dict[str, float]  # flat: test/mrr, params, fit_seconds, ...
     baselines: BaselineResults
 
+    def headlines(self) -> dict[str, float]:
+        """The few numbers by which runs are compared."""
+        names = [f"test/{column}" for column in COLUMNS] + [*OPTIMIZED, "params", "fit_seconds"]
+        return {name: self.metrics[name] for name in names if name in self.metrics}
+
     def flat(self) -> dict[str, float]:
         beside = {f"baseline/{b}/{m}": v for b, row in self.baselines.metrics.items() for m, v in row.items()}
         return {**self.metrics, **beside}
@@ -106,11 +111,12 @@ def check_optimized_metric(name: str) -> None:
 
 
 def hyper_parameters(settings: TrainSettings) -> dict[str, Any]:
-    """The values that TensorBoard's hparams page compares, as one flat mapping."""
-    sections = ("lattice", "model", "loss", "optimizer", "data", "trainer")
+    """The values that TensorBoard's hparams page compares, flat: those that change what is learnt."""
     flat: dict[str, Any] = {"seed": settings.seed}
-    for section in sections:
+    for section in ("lattice", "model", "loss", "optimizer"):
         flat |= _flatten(section, getattr(settings, section))
+    for section, names in (("data", ("name", "batch_size")), ("trainer", ("max_epochs", "precision"))):
+        flat |= _flatten(section, {name: getattr(settings, section)[name] for name in names})
     return flat
 
 
@@ -205,5 +211,5 @@ def _cell(column: str, value: float | None) -> str:
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Lightning's callback metrics as plain numbers."""
-    return {key: float(value) for key, value in metrics.items()}
+    """What was validated and tested, of Lightning's callback metrics, as plain numbers."""
+    return {key: float(value) for key, value in metrics.items() if key.startswith(("val/", "test/"))}

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-SHOWN = ("val/mrr", "test/mrr", "test/recall@1", "test/recall@10", "test/median_rank", "params", "fit_seconds")
+SHOWN = ("val/mrr", "test/mrr", "test/recall@1", "test/recall@10", "fit_seconds")
 
 
 class SweepSummary(Callback):
