@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 
 from energy_flow import cli
-from energy_flow.data import DataSettings, EnergyDataModule
+from energy_flow.data import EnergyDataModule
 from energy_flow.errors import CheckpointError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
@@ -27,7 +27,7 @@ def evaluate(config: dict[str, Any]) -> float:
     settings = read(EvaluateSettings, config, "")
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     checkpoint = checkpoints.load(settings.ckpt_path)
-    data = EnergyDataModule(read(DataSettings, settings.data, "data"))
+    data = EnergyDataModule.from_config(config)
     data.setup("test")
     dim = checkpoint[checkpoints.KEY]["embedding_dim"]
     if data.dim != dim:

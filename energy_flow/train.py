@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from energy_flow import cli
-from energy_flow.data import DataSettings, EnergyDataModule
+from energy_flow.data import EnergyDataModule
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
@@ -45,7 +45,7 @@ def train(config: dict[str, Any]) -> float | None:
     settings = read(TrainSettings, config, "")
     check_optimized_metric(settings.optimized_metric)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    data = EnergyDataModule(read(DataSettings, settings.data, "data"))
+    data = EnergyDataModule.from_config(config)
     data.setup("fit")
     module = EnergyFlowModule.from_config(config, data.dim)
     module.run_config = config

@@ -1,8 +1,9 @@
 """The data of a run: settings, files of the three splits, loaders."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from energy_flow.data.pairs import Batch, PairDataset
 from energy_flow.data.sampling import ResumableLoader, epoch_sampler
 from energy_flow.errors import ConfigError, DataError
-from energy_flow.settings import Settings
+from energy_flow.settings import Settings, read
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class DataSettings(Settings):
     seed: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _check_splits(self) -> "DataSettings":
+    def _check_splits(self) -> Self:
         given = [split for split in SPLITS if getattr(self, split) is not None]
         if self.name == "files" and not given:
             raise ValueError(
@@ -81,6 +82,11 @@ class EnergyDataModule(LightningDataModule):
         self.val: PairDataset | None = None
         self.test: PairDataset | None = None
         self.fingerprint: dict[str, str] = {}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The data of a config, such as `energy_flow.config.compose()` gives."""
+        return cls(read(DataSettings, config["data"], "data"))
 
     @property
     def dim(self) -> int:

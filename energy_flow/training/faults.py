@@ -47,8 +47,8 @@ class FaultQueue:
                 self._warn(overflow, needed)
 
     def _warn(self, overflow: int, needed: int) -> None:
-        if needed <= self._most_needed:
-            return  # said before; every batch's number is in flows/overflow
+        if needed < 1.5 * self._most_needed:
+            return  # said before, nearly; every batch's number is in flows/overflow
         self._most_needed = needed
         log.warning(
             "overflow: %d children of this batch found no slot; a sample needed %d flows, "

@@ -85,9 +85,11 @@ class EnergyFlowModule(pl.LightningModule):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, source: Tensor, rows: Tensor | None = None) -> FlowOutput:
-        """Embeddings [B, D] -> the flow lattice's output."""
-        output: FlowOutput = self.processor(source, rows, timer=self.phase_timer)
+    def forward(self, source: Tensor, rows: Tensor | None = None, *, record_trajectories: bool = False) -> FlowOutput:
+        """Embeddings [B, D] -> the flow lattice's output; `rows` and trajectories as in `FlowProcessor.forward`."""
+        output: FlowOutput = self.processor(
+            source, rows, record_trajectories=record_trajectories, timer=self.phase_timer
+        )
         return output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -8,21 +8,29 @@ from torch import Tensor
 from energy_flow.viz.style import BLUE, GREEN, GREY, INK, VERMILION, new_figure, to_numpy
 
 # Line styles differ too: curves that lie on each other (created = active at the start) stay visible.
-CURVES = (("created", INK, (0, (5, 2))), ("active", BLUE, "-"), ("reached", GREEN, "-"), ("removed", VERMILION, "-"))
+CURVES = (
+    ("created", INK, (0, (5, 2))),
+    ("active", BLUE, "-"),
+    ("reached", GREEN, "-"),
+    ("removed", VERMILION, "-"),
+    ("projected", GREY, "-"),
+)
 
 
 def population_figure(by_step: dict[str, Tensor]) -> Figure:
     """How many flows were created, active, reached a plane and were removed, against the step.
 
     Args:
-        by_step: `created`, `active`, `reached`, `removed`: [T+1], entry t after step t, entry 0 at the start;
-            counts of the whole batch.
+        by_step: `created`, `active`, `reached`, `removed`, `projected`: [T+1], entry t after step t, entry 0 at the
+            start; counts of the whole batch. The last is drawn where samples converged early.
     """
     figure = new_figure(6.4, 3.8)
     axes = figure.add_subplot()
     num_steps = 0
     for name, colour, style in CURVES:
         counts = to_numpy(by_step[name])
+        if name == "projected" and not counts.any():
+            continue
         num_steps = len(counts) - 1
         axes.plot(
             np.arange(len(counts)),

@@ -8,15 +8,14 @@ from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 
 from energy_flow.config import compose
-from energy_flow.data import DataSettings, EnergyDataModule
-from energy_flow.settings import read
+from energy_flow.data import EnergyDataModule
 from tests.training.test_module import DIM, TINY, make_module, make_rows
 
 NUM_ROWS = 41  # odd: with two processes one row is measured twice
 
 
 def validate(path: Path, processes: int) -> dict[str, float]:
-    section = compose(*TINY, "data=files", f"data.train={path}", f"data.val={path}", "data.eval_batch_size=6")["data"]
+    config = compose(*TINY, "data=files", f"data.train={path}", f"data.val={path}", "data.eval_batch_size=6")
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
@@ -27,7 +26,7 @@ def validate(path: Path, processes: int) -> dict[str, float]:
         enable_model_summary=False,
     )
     [metrics] = trainer.validate(
-        make_module("loss=combined"), datamodule=EnergyDataModule(read(DataSettings, section, "data")), verbose=False
+        make_module("loss=combined"), datamodule=EnergyDataModule.from_config(config), verbose=False
     )
     return {name: float(value) for name, value in metrics.items()}
 
