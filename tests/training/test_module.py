@@ -34,7 +34,13 @@ TINY = (
     "data.batch_size=8",
     "optimizer.warmup_steps=3",
 )
-LIVELY = ("lattice.movement.scale=0.5", "lattice.noise.std=0.1", "lattice.spawn.enabled=true", "lattice.noise.z=true")
+LIVELY = (
+    "lattice.movement.scale=0.5",
+    "lattice.movement.warmup_steps=0",
+    "lattice.noise.std=0.1",
+    "lattice.spawn.enabled=true",
+    "lattice.noise.z=true",
+)
 
 
 def make_module(*overrides: str) -> EnergyFlowModule:

@@ -56,7 +56,7 @@ def assert_no_overlap(figure: Figure) -> None:
 def test_every_figure_draws_every_shape(width: int, height: int, energy_dim: int, num_steps: int) -> None:
     landings, trajectories = random_walk(2, width, height, energy_dim, num_steps, spare=1 if num_steps else 0)
     counts = torch.arange(num_steps + 1)
-    by_step = dict.fromkeys(("created", "active", "reached", "removed"), counts)
+    by_step = dict.fromkeys(("created", "active", "reached", "removed", "projected"), counts)
     surface = torch.randn(2, width * height, energy_dim)
     for figure in (
         surface_figure(surface, width, height, "Input surface"),
@@ -210,6 +210,7 @@ def test_population_shows_the_last_counts() -> None:
         "active": torch.tensor([4, 3, 2]),
         "reached": torch.tensor([0, 1, 3]),
         "removed": torch.tensor([0, 0, 1]),
+        "projected": torch.tensor([0, 0, 0]),
     }
     figure = population_figure(by_step)
     assert texts(figure)[-4:] == [
