@@ -210,7 +210,7 @@ def test_population_shows_the_last_counts() -> None:
         "active": torch.tensor([4, 3, 2]),
         "reached": torch.tensor([0, 1, 3]),
         "removed": torch.tensor([0, 0, 1]),
-        "projected": torch.tensor([0, 0, 0]),
+        "projected": torch.tensor([0, 0, 0]),  # the usual: nothing ends early, no curve
     }
     figure = population_figure(by_step)
     assert texts(figure)[-4:] == [
@@ -219,6 +219,12 @@ def test_population_shows_the_last_counts() -> None:
         "reached (3 at the end)",
         "removed (1 at the end)",
     ]
-    for line, counts in zip(figure.axes[0].lines, by_step.values(), strict=True):
+    for line, counts in zip(figure.axes[0].lines, list(by_step.values())[:4], strict=True):
         assert line.get_xdata().tolist() == [0, 1, 2]
         assert line.get_ydata().tolist() == counts.tolist()
+
+
+def test_population_shows_early_ends() -> None:
+    counts = torch.tensor([4, 4])
+    by_step = dict.fromkeys(("created", "active", "reached", "removed", "projected"), counts)
+    assert "projected (4 at the end)" in texts(population_figure(by_step))
