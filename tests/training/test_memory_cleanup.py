@@ -194,7 +194,7 @@ def test_the_count_survives_a_resume(world: World) -> None:
     ("interval", "threshold", "message"),
     [
         (0, 0.5, r"callbacks\.memory_cleanup\.interval = 0: must be at least 1"),
-        (True, 0.5, r"callbacks\.memory_cleanup\.interval = True"),
+        (True, 0.5, r"callbacks\.memory_cleanup\.interval = true"),
         (1.5, 0.5, r"callbacks\.memory_cleanup\.interval = 1\.5"),
         (1, 0.0, r"callbacks\.memory_cleanup\.threshold = 0\.0: must be a share .* \(0, 2/3\].*lower it"),
         (1, 0.67, r"callbacks\.memory_cleanup\.threshold = 0\.67"),
