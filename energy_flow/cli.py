@@ -1,4 +1,4 @@
-"""What the entry points share: where the configs are, and how errors reach the user."""
+"""What the entry points share: Hydra around them, and how errors reach the user."""
 
 import functools
 import logging
@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from energy_flow.config import config_dir
 from energy_flow.errors import ConfigError, EnergyFlowError
 from energy_flow.settings import did_you_mean
 
@@ -29,13 +30,6 @@ Task = Callable[[dict[str, Any]], Any]
 
 # Unless this is set Hydra prints its errors itself, with a traceback or with advice that is wrong here.
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-
-
-def config_dir() -> str:
-    """The folder of the configs: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
-    packaged = package / "conf"
-    return str(packaged if packaged.is_dir() else package.parent / "conf")
 
 
 def application(config_name: str) -> Callable[[Task], Callable[[], None]]:

@@ -44,16 +44,7 @@ def evaluate(config: dict[str, Any]) -> float:
     console = Console(quiet=not trainer.is_global_zero)
     module = EnergyFlowModule.load_from_checkpoint(settings.ckpt_path, map_location="cpu")
     trainer.test(module, datamodule=data, verbose=False)
-    with console.status("baselines") as status:
-        baselines = fit_baselines(
-            settings.baselines,
-            data,
-            num_parameters=module.num_parameters,
-            loss=module.loss,
-            seed=settings.seed,
-            device=trainer.strategy.root_device,
-            report=lambda what: status.update(f"baselines: {what}"),
-        )
+    baselines = fit_baselines(settings, data, module, trainer.strategy.root_device, console)
     results = Results({**scalars(trainer.callback_metrics), "params": float(module.num_parameters)}, baselines)
     if trainer.is_global_zero:
         _say_whose_data(console, module, data)

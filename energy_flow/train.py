@@ -128,16 +128,7 @@ def _finish(
         metrics |= scalars(trainer.callback_metrics)
     if not trainer.is_global_zero:
         return metrics.get(settings.optimized_metric)
-    with console.status("baselines") as status:
-        baselines = fit_baselines(
-            settings.baselines,
-            data,
-            num_parameters=module.num_parameters,
-            loss=module.loss,
-            seed=settings.seed,
-            device=trainer.strategy.root_device,
-            report=lambda what: status.update(f"baselines: {what}"),
-        )
+    baselines = fit_baselines(settings, data, module, trainer.strategy.root_device, console)
     results = Results(metrics, baselines)
     write_metrics(results, settings.paths.output_dir)
     for logger in trainer.loggers:

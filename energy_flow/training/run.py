@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from pydantic import Field
@@ -17,8 +18,8 @@ from energy_flow.data import EnergyDataModule
 from energy_flow.data.pairs import PairDataset
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings
-from energy_flow.training.baselines import BaselineResults, Report, run_baselines
-from energy_flow.training.losses import LossSettings
+from energy_flow.training.baselines import BaselineResults, Pairs, run_baselines
+from energy_flow.training.module import EnergyFlowModule
 
 HEADINGS = {
     "median_rank": "median rank",
@@ -127,33 +128,31 @@ def _flatten(key: str, value: Any) -> dict[str, Any]:
 
 
 def fit_baselines(
-    settings: BaselineSettings,
+    settings: TrainSettings | EvaluateSettings,
     data: EnergyDataModule,
-    *,
-    num_parameters: int,
-    loss: LossSettings,
-    seed: int,
-    device: Any,
-    report: Report | None,
+    module: EnergyFlowModule,
+    device: torch.device,
+    console: Console,
 ) -> BaselineResults:
     """The baselines on the run's data, or nothing where they are switched off or there is no test split."""
-    if not settings.enabled or data.test is None:
+    if not settings.baselines.enabled or data.test is None:
         return BaselineResults()
 
-    def pairs(dataset: PairDataset | None) -> Any:
+    def pairs(dataset: PairDataset | None) -> Pairs | None:
         return None if dataset is None else dataset.all()
 
-    return run_baselines(
-        pairs(data.train),
-        pairs(data.val),
-        pairs(data.test),
-        num_parameters=num_parameters,
-        loss=loss,
-        epochs=settings.epochs,
-        seed=seed,
-        device=device,
-        report=report,
-    )
+    with console.status("baselines") as status:
+        return run_baselines(
+            pairs(data.train),
+            pairs(data.val),
+            data.test.all(),
+            num_parameters=module.num_parameters,
+            loss=module.loss,
+            epochs=settings.baselines.epochs,
+            seed=settings.seed,
+            device=device,
+            report=lambda what: status.update(f"baselines: {what}"),
+        )
 
 
 def refuse_multirun_of_processes(trainer: Trainer, multirun: bool) -> None:
