@@ -96,8 +96,11 @@ def is_multirun() -> bool:
 
 def quieten(*, resuming: bool = False) -> None:
     """Silence what Lightning says of choices that were made on purpose."""
-    if resuming:  # in its own folder
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    if resuming:
+        warnings.filterwarnings(
+            "ignore", message="Checkpoint directory .* exists and is not empty"
+        )  # in its own folder
+        warnings.filterwarnings("ignore", message="The dirpath has changed")  # in a new one: see BestCheckpoint
     # Embeddings are read in whole batches, from memory or a mapped file: workers would only copy them once more.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning 2.6 asks torch >= 2.12 about its trees in a way that torch will drop.

@@ -21,5 +21,9 @@ class NoLandingError(EnergyFlowError, RuntimeError):
     """Samples of a batch without a single landing: their output would be a silent zero."""
 
 
+class NotFiniteError(EnergyFlowError, RuntimeError):
+    """NaN or Inf in the output of a sample."""
+
+
 class LostFlowError(EnergyFlowError, RuntimeError):
     """Landings + removed flows differ from created flows: the rollout broke its own conservation law."""

@@ -7,19 +7,13 @@ from rich.console import Console
 
 from energy_flow import cli
 from energy_flow.data import EnergyDataModule
-from energy_flow.errors import CheckpointError
+from energy_flow.errors import CheckpointError, ConfigError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.building import build_trainer
+from energy_flow.training.callbacks.progress_bar import ProgressBar
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.run import (
-    EvaluateSettings,
-    Results,
-    fit_baselines,
-    scalars,
-    show_results,
-    write_metrics,
-)
+from energy_flow.training.run import EvaluateSettings, finish, say_whose_data, test
 
 
 def evaluate(config: dict[str, Any]) -> float:
@@ -37,27 +31,28 @@ def evaluate(config: dict[str, Any]) -> float:
         )
     trainer = build_trainer(
         settings.trainer,
-        callbacks=[pl.callbacks.TQDMProgressBar(leave=False)],
+        callbacks=[ProgressBar(leave=False)],
         loggers=[],
         output_dir=settings.paths.output_dir,
     )
     console = Console(quiet=not trainer.is_global_zero)
     module = EnergyFlowModule.load_from_checkpoint(settings.ckpt_path, map_location="cpu")
-    trainer.test(module, datamodule=data, verbose=False)
-    baselines = fit_baselines(settings, data, module, trainer.strategy.root_device, console)
-    results = Results({**scalars(trainer.callback_metrics), "params": float(module.num_parameters)}, baselines)
-    if trainer.is_global_zero:
-        _say_whose_data(console, module, data)
-        show_results(results, "flow lattice", console)
-        console.print(f"written to {write_metrics(results, settings.paths.output_dir)}", soft_wrap=True)
-    return results.metrics["test/mrr"]
+    _check_normalisation(module, data)
+    say_whose_data(module.fingerprint, data, console)
+    metrics = {**test(trainer, module, data, None), "params": float(module.num_parameters)}
+    finish(settings, trainer, module, data, metrics, console)
+    console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
+    return metrics["test/mrr"]
 
 
-def _say_whose_data(console: Console, module: EnergyFlowModule, data: EnergyDataModule) -> None:
-    trained_on = module.fingerprint
-    differing = [split for split in data.fingerprint if data.fingerprint[split] != trained_on.get(split)]
-    if differing:
-        console.print(f"the checkpoint was not trained with these data: {', '.join(differing)} differ")
+def _check_normalisation(module: EnergyFlowModule, data: EnergyDataModule) -> None:
+    trained = (module.run_config or {}).get("data", {}).get("normalize", data.settings.normalize)
+    if trained != data.settings.normalize:
+        value = str(trained).lower()
+        raise ConfigError(
+            f"data.normalize = {str(data.settings.normalize).lower()}: the model was trained with {value}. "
+            f"Set data.normalize={value}"
+        )
 
 
 @cli.application("evaluate")

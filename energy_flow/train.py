@@ -22,15 +22,13 @@ from energy_flow.training.building import build_all, build_trainer
 from energy_flow.training.callbacks.interrupt import SaveOnInterrupt
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
-    Results,
     TrainSettings,
     check_optimized_metric,
-    fit_baselines,
+    finish,
     hyper_parameters,
-    refuse_multirun_of_processes,
-    scalars,
-    show_results,
-    write_metrics,
+    refuse_processes,
+    say_whose_data,
+    test,
 )
 
 log = logging.getLogger(__name__)
@@ -49,9 +47,11 @@ def train(config: dict[str, Any]) -> float | None:
     data.setup("fit")
     module = EnergyFlowModule.from_config(config, data.dim)
     module.run_config = config
+    console = Console()
     if settings.ckpt_path is not None:
         checkpoint = checkpoints.load(settings.ckpt_path)
-        checkpoints.check_architecture(checkpoint, module.hparams, settings.ckpt_path)
+        checkpoints.check_resume(checkpoint, module.hparams, settings.ckpt_path)
+        say_whose_data(checkpoints.origin(checkpoint)[1], data, console)
     interrupt = SaveOnInterrupt(Path(settings.paths.output_dir, "checkpoints", "last.ckpt"))
     trainer = build_trainer(
         settings.trainer,
@@ -60,15 +60,14 @@ def train(config: dict[str, Any]) -> float | None:
         output_dir=settings.paths.output_dir,
         num_batches=len(data.train_dataloader()),
     )
-    refuse_multirun_of_processes(trainer, cli.is_multirun())
-    console = Console(quiet=not trainer.is_global_zero)
+    refuse_processes(trainer, module.processor.settings, cli.is_multirun())
+    console.quiet = not trainer.is_global_zero
     _introduce(console, settings, module, data, trainer)
     try:
         seconds = _fit(trainer, module, data, settings.ckpt_path, interrupt)
         return _finish(settings, trainer, module, data, seconds, console)
     finally:
         console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
-        _free()
 
 
 def _introduce(
@@ -116,31 +115,24 @@ def _finish(
     seconds: float,
     console: Console,
 ) -> float | None:
-    """Test the best checkpoint, fit the baselines, write and show the results."""
+    """Test the best checkpoint, compare it with the baselines, write and show the results."""
     best_path = getattr(trainer.checkpoint_callback, "best_model_path", "")
     best_score = getattr(trainer.checkpoint_callback, "best_model_score", None)
-    metrics = scalars(trainer.callback_metrics)
-    if best_score is not None:
-        metrics[settings.optimized_metric] = float(best_score)
-    metrics |= {"params": float(module.num_parameters), "fit_seconds": seconds}
+    score = trainer.callback_metrics.get(settings.optimized_metric) if best_score is None else best_score
+    metrics = {"params": float(module.num_parameters), "fit_seconds": seconds}
+    if score is not None:
+        metrics[settings.optimized_metric] = float(score)
     if settings.test and data.test is not None:
-        trainer.test(module, datamodule=data, ckpt_path=best_path or None, verbose=False)
-        metrics |= scalars(trainer.callback_metrics)
-    if not trainer.is_global_zero:
-        return metrics.get(settings.optimized_metric)
-    baselines = fit_baselines(settings, data, module, trainer.strategy.root_device, console)
-    results = Results(metrics, baselines)
-    write_metrics(results, settings.paths.output_dir)
+        metrics |= test(trainer, module, data, best_path or None)
+    else:
+        console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
+    results = finish(settings, trainer, module, data, metrics, console)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             # Under names of their own: the curves of the same metrics must not get a point at step 0.
             found = {f"result/{name}": value for name, value in results.headlines().items()}
             logger.log_hyperparams(hyper_parameters(settings), found, trainer.global_step)
             logger.save()
-    if settings.test and data.test is not None:
-        show_results(results, "flow lattice", console)
-    else:
-        console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
     console.print(
         f"trained {seconds:.0f} s; TensorBoard: tensorboard --logdir {settings.paths.log_dir}", soft_wrap=True
     )
@@ -158,7 +150,10 @@ def _free() -> None:
 def main(config: dict[str, Any]) -> float | None:
     """Entry point."""
     cli.quieten(resuming=config.get("ckpt_path") is not None)
-    return train(config)
+    try:
+        return train(config)
+    finally:
+        _free()
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ class EnergyLattice(nn.Module):
     def num_children(self, length: Tensor) -> Tensor:
         """Children of a flow that moved by `length`: min(floor(length / threshold) - 1, limit), int64."""
         rule = self.settings.spawn
-        return (torch.floor(length / rule.threshold) - 1).clamp(0, rule.max_spawn_per_step).long()
+        children = torch.floor(length / rule.threshold) - 1
+        return children.nan_to_num(nan=0.0).clamp(0, rule.max_spawn_per_step).long()
 
     def landings(self, storage: TensorizedFlowStorage) -> Landings:
         """Read the landings of a finished rollout; the result owns its memory."""
@@ -246,8 +247,13 @@ class EnergyLattice(nn.Module):
 
 
 def no_landing_message(samples: list[int]) -> str:
-    shown = ", ".join(str(sample) for sample in samples[:10]) + (", ..." if len(samples) > 10 else "")
     return (
-        f"{len(samples)} samples without a single landing (samples {shown} of the batch): all flows were removed. "
+        f"{len(samples)} samples without a single landing ({name_samples(samples)}): all flows were removed. "
         "Lower lattice.filter.min_displacement or set lattice.filter.enabled=false"
     )
+
+
+def name_samples(samples: list[int]) -> str:
+    """The first of some samples, for messages."""
+    shown = ", ".join(str(sample) for sample in samples[:10]) + (", ..." if len(samples) > 10 else "")
+    return f"samples {shown} of the batch"

@@ -36,6 +36,7 @@ class Faults:
     """Findings that must end a training step; they stay on the device until somebody reads them."""
 
     no_landing: Tensor  # bool [B]
+    not_finite: Tensor  # bool [B]: NaN or Inf in the output embedding
     lost: Tensor  # int64 scalar: created flows that neither landed nor were removed
     overflow: Tensor  # int64 scalar: children without a slot (counted and logged, no fault)
     needed: Tensor  # int64 scalar: slots per sample that would have held all children
@@ -58,7 +59,7 @@ class FlowOutput:
     surface: Tensor  # [B, S, E]
     input_surface: Tensor  # [B, S, E]
     landings: Landings
-    statistics: dict[str, Tensor]  # scalars
+    statistics: dict[str, Tensor]  # scalars; counts are per sample
     by_step: dict[str, Tensor]  # created, active, reached, projected, removed after each step, [T + 1]; entry 0: start
     faults: Faults
     trajectories: Trajectories | None
@@ -125,8 +126,10 @@ class FlowProcessor(nn.Module):
         Raises:
             ConfigError: noise is on and there are no rows, or `embedding` has another shape.
         """
-        if embedding.ndim != 2 or embedding.shape[1] != self.dim:
-            raise ConfigError(f"embedding of shape {list(embedding.shape)}: the model takes [batch, {self.dim}]")
+        if embedding.ndim != 2 or embedding.shape[0] == 0 or embedding.shape[1] != self.dim:
+            raise ConfigError(
+                f"embedding of shape {list(embedding.shape)}: the model takes [batch, {self.dim}], batch at least 1"
+            )
         batch = embedding.shape[0]
         with _phase(timer, "place"):
             surface = self.map_in(embedding).to(self._geometry_dtype)
@@ -141,16 +144,16 @@ class FlowProcessor(nn.Module):
         with _phase(timer, "aggregate"):
             output_surface, mass = self.lattice.aggregate(deposits, batch)
             output_embedding = self.lattice.map_out(output_surface)
-        by_step = record.by_step()
         output = FlowOutput(
             embedding=output_embedding,
             surface=output_surface,
             input_surface=surface,
             landings=landings,
             statistics=_statistics(landings, storage, mass, record),
-            by_step=by_step,
+            by_step=record.by_step(),
             faults=Faults(
                 no_landing=~landings.landed.any(dim=1),
+                not_finite=~output_embedding.detach().isfinite().all(dim=1),
                 lost=record.lost(storage),
                 overflow=storage.overflow.sum(),
                 needed=(storage.created + storage.overflow).max(),
@@ -167,9 +170,8 @@ class FlowProcessor(nn.Module):
         buffers have beyond what batches since the last call needed. Safe at any time between two batches.
         """
         freed = self._pool.trim()
-        if self.last_output is not None:
-            freed += _nbytes(self.last_output)
-            self.last_output = None
+        freed += sum(_storages(self.last_output).values())
+        self.last_output = None
         return freed
 
     @property
@@ -181,7 +183,7 @@ class FlowProcessor(nn.Module):
         settings = self.settings
         scale = self.displacement_scale()
         convergence = _Convergence(settings, storage)
-        record.start(storage)
+        record.look(storage)
         for step in range(settings.num_steps):
             noise = self._noise(step, rows, storage)
             before = storage.state
@@ -248,7 +250,8 @@ class _Record:
         self._active: list[Tensor] = []
         self._displacement: list[Tensor] = []
 
-    def start(self, storage: TensorizedFlowStorage) -> None:
+    def look(self, storage: TensorizedFlowStorage) -> None:
+        """Count the flows of every status."""
         self._count("created", storage.created)
         for status in (FlowStatus.ACTIVE, FlowStatus.REACHED, FlowStatus.PROJECTED, FlowStatus.REMOVED):
             self._count(status.name.lower(), storage.where(status))
@@ -262,7 +265,7 @@ class _Record:
 
     def step(self, storage: TensorizedFlowStorage, length: Tensor) -> None:
         """After a step; `length` [B, M] is 0 for flows that didn't move."""
-        self.start(storage)
+        self.look(storage)
         self._distance.append(length.sum())
         if self._keep_paths:
             self._displacement.append(length)
@@ -275,12 +278,12 @@ class _Record:
         ended = storage.landed | storage.where(FlowStatus.REMOVED)
         return torch.stack([*self._unaccounted, (storage.created - ended.sum(1)).abs().sum()]).sum()
 
-    def moves(self) -> tuple[Tensor, Tensor]:
-        """Number of moves of single flows, and the length of all of them together."""
+    def moves(self) -> tuple[Tensor, Tensor, int]:
+        """Number of moves of single flows, the length of all of them together, and the number of steps."""
         if not self._distance:
             zero = self._counts["active"][0].new_zeros(())
-            return zero, zero
-        return torch.stack(self._counts["active"][:-1]).sum(), torch.stack(self._distance).sum()
+            return zero, zero, 0
+        return torch.stack(self._counts["active"][:-1]).sum(), torch.stack(self._distance).sum(), len(self._distance)
 
     def trajectories(self, storage: TensorizedFlowStorage) -> Trajectories:
         position = torch.stack(self._position)
@@ -292,7 +295,10 @@ class _Record:
 
 
 def _statistics(landings: Landings, storage: TensorizedFlowStorage, mass: Tensor, record: _Record) -> dict[str, Tensor]:
-    """Scalars on the device; means over landings are 0 where nothing landed (which is a fault of its own)."""
+    """Scalars on the device: counts per sample, so that they don't depend on the batch, and means.
+
+    Means over landings are 0 where nothing landed, which is a fault of its own.
+    """
     landed = landings.landed
     count = landed.sum().clamp(min=1)
 
@@ -301,19 +307,19 @@ def _statistics(landings: Landings, storage: TensorizedFlowStorage, mass: Tensor
 
     energy = landings.energy.detach()
     energy_mean = mean(energy.mean(-1))
-    num_moves, length = record.moves()
+    num_moves, length, num_steps = record.moves()
+    batch, num_cells = mass.shape
     num_created = storage.created.sum()
-    num_steps = len(record.by_step()["active"]) - 1
     return {
         "share_z0": mean(landings.plane == 0),
         "share_zdepth": mean(landings.plane == 1),
         "share_projected": mean(landings.projected),
         "steps": mean(landings.steps),
-        "created": num_created,
-        "landed": landed.sum(),
-        "removed": storage.where(FlowStatus.REMOVED).sum(),
-        "spawned": num_created - storage.created.shape[0] * mass.shape[1],
-        "overflow": storage.overflow.sum(),
+        "created": num_created / batch,
+        "landed": landed.sum() / batch,
+        "removed": storage.where(FlowStatus.REMOVED).sum() / batch,
+        "spawned": num_created / batch - num_cells,
+        "overflow": storage.overflow.sum() / batch,
         "coverage": (mass > 0).to(mass.dtype).mean(),
         "displacement": length / num_moves.clamp(min=1),
         "energy_mean": energy_mean,
@@ -337,11 +343,12 @@ def _detached(value: Any) -> Any:
     return value
 
 
-def _nbytes(value: Any) -> int:
+def _storages(value: Any) -> dict[int, int]:
+    """Bytes of every memory block that the tensors of a nested value hold, by address: views count once."""
     if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(_nbytes(item) for item in value.values())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return sum(_nbytes(getattr(value, field.name)) for field in dataclasses.fields(value))
-    return 0
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    items: list[Any] = list(value.values()) if isinstance(value, dict) else []
+    if dataclasses.is_dataclass(value):
+        items = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return {address: size for item in items for address, size in _storages(item).items()}

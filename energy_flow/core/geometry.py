@@ -64,7 +64,7 @@ def deposit_cells(xy: Tensor, width: int, height: int, deposit: Deposit) -> tupl
 
 def _nearest_cell(coordinate: Tensor, num_cells: int) -> Tensor:
     place = (coordinate.detach() + 1) * (0.5 * (num_cells - 1))
-    return (place + 0.5).floor().clamp(0, num_cells - 1).long()
+    return _index((place + 0.5).floor(), num_cells - 1)
 
 
 def _bilinear_axis(coordinate: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,13 @@ def _bilinear_axis(coordinate: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
     place = (coordinate + 1) * (0.5 * (num_cells - 1))
     # The left cell is at most the last but one, so that +1 lies wholly on the last cell. On an axis of one
     # cell left and right are the same cell, and the fraction is 0.
-    left = place.detach().floor().clamp(0, max(num_cells - 2, 0))
+    left = _index(place.detach().floor(), max(num_cells - 2, 0))
     fraction = place - left
-    cells = torch.stack([left, (left + 1).clamp(max=num_cells - 1)], dim=-1).long()
+    cells = torch.stack([left, (left + 1).clamp(max=num_cells - 1)], dim=-1)
     return cells, torch.stack([1 - fraction, fraction], dim=-1)
+
+
+def _index(place: Tensor, last: int) -> Tensor:
+    # NaN becomes a valid index, or one sick sample would take the whole batch down; weights and energies stay NaN,
+    # so it shows, in that sample alone.
+    return place.nan_to_num(nan=0.0).clamp(0, last).long()

@@ -116,6 +116,8 @@ class EnergyDataModule(LightningDataModule):
                 continue
             dataset = PairDataset(path, self.settings.normalize, f"data.{split}")
             self._check_dimension(split, dataset)
+            if len(dataset) < 2:
+                raise DataError(f"data.{split}: {dataset.files[0]}: 1 row; retrieval needs at least 2 candidates")
             setattr(self, split, dataset)
             self.fingerprint[split] = dataset.fingerprint
             _log_split(split, dataset)

@@ -25,9 +25,13 @@ def group_softmax_deposit(
 
     Raises:
         RuntimeError: this torch has no `scatter_reduce`.
+        TypeError: numbers of less than float32; their sums over a group would be wrong (in bfloat16 256 + 1 is 256).
     """
     if not hasattr(torch.Tensor, "scatter_reduce_"):
         raise RuntimeError(f"torch {torch.__version__} has no scatter_reduce: install torch >= 2.6")
+    for name, tensor in (("scores", scores), ("values", values), ("weights", weights)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} are {tensor.dtype}: sums over a group need torch.float32 or torch.float64")
     flat_keys = keys.reshape(-1)
     flat_weights = weights.reshape(-1)
     flat_scores = scores[:, None].expand_as(weights).reshape(-1)

@@ -69,8 +69,8 @@ def _has(checkpoint: Any, part: str, names: tuple[str, ...]) -> bool:
     return isinstance(found, dict) and all(name in found for name in names)
 
 
-def check_architecture(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:
-    """See that training can go on from a checkpoint: its weights fit the model, the optimiser's state is there.
+def check_resume(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:
+    """See that training can go on from a checkpoint: its weights fit the model, the optimiser goes on as it was.
 
     Raises:
         CheckpointError: names every key that differs.
@@ -80,16 +80,28 @@ def check_architecture(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[
             f"ckpt_path = {path}: holds weights only, training can't go on from it. Write checkpoints with "
             "callbacks.checkpoint.save_weights_only=false"
         )
-    lines = list(_differences(_architecture(checkpoint["hyper_parameters"]), _architecture(hyper_parameters)))
+    saved = checkpoint["hyper_parameters"]
+    _refuse(path, "belongs to another architecture", _architecture(saved), _architecture(hyper_parameters))
+    # Lightning restores the optimiser with its old values: new ones would be shown, and not used.
+    _refuse(
+        path, "its optimiser goes on as it was", _prefixed("optimizer", saved), _prefixed("optimizer", hyper_parameters)
+    )
+
+
+def _refuse(path: str | Path, why: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    lines = list(_differences(saved, ours))
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)
-        raise CheckpointError(f"ckpt_path = {path}: belongs to another architecture:\n{listed}")
+        raise CheckpointError(f"ckpt_path = {path}: {why}:\n{listed}")
+
+
+def _prefixed(section: str, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for name, value in hyper_parameters[section].items()}
 
 
 def _architecture(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
     lattice = {f"lattice.{name}": hyper_parameters["lattice"].get(name) for name in _LATTICE_SIZE}
-    model = {f"model.{name}": value for name, value in hyper_parameters["model"].items()}
-    return {"embedding dimension": hyper_parameters["dim"], **lattice, **model}
+    return {"embedding dimension": hyper_parameters["dim"], **lattice, **_prefixed("model", hyper_parameters)}
 
 
 def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:

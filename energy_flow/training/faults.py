@@ -4,9 +4,9 @@ import logging
 
 import torch
 
-from energy_flow.core.energy_lattice import no_landing_message
+from energy_flow.core.energy_lattice import name_samples, no_landing_message
 from energy_flow.core.flow_processor import Faults
-from energy_flow.errors import LostFlowError, NoLandingError
+from energy_flow.errors import LostFlowError, NoLandingError, NotFiniteError
 from energy_flow.training.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
@@ -27,22 +27,30 @@ class FaultQueue:
     def put(self, faults: Faults) -> None:
         """Start copying a batch's findings to the host."""
         counts = torch.stack([faults.lost, faults.overflow, faults.needed])
-        self._copies.append(HostCopy(torch.cat([counts, faults.no_landing.long()])))
+        self._copies.append(HostCopy(torch.cat([counts, faults.no_landing.long(), faults.not_finite.long()])))
 
     def raise_all(self) -> None:
         """Wait for the copies (not for work queued after them) and raise what they say.
 
         Raises:
             NoLandingError: samples without a single landing.
+            NotFiniteError: samples with NaN or Inf in their output.
             LostFlowError: a flow that neither landed nor was removed.
         """
         copies, self._copies = self._copies, []
         for copy in copies:
-            lost, overflow, needed, *no_landing = copy.wait().tolist()
+            lost, overflow, needed, *of_samples = copy.wait().tolist()
+            batch = len(of_samples) // 2
+            no_landing, not_finite = _marked(of_samples[:batch]), _marked(of_samples[batch:])
             if lost:
                 raise LostFlowError(f"{lost} flows were lost: created flows must have landed or been removed")
-            if any(no_landing):
-                raise NoLandingError(no_landing_message([i for i, empty in enumerate(no_landing) if empty]))
+            if no_landing:
+                raise NoLandingError(no_landing_message(no_landing))
+            if not_finite:
+                raise NotFiniteError(
+                    f"NaN or Inf in the output of {len(not_finite)} samples ({name_samples(not_finite)}). If training "
+                    "diverged, lower optimizer.lr or trainer.gradient_clip_val; if not, look at these rows of the data"
+                )
             if overflow:
                 self._warn(overflow, needed)
 
@@ -58,3 +66,7 @@ class FaultQueue:
             self._capacity,
             needed,
         )
+
+
+def _marked(flags: list[int]) -> list[int]:
+    return [sample for sample, flag in enumerate(flags) if flag]

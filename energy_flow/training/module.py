@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 from torch import Tensor
 
@@ -72,7 +73,8 @@ class EnergyFlowModule(pl.LightningModule):
         self.run_config: dict[str, Any] | None = None
         self.fingerprint: dict[str, str] = {}
         self._faults = FaultQueue(lattice_settings.capacity)
-        self._statistics = DelayedScalars()
+        self.latest_loss: float | None = None  # for the progress bar, a few steps old
+        self._scalars = DelayedScalars()
         self._seen: list[dict[str, Tensor]] = []
 
     @classmethod
@@ -98,12 +100,12 @@ class EnergyFlowModule(pl.LightningModule):
         self._faults.put(output.faults)
         losses = self._losses(output, target)
         loss = weighted(losses, self.loss)
-        trained = {f"train/{name}": losses[name] for name, weight in self.loss.weights().items() if weight > 0}
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict(trained)
+        # For callbacks, such as one that watches it. The loggers get theirs below: Lightning would wait for the device.
+        self.log("train/loss", loss, logger=False)
         if is_logging_batch(self.trainer):
+            trained = {f"train/{name}": losses[name] for name, weight in self.loss.weights().items() if weight > 0}
             statistics = {f"flows/{name}": value for name, value in output.statistics.items()}
-            self._statistics.put(logging_step(self.trainer), statistics)
+            self._scalars.put(logging_step(self.trainer), {"train/loss": loss, **trained, **statistics})
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -114,13 +116,19 @@ class EnergyFlowModule(pl.LightningModule):
         self.fingerprint = getattr(self.trainer.datamodule, "fingerprint", {})  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._write_statistics(wait=False)
+        self._write_scalars(wait=False)
 
     def on_train_end(self) -> None:
-        self._write_statistics(wait=True)
+        self._write_scalars(wait=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.processor.optimizer_step.fill_(self.trainer.global_step)
+
+    def on_validation_epoch_start(self) -> None:
+        self._seen = []  # an evaluation that was interrupted left its part
+
+    def on_test_epoch_start(self) -> None:
+        self._seen = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._look(batch, "val")
@@ -162,14 +170,21 @@ class EnergyFlowModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            # The tensors of the checkpoint are the module's own; a callback may save before the module's hook ran.
+            self.processor.optimizer_step.fill_(self.trainer.global_step)
         checkpoint[checkpoints.KEY] = checkpoints.provenance(self.run_config, self.processor.dim, self.fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.run_config, self.fingerprint = checkpoints.origin(checkpoint)
+        config, fingerprint = checkpoints.origin(checkpoint)
+        if self.run_config is None:  # a run that goes on has its own
+            self.run_config = config
+        self.fingerprint = fingerprint
 
-    def _write_statistics(self, *, wait: bool) -> None:
-        """Log what has arrived from the device; `self.log` would wait for it."""
-        for step, scalars in self._statistics.take(wait=wait):
+    def _write_scalars(self, *, wait: bool) -> None:
+        """Log what has arrived from the device."""
+        for step, scalars in self._scalars.take(wait=wait):
+            self.latest_loss = scalars["train/loss"]
             log_scalars(self.trainer, scalars, step)
 
     def _rate(self, step: int, total: int) -> float:
@@ -228,7 +243,8 @@ class EnergyFlowModule(pl.LightningModule):
             metrics["cosine_loss" if name == "cosine" else name] = loss.item()
         metrics["loss"] = weighted(losses, self.loss).item()
         for name, value in metrics.items():
-            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name == "mrr")
+            # The same on every process: `sync_dist` changes nothing, and Lightning need not ask for it.
+            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name == "mrr", sync_dist=True)
 
     def _losses_of_all(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Losses over a whole split, every target a candidate; in chunks of rows, so that N x N never stands."""

@@ -9,11 +9,15 @@ from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerStatus
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from torch.nn import functional
 
+from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.data import EnergyDataModule
 from energy_flow.data.pairs import PairDataset
 from energy_flow.errors import ConfigError
@@ -30,6 +34,7 @@ HEADINGS = {
     "cosine": "cosine",
 }
 COLUMNS = tuple(HEADINGS)
+EXAMPLES = 5
 
 
 OPTIMIZED = ("val/mrr", "val/recall@1", "val/recall@10", "val/recall@100", "val/cosine")  # higher is better
@@ -155,25 +160,61 @@ def fit_baselines(
         )
 
 
-def refuse_multirun_of_processes(trainer: Trainer, multirun: bool) -> None:
-    """Processes that start themselves again would each start the whole sweep again.
+def refuse_processes(trainer: Trainer, lattice: LatticeSettings, multirun: bool) -> None:
+    """Find what several processes can't do, before they start.
 
     Raises:
-        ConfigError: a multirun whose jobs launch the script several times.
+        ConfigError: a multirun whose jobs launch the script several times (each would start the whole sweep again), or
+            a lattice without steps, whose carrier gets no gradient.
     """
-    if multirun and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and lattice.num_steps == 0:
+        raise ConfigError(
+            "lattice.max_steps = 0 (or lattice.depth = 1): neuron and carrier get no gradient, and several processes "
+            "would wait for it. Set trainer.devices=1"
+        )
+    if multirun and isinstance(strategy.launcher, _SubprocessScriptLauncher):
         raise ConfigError(
             "trainer.devices: a multirun can't start several processes per job, every one of them would run the "
             "whole sweep. Set trainer.devices=1, or trainer.strategy=ddp_spawn"
         )
 
 
-def write_metrics(results: Results, output_dir: str | Path) -> Path:
-    """Write `metrics.json`, flat; a number that isn't finite is null, and said so.
+def test(trainer: Trainer, module: EnergyFlowModule, data: EnergyDataModule, ckpt_path: str | None) -> dict[str, float]:
+    """Test metrics of the module, or of a checkpoint of it. Ctrl-C ends the program with 130."""
+    try:
+        trainer.test(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+    except SystemExit:  # how Lightning ends on Ctrl-C
+        if trainer.state.status == TrainerStatus.INTERRUPTED:
+            raise KeyboardInterrupt from None
+        raise
+    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
 
-    Returns:
-        The file.
-    """
+
+def finish(
+    settings: TrainSettings | EvaluateSettings,
+    trainer: Trainer,
+    module: EnergyFlowModule,
+    data: EnergyDataModule,
+    metrics: dict[str, float],
+    console: Console,
+) -> Results:
+    """Write what the model reached, then fit the baselines, write and show them beside it; on the first process."""
+    results = Results(metrics, BaselineResults())
+    if not trainer.is_global_zero:
+        return results
+    write_metrics(results, settings.paths.output_dir)  # whatever happens to the baselines
+    if "test/mrr" not in metrics:
+        return results
+    results = Results(metrics, fit_baselines(settings, data, module, trainer.strategy.root_device, console))
+    write_metrics(results, settings.paths.output_dir)
+    show_results(results, console)
+    show_examples(module, data, console)
+    return results
+
+
+def write_metrics(results: Results, output_dir: str | Path) -> None:
+    """Write `metrics.json`, flat; a number that isn't finite is null, and said so."""
     path = Path(output_dir) / "metrics.json"
     flat = results.flat()
     finite = {key: value if math.isfinite(value) else None for key, value in flat.items()}
@@ -181,13 +222,12 @@ def write_metrics(results: Results, output_dir: str | Path) -> Path:
     bad = [key for key, value in finite.items() if value is None]
     if bad:
         Console(stderr=True).print(f"not finite, null in {path}: {', '.join(bad)}", style="bold red")
-    return path
 
 
-def show_results(results: Results, model_name: str, console: Console) -> None:
+def show_results(results: Results, console: Console) -> None:
     """The table: the model beside the baselines, best MRR in bold."""
     model = {column: results.metrics[f"test/{column}"] for column in COLUMNS if f"test/{column}" in results.metrics}
-    rows = {model_name: model, **results.baselines.metrics}
+    rows = {"flow lattice": model, **results.baselines.metrics}
     best = max(row.get("mrr", -math.inf) for row in rows.values())
     table = Table(title="Test: find the target among all targets of the split", title_justify="left")
     table.add_column("method", no_wrap=True)
@@ -203,12 +243,32 @@ def show_results(results: Results, model_name: str, console: Console) -> None:
         console.print(f"{name}: {detail}", style="dim", highlight=False, soft_wrap=True)
 
 
+def show_examples(module: EnergyFlowModule, data: EnergyDataModule, console: Console) -> None:
+    """The nearest targets of a few test rows by name, where rows have names."""
+    dataset = data.test
+    if dataset is None or dataset.names is None:
+        return
+    rows = list(range(min(EXAMPLES, len(dataset))))
+    batch, (_, targets) = dataset.__getitems__(rows), dataset.all()
+    with torch.no_grad():
+        prediction = module.eval()(batch["source"].to(module.device)).embedding.cpu().float()
+    scores = functional.normalize(prediction, dim=-1) @ functional.normalize(targets, dim=-1).T
+    console.print("nearest targets of the first test rows:")
+    for row, nearest in zip(rows, scores.topk(min(3, len(dataset))).indices.tolist(), strict=True):
+        names = ", ".join(dataset.names[index] for index in nearest)
+        console.print(f"  {dataset.names[row]}: {names}", highlight=False, markup=False, soft_wrap=True)
+
+
+def say_whose_data(trained_on: dict[str, str], data: EnergyDataModule, console: Console) -> None:
+    """Say where data differ from those of the run that wrote a checkpoint."""
+    differing = [split for split, digest in data.fingerprint.items() if digest != trained_on.get(split)]
+    if differing:
+        console.print(
+            f"not the data that the checkpoint was trained with: {', '.join(differing)} differ", soft_wrap=True
+        )
+
+
 def _cell(column: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1f}" if column == "median_rank" else f"{value:.3f}"
-
-
-def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What was validated and tested, of Lightning's callback metrics, as plain numbers."""
-    return {key: float(value) for key, value in metrics.items() if key.startswith(("val/", "test/"))}

@@ -14,6 +14,8 @@ from energy_flow.core.tensorized_flow_storage import TensorPool
 from tests.helpers import Case, tensors_of
 
 CPU = torch.device("cpu")
+# Of every one of 12 slots: status (1 byte), steps, age (8 each); and two counters.
+POOLED_PER_SAMPLE = 12 * (1 + 8 + 8) + 2 * 8
 CASE = Case({"spawn.enabled": True, "noise.std": 0.1, "max_steps": 4}, {"num_layers": 2}, training=True)
 
 
@@ -193,21 +195,54 @@ def test_nothing_grows() -> None:
     assert live_tensors() == after_three
 
 
-def test_clean_up() -> None:
+def blocks(value: Any) -> dict[int, int]:
+    """Bytes of every block of memory that tensors hold on to, by address; views of one block count once."""
+    storages = [tensor.untyped_storage() for tensor in tensors_of(value).values()]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def held(output: FlowOutput | None) -> int:
+    return sum(blocks(output).values())
+
+
+def test_clean_up_gives_back_what_the_last_batch_left() -> None:
     processor = CASE.processor()
-    assert processor.cleanup_memory_safe() == 0
+    assert processor.cleanup_memory_safe() == 0, "nothing has run"
     run(processor, 0, batch=2)
-    kept = sum(tensor.nbytes for tensor in tensors_of(processor.last_output).values())
-    freed = processor.cleanup_memory_safe()
-    assert freed >= kept // 2 > 0
+    left = held(processor.last_output)
+    assert left > (4 + 1) * 2 * 12 * 3 * 8, "the paths alone: T + 1 places of B x M flows in float64"
+    assert processor.cleanup_memory_safe() == left
     assert processor.last_output is None
     run(processor, 0, batch=2)
-    assert processor.cleanup_memory_safe() == freed, "the same batch leaves the same behind"
+    assert processor.cleanup_memory_safe() == left, "the same batch leaves the same behind"
+    assert processor.cleanup_memory_safe() == POOLED_PER_SAMPLE * 2, "no batch since then: no buffer was needed"
+    assert processor.cleanup_memory_safe() == 0
+
+
+def test_clean_up_gives_back_the_buffers_of_a_larger_batch() -> None:
+    processor = CASE.processor()
     run(processor, 0, batch=9)
     processor.cleanup_memory_safe()
     run(processor, 0, batch=2)
-    assert processor.cleanup_memory_safe() > freed, "buffers of the larger batch are given back"
+    left = held(processor.last_output)
+    assert processor.cleanup_memory_safe() == left + POOLED_PER_SAMPLE * (9 - 2)
     assert torch.equal(run(processor, 1).surface, run(CASE.processor(), 1).surface)
+
+
+def test_clean_up_lets_go_of_the_memory() -> None:
+    """What it counts as freed is held by no other tensor: not by the pool, nor by a view of it."""
+    processor = CASE.processor()
+    run(processor)
+    counted = blocks(processor.last_output).keys()
+    assert len(counted) > 20
+    assert counted <= blocks(plain_tensors()).keys()
+    processor.cleanup_memory_safe()
+    assert counted & blocks(plain_tensors()).keys() == set()
+
+
+def plain_tensors() -> list[Tensor]:
+    gc.collect()
+    return [item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)]
 
 
 def test_buffers_are_not_saved() -> None:

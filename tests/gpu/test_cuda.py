@@ -96,6 +96,32 @@ def test_mixed_precision_trains(precision: str) -> None:
     assert sum(curve.losses[-8:]) < 0.7 * sum(curve.losses[:8])
 
 
+class NoSync(Callback):
+    """From batch 3 to batch 6, everything between included, nobody may wait for the device."""
+
+    def __init__(self) -> None:
+        self.watched = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        if batch_idx == 6:
+            torch.cuda.set_sync_debug_mode("default")
+        self.watched += batch_idx in (3, 4, 5)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_host_never_waits_in_a_training_loop(precision: str) -> None:
+    batches = [{name: value.cuda() for name, value in batch.items()} for batch in make_loader(64)]
+    watch = NoSync()
+    trainer = make_cuda_trainer(watch, precision=precision, max_epochs=1, gradient_clip_val=1.0, log_every_n_steps=2)
+    trainer.fit(make_module(*LIVELY), batches)
+    assert watch.watched == 3
+
+
 class Allocated(Callback):
     def __init__(self) -> None:
         self.bytes: list[int] = []

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from energy_flow.config import compose
 from energy_flow.core.energy_lattice import Landings
-from energy_flow.errors import ConfigError, NoLandingError
+from energy_flow.errors import ConfigError, NoLandingError, NotFiniteError
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.losses import embedding_losses
 from energy_flow.training.module import EnergyFlowModule
@@ -154,6 +154,26 @@ def test_faults_of_every_accumulated_batch_are_raised(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module.processor.lattice, "landings", lose_the_second_batch)
     with pytest.raises(NoLandingError, match=r"1 samples without a single landing \(samples 3 "):
         make_trainer(accumulate_grad_batches=3).fit(module, make_loader(24))
+
+
+def test_a_row_of_nan_ends_training_before_the_optimiser_steps() -> None:
+    rows = make_rows(16)
+    rows[13]["source"] = torch.full((DIM,), torch.nan)
+    module = make_module("lattice.spawn.enabled=true")
+    with pytest.raises(NotFiniteError, match=r"1 samples \(samples 5 of the batch\).*look at these rows"):
+        make_trainer().fit(module, DataLoader(rows, batch_size=8))  # type: ignore[arg-type]
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_a_checkpoint_within_an_epoch_knows_its_step(tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    make_trainer(Save()).fit(make_module(), make_loader(32))
+    for step in range(1, 5):
+        checkpoint = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)
+        assert checkpoint["state_dict"]["processor.optimizer_step"] == step == checkpoint["global_step"]
 
 
 def test_overflow_is_said_with_the_number_needed_and_the_key(caplog: pytest.LogCaptureFixture) -> None:

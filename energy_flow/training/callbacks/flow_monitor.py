@@ -144,7 +144,6 @@ def _histograms(output: FlowOutput) -> dict[str, Tensor]:
     landings, landed = output.landings, output.landings.landed
     towards = landings.plane * 2 - 1  # -1 for z0, +1 for zdepth
     values = {
-        "flows/landing_z": towards[landed].float(),
         "flows/final_x": landings.xy[..., 0][landed],
         "flows/final_y": landings.xy[..., 1][landed],
         "flows/final_z": (towards * (1 - landings.distance))[landed],
