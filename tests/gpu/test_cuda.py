@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.ops.counter_noise import counter_noise
@@ -43,7 +44,7 @@ def run(processor: FlowProcessor, source: Tensor, cotangent: Tensor) -> tuple[Fl
     processor.zero_grad()
     output = processor(source, torch.arange(len(source), device=source.device))
     (output.embedding * cotangent).sum().backward()
-    return output, {name: p.grad.cpu() for name, p in processor.named_parameters() if p.grad is not None}
+    return output, {name: p.grad.clone().cpu() for name, p in processor.named_parameters() if p.grad is not None}
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def test_the_host_never_waits_in_a_training_loop(precision: str) -> None:
     batches = [{name: value.cuda() for name, value in batch.items()} for batch in make_loader(64)]
     watch = NoSync()
     trainer = make_cuda_trainer(watch, precision=precision, max_epochs=1, gradient_clip_val=1.0, log_every_n_steps=2)
-    trainer.fit(make_module(*LIVELY), batches)
+    trainer.fit(make_module(*LIVELY), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     assert watch.watched == 3
 
 
