@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,6 +27,9 @@ from energy_flow.settings import did_you_mean
 log = logging.getLogger(__name__)
 
 Task = Callable[[dict[str, Any]], Any]
+
+# What Hydra raises for a config.
+_HYDRAS = (HydraException, OmegaConfBaseException, ValueError)
 
 # Unless this is set Hydra prints its errors itself, with a traceback or with advice that is wrong here.
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -67,10 +70,9 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
                     start()
             except EnergyFlowError:
                 sys.exit(1)  # of a sweep's job, which has printed it
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if asked == "1" or any(
-                    frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)
-                ):
+            except (*_HYDRAS, OSError) as error:
+                ours = any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+                if asked == "1" or ours or not (isinstance(error, _HYDRAS) or _file_of(error)):
                     raise
                 print(f"error: {_explain(error, config_name)}", file=sys.stderr)
                 sys.exit(1)
@@ -140,7 +142,13 @@ def _set(name: str, value: str | None) -> None:
 
 
 def _explain(error: Exception, config_name: str) -> str:
-    """A config that Hydra could not compose, in the words of the other messages."""
+    """A config that Hydra could not compose, or a folder that it could not make, in the words of other messages."""
+    for found in (error, error.__cause__):
+        if _file_of(found):
+            return (
+                f"paths.log_dir (or hydra.run.dir, hydra.sweep.dir): {found.filename}: can't be written "
+                f"({found.strerror}). Give another folder: paths.log_dir=..."
+            )
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group} = {name}: no such option; {did_you_mean(name, error.options)}"
@@ -152,6 +160,11 @@ def _explain(error: Exception, config_name: str) -> str:
     if unknown:
         return f"{unknown[1]}: unknown key; {_closest(unknown[1], config_name)}"
     return "\n".join(_lines(error)[:3])
+
+
+def _file_of(error: BaseException | None) -> TypeGuard[OSError]:
+    """Whether it is of a file; Hydra has errors of this type without one."""
+    return isinstance(error, OSError) and error.filename is not None
 
 
 def _closest(key: str, config_name: str) -> str:

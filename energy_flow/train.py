@@ -51,6 +51,7 @@ def train(config: dict[str, Any]) -> float | None:
     if settings.ckpt_path is not None:
         checkpoint = checkpoints.load(settings.ckpt_path)
         checkpoints.check_resume(checkpoint, module.hparams, settings.ckpt_path)
+        checkpoints.check_weights(checkpoint["state_dict"], module, settings.ckpt_path)
         say_whose_data(checkpoints.origin(checkpoint)[1], data, console)
     interrupt = SaveOnInterrupt(Path(settings.paths.output_dir, "checkpoints", "last.ckpt"))
     trainer = build_trainer(

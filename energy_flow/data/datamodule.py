@@ -137,7 +137,7 @@ class EnergyDataModule(LightningDataModule):
         )
         if trainer is not None:
             loop = trainer.fit_loop.epoch_loop
-            loader.batches_done = lambda: loop.batch_progress.current.ready if loop.restarting else 0
+            loader.batches_done = lambda: loop.batch_progress.current.ready if trainer.training else 0
         return loader
 
     def val_dataloader(self) -> DataLoader:

@@ -1,8 +1,12 @@
 """Trainer, callbacks and loggers from their config sections; what can't work ends here, before any training."""
 
 import inspect
+import logging
+import math
+import tempfile
 import typing
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import hydra
@@ -15,6 +19,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, check_type, did_you_mean, read
+
+log = logging.getLogger(__name__)
 
 Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
@@ -58,6 +64,11 @@ VALIDATED = tuple(
     )
 )
 
+# Of callbacks and loggers that were built: where they stand in the config, for messages.
+_KEY = "config_key"
+# What Lightning takes and can't have been meant: without patience the first validation ends a run.
+_LIMITS = {pl.callbacks.EarlyStopping: {"patience": Annotated[int, Field(ge=1)]}}
+
 _RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 
 
@@ -78,8 +89,8 @@ def build_trainer(
         num_batches: training batches per epoch, for a trainer that trains.
 
     Raises:
-        ConfigError: an argument that the Trainer doesn't have or can't use, a device that isn't there, or a run that
-            would end in its first epoch.
+        ConfigError: an argument that the Trainer doesn't have or can't use, a device that isn't there, a run that
+            would end in its first epoch, or a folder that can't be written.
     """
     known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     _refuse_unknown(section, known - _RESERVED.keys(), "trainer")
@@ -102,6 +113,7 @@ def build_trainer(
         raise ConfigError(f"{where}: this device can't; trainer.precision={trainer.precision} works")
     if num_batches is not None:
         _check_epoch(trainer, num_batches // trainer.world_size)
+    _check_folders(trainer)
     return trainer
 
 
@@ -124,27 +136,61 @@ def _check_epoch(trainer: pl.Trainer, num_batches: int) -> None:
             f"trainer.val_check_interval = {interval}: an epoch has {num_batches} batches. Lower it, or set "
             "trainer.check_val_every_n_epoch=null to count over epochs"
         )
-    _check_monitors(trainer, num_batches)
+    stop = _stop(trainer, num_batches)
+    first = (every or 1) * (interval if isinstance(interval, int) else max(1, int(interval * num_batches)))
+    if stop < first:
+        log.info("the first validation would be after %d batches, training ends after %d: validating then", first, stop)
+        # Counted over epochs, a number of batches may be larger than one of them.
+        trainer.val_check_interval, trainer.check_val_every_n_epoch = stop, None
+    _check_monitors(trainer)
 
 
-def _check_monitors(trainer: pl.Trainer, num_batches: int) -> None:
+def _stop(trainer: pl.Trainer, num_batches: int) -> int:
+    """Batches after which training ends, at the latest."""
+    stops = [trainer.max_epochs * num_batches] if trainer.max_epochs not in (None, -1) else []
+    if trainer.max_steps != -1:
+        accumulated = trainer.accumulate_grad_batches
+        epochs, steps = divmod(trainer.max_steps, math.ceil(num_batches / accumulated))  # an epoch ends with a step
+        stops.append(epochs * num_batches + min(num_batches, steps * accumulated))
+    return min(stops)
+
+
+def _check_monitors(trainer: pl.Trainer) -> None:
     """Every metric that a callback watches must be one that is measured."""
-    watched = {name for callback in trainer.callbacks if (name := getattr(callback, "monitor", None)) is not None}  # type: ignore[attr-defined]
-    for name in watched:
-        if name not in VALIDATED and not name.startswith(("train/", "flows/", "val/flows/")):
-            raise ConfigError(f"callbacks: monitor = {name!r}: no such metric; {did_you_mean(name, VALIDATED)}")
-    if not any(name.startswith("val/") for name in watched):
-        return
-    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch or 1
-    first = every * (interval if isinstance(interval, int) else max(1, int(interval * num_batches)))
-    batches = [trainer.max_epochs * num_batches] if trainer.max_epochs not in (None, -1) else []
-    batches += [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps != -1 else []
-    if trainer.limit_val_batches == 0 or min(batches) < first:
+    watched = [
+        (getattr(callback, _KEY, type(callback).__name__), callback.monitor)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if getattr(callback, "monitor", None) is not None
+    ]
+    for key, name in watched:
+        if name not in VALIDATED and name != "train/loss" and not name.startswith("val/flows/"):
+            raise ConfigError(f"{key}.monitor = {name!r}: no such metric; {did_you_mean(name, VALIDATED)}")
+    waiting = {key: name for key, name in watched if name.startswith("val/")}
+    if trainer.limit_val_batches == 0 and waiting:
         raise ConfigError(
-            f"trainer: {', '.join(sorted(watched))} would never be measured: the first validation is after {first} "
-            f"batches, training ends after {min(batches)}, trainer.limit_val_batches = {trainer.limit_val_batches}. "
-            "Validate earlier, or leave out what watches it: callbacks.early_stopping=null"
+            f"trainer.limit_val_batches = 0: {', '.join(sorted(set(waiting.values())))} would never be measured. "
+            f"Validate, or leave out what watches it: {' '.join(f'{key}=null' for key in waiting)}"
         )
+
+
+def _check_folders(trainer: pl.Trainer) -> None:
+    """What a run writes later must find a folder that can be written."""
+    folders: list[tuple[str, str | Path | None]] = [("paths.output_dir", trainer.default_root_dir)]
+    folders += [(f"{getattr(logger, _KEY, 'logger')}.save_dir", logger.save_dir) for logger in trainer.loggers]
+    folders += [
+        (f"{getattr(callback, _KEY, 'callbacks')}.dirpath", callback.dirpath)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, pl.callbacks.ModelCheckpoint)
+    ]
+    for key, folder in folders:
+        if folder is None or "://" in str(folder):  # in its default place, or not of this machine
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{key} = {folder}: can't be written ({error.strerror}). Give another folder") from error
 
 
 def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
@@ -160,6 +206,7 @@ def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
         if not isinstance(entry, Mapping) or "_target_" not in entry:
             raise ConfigError(f"{key}.{name} = {entry!r}: must be a section with a _target_, or null to leave it out")
         built.append(_build(entry, f"{key}.{name}"))
+        setattr(built[-1], _KEY, f"{key}.{name}")
     return built
 
 
@@ -169,6 +216,9 @@ def _build(entry: Mapping[str, Any], key: str) -> Any:
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         _refuse_unknown(entry, set(parameters) | {"_target_"}, key)
     _check_types(target.__init__, entry, key)  # type: ignore[misc]
+    for base, limits in _LIMITS.items():
+        for name in limits.keys() & entry.keys() if issubclass(target, base) else ():
+            check_type(entry[name], limits[name], f"{key}.{name}")
     try:
         return hydra.utils.instantiate(entry, _convert_="all")
     except InstantiationException as error:

@@ -2,23 +2,24 @@
 
 import importlib.metadata
 import platform
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import lightning.pytorch as pl
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
 
-from energy_flow.errors import CheckpointError
+from energy_flow.errors import CheckpointError, ConfigError
 from energy_flow.version import __version__
 
 KEY = "energy_flow"
-# What every checkpoint of ours holds, and what is read of it.
-_PARTS = {
-    KEY: ("config", "embedding_dim", "data_fingerprint"),
-    "hyper_parameters": ("dim", "lattice", "model"),
-    "state_dict": (),
-}
+Dimension = Annotated[int, Field(ge=1)]
+Section = dict[str, Any]
+Module = TypeVar("Module", bound=pl.LightningModule)
+_LISTED = 3  # weights that a message names
 _LATTICE_SIZE = ("width", "height", "depth")  # its rules, noise say, may change when a run goes on
 
 
@@ -43,6 +44,41 @@ def origin(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[s
     return info["config"], dict(info["data_fingerprint"])
 
 
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+class _Config(_Part):
+    data: Section = {}
+
+
+class _Provenance(_Part):
+    config: _Config | None
+    embedding_dim: Dimension
+    data_fingerprint: dict[str, str]
+
+
+class _HyperParameters(_Part):
+    dim: Dimension
+    lattice: Section
+    model: Section
+    loss: Section
+    optimizer: Section
+    seed: Annotated[int, Field(ge=0)]
+
+
+class _Contents(_Part):
+    """What is read of every checkpoint of ours; Lightning's parts are missing where there are weights only."""
+
+    energy_flow: _Provenance
+    hyper_parameters: _HyperParameters
+    state_dict: dict[str, Tensor]
+    optimizer_states: list[Section] = []
+    lr_schedulers: list[Section] = []
+    loops: Section = {}
+    callbacks: dict[str, Section] = {}
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint; nothing in it can run code.
 
@@ -53,20 +89,67 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"ckpt_path = {path}: there is no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        checkpoint = _read(path)
+    except Exception as error:  # of any type: zip and unpickler run on damaged bytes
         raise CheckpointError(
-            f"ckpt_path = {path}: damaged, or no checkpoint ({reason}). Give another one, such as last.ckpt beside it"
+            f"ckpt_path = {path}: damaged, or no checkpoint ({_reason(error)}). "
+            "Give another one, such as last.ckpt beside it"
         ) from error
-    if not all(_has(checkpoint, part, names) for part, names in _PARTS.items()):
-        raise CheckpointError(f"ckpt_path = {path}: not a checkpoint of energy_flow")
+    try:
+        _Contents.model_validate(checkpoint)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        wrong = f"{'.'.join(map(str, detail['loc'])) or 'its contents'}: {detail['msg']}"
+        raise CheckpointError(f"ckpt_path = {path}: not a checkpoint of energy_flow ({wrong})") from error
     return checkpoint
 
 
-def _has(checkpoint: Any, part: str, names: tuple[str, ...]) -> bool:
-    found = checkpoint.get(part) if isinstance(checkpoint, dict) else None
-    return isinstance(found, dict) and all(name in found for name in names)
+def _read(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()  # torch doesn't compare the checksums: damaged weights would load as other weights
+    if broken is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RuntimeError | OSError | zipfile.BadZipFile):
+        return str(error).strip().split("\n")[0][:200]
+    return "not made of tensors and plain containers"  # the unpickler's messages say nothing, or how to let it run code
+
+
+def restore(module_class: type[Module], checkpoint: Mapping[str, Any], path: str | Path) -> Module:
+    """The module of a loaded checkpoint, as `module_class.load_from_checkpoint` builds it, on the CPU.
+
+    Raises:
+        CheckpointError: its hyper-parameters describe no module, or another one than that of its weights.
+    """
+    described = {name: checkpoint["hyper_parameters"][name] for name in _HyperParameters.model_fields}
+    try:
+        with torch.device("meta"):  # without memory: sizes that are wrong may be huge
+            check_weights(checkpoint["state_dict"], module_class(**described), path)
+    except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
+    module = module_class(**described)
+    module.on_load_checkpoint(dict(checkpoint))
+    module.load_state_dict(checkpoint["state_dict"])
+    return module
+
+
+def check_weights(state_dict: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
+    """See that weights are those of a module: no name more, none less, every shape the same.
+
+    Raises:
+        CheckpointError: names the first ones that differ.
+    """
+    ours = module.state_dict()
+    shapes = [{name: list(value.shape) for name, value in weights.items()} for weights in (state_dict, ours)]
+    lines = list(_differences(*shapes))
+    if lines:
+        more = [f"  and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        listed = "\n".join([*(f"  {line}" for line in lines[:_LISTED]), *more])
+        raise CheckpointError(f"ckpt_path = {path}: its weights are not those of the model:\n{listed}")
 
 
 def check_resume(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:

@@ -60,26 +60,26 @@ VALUES = [
     ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val = -1", "greater than or equal to 0"),
     ("trainer.val_check_interval=0", "trainer.val_check_interval = 0", "greater than"),
     ("trainer.val_check_interval=100", "trainer.val_check_interval = 100", "an epoch has 4 batches"),
-    ("trainer.check_val_every_n_epoch=5", "never be measured", "after 20 batches, training ends after 4"),
-    ("trainer.max_steps=2", "never be measured", "after 4 batches, training ends after 2"),
     ("+trainer.limit_val_batches=0", "limit_val_batches = 0", "callbacks.early_stopping=null"),
     ("+trainer.limit_train_batches=0", "trainer.limit_train_batches = 0", "no batch to train on"),
     ("+trainer.limit_train_batches=1.5", "1.5", "[0.0, 1.0]"),
     ("+trainer.min_epochs=abc", "trainer.min_epochs = 'abc'", "integer"),
     ("+trainer.inference_mode=abc", "trainer.inference_mode = 'abc'", "boolean"),
-    ("+trainer.strategy=nope", "strategy='nope'", "ddp"),
+    ("trainer.strategy=nope", "strategy='nope'", "ddp"),
     ("seed=-1", "seed = -1", "greater than or equal to 0"),
     ("seed=abc", "seed = 'abc'", "integer"),
     ("loss.temperature=0", "loss.temperature = 0", "greater than 0"),
     ("loss.contrastive=0", "loss.contrastive are all 0", "loss.contrastive=1.0"),
-    ("baselines=3", "baselines = 3", "keys enabled, epochs"),
+    ("baselines=3", "a group is set to", "name one of its options"),
     ("baselines.epochs=0", "baselines.epochs = 0", "greater than or equal to 1"),
     ("test=maybe", "test = 'maybe'", "boolean"),
     ("callbacks.memory_cleanup.threshold=2", "callbacks.memory_cleanup.threshold = 2", "(0, 2/3]"),
     ("callbacks.early_stopping.patience=abc", "callbacks.early_stopping.patience = 'abc'", "integer"),
     ("+callbacks.checkpoint.save_top_k=no", "callbacks.checkpoint.save_top_k = 'no'", "integer"),
+    ("callbacks.early_stopping.patience=-1", "patience = -1", "greater than or equal to 1"),
+    ("callbacks.early_stopping.patience=0", "patience = 0", "greater than or equal to 1"),
     ("callbacks.early_stopping.mode=foo", "callbacks.early_stopping", "min, max"),
-    ("callbacks.early_stopping.monitor=val/mr", "'val/mr'", "did you mean val/mrr?"),
+    ("callbacks.early_stopping.monitor=val/mr", "callbacks.early_stopping.monitor = 'val/mr'", "did you mean val/mrr?"),
     ("optimized_metric=val/nope", "optimized_metric = 'val/nope'", "val/mrr"),
     ("ckpt_path=nope.ckpt", "ckpt_path = nope.ckpt", "no such file"),
 ]
@@ -104,6 +104,48 @@ def test_rules_over_several_keys(program: Program) -> None:
     assert "lattice.width = 0" in two
 
 
+def test_the_remedy_for_a_metric_that_is_never_measured(program: Program) -> None:
+    """It names all that watches it: what is named is all that has to go."""
+    unmeasured = "+trainer.limit_val_batches=0"
+    message = program.refused(unmeasured)
+    assert "val/mrr would never be measured" in message
+    remedy = [word for word in message.split() if word.endswith("=null")]
+    assert sorted(remedy) == ["callbacks.checkpoint=null", "callbacks.early_stopping=null"]
+    outcome = program.train(unmeasured, *remedy)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.folder / "checkpoints" / "last.ckpt").is_file()
+    assert "callbacks.early_stopping=null" not in program.refused(unmeasured, "callbacks.early_stopping=null")
+
+
+FOLDERS = [
+    ("paths.log_dir={}/logs", "paths.log_dir", "Not a directory"),
+    ("hydra.run.dir={}", "hydra.run.dir", "File exists"),
+    ("paths.output_dir={}", "paths.output_dir = ", "File exists"),
+    ("callbacks.checkpoint.dirpath={}/deeper", "callbacks.checkpoint.dirpath = ", "Not a directory"),
+    ("callbacks.last_checkpoint.dirpath={}", "callbacks.last_checkpoint.dirpath = ", "File exists"),
+    ("logger.tensorboard.save_dir={}/deeper", "logger.tensorboard.save_dir = ", "Not a directory"),
+]
+
+
+@pytest.mark.parametrize(("override", "key", "reason"), FOLDERS, ids=[row[0] for row in FOLDERS])
+def test_folders_that_can_not_be_written(program: Program, override: str, key: str, reason: str) -> None:
+    """A file is in the way: no rights help there."""
+    way = program.folder / "file"
+    way.write_text("")
+    message = program.refused(override.format(way))
+    for part in (key, str(way), reason, "Give another folder"):
+        assert part in message
+
+
+def test_the_folder_of_a_sweep_that_can_not_be_written(program: Program) -> None:
+    way = program.folder / "file"
+    way.write_text("")
+    outcome = program.train("seed=1,2", f"paths.log_dir={way}", multirun=True)
+    assert outcome.code == 1
+    check_message(outcome.err)
+    assert str(way) in outcome.err
+
+
 def test_keys_of_groups_that_were_not_chosen(program: Program) -> None:
     message = program.refused("logger=csv", "logger.tensorboard.prefix=x")
     assert "logger.tensorboard" in message
@@ -125,7 +167,7 @@ def test_half_precision_without_a_gpu_is_not_replaced_silently(program: Program)
 
 
 def test_a_sweep_of_jobs_of_several_processes(program: Program) -> None:
-    several = ("trainer.devices=2", "trainer.accelerator=cpu", "+trainer.strategy=ddp")
+    several = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.strategy=ddp")
     outcome = program.train("seed=1,2", *several, multirun=True)
     assert outcome.code == 1
     assert outcome.err.count("error: trainer.devices: a multirun can't start several processes per job") == 2

@@ -1,14 +1,21 @@
 """Data files and checkpoints that can't be used end before any training, with a message that says which and why."""
 
+import io
 import os
 import pickle
+import random
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from energy_flow.errors import CheckpointError
+from energy_flow.training import checkpoint as checkpoints
+from energy_flow.training.module import EnergyFlowModule
 from tests.cli.helpers import DIM, Outcome, Program, write_pairs
 
 
@@ -92,6 +99,103 @@ def test_damaged_checkpoints(program: Program, checkpoint: Path, name: str) -> N
         message = program.refused(f"ckpt_path={damaged}", program=name)
         assert f"ckpt_path = {damaged}" in message
         assert "damaged, or no checkpoint" in message
+
+
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    """One bit is another."""
+    damaged = bytearray(content)
+    damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+def restored(content: bytes, path: Path) -> EnergyFlowModule | None:
+    """What a checkpoint's bytes give; None where it is refused."""
+    path.write_bytes(content)
+    try:
+        return checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+    except CheckpointError:
+        return None
+
+
+def same_weights(module: EnergyFlowModule, whole: dict[str, Any]) -> bool:
+    return all(torch.equal(value, whole["state_dict"][name]) for name, value in module.state_dict().items())
+
+
+def test_damaged_bytes_are_found(checkpoint: Path, tmp_path: Path) -> None:
+    """Anywhere in the file: in the weights, too, which torch loads as other weights."""
+    rng, whole = random.Random(0), checkpoint.read_bytes()
+    loaded = torch.load(checkpoint, weights_only=True)
+    found = [restored(flipped(whole, rng), tmp_path / "damaged.ckpt") for _ in range(150)]
+    assert all(module is None or same_weights(module, loaded) for module in found), "other weights were loaded"
+    assert sum(module is None for module in found) > 100
+    for length in rng.sample(range(len(whole)), 30):
+        assert restored(whole[:length], tmp_path / "damaged.ckpt") is None
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_whatever_the_pickle_holds(checkpoint: Path, tmp_path: Path) -> None:
+    """Its bytes are damaged, its checksum is right: what can be read is checked before it is used."""
+    rng, archive = random.Random(0), zipfile.ZipFile(checkpoint)
+    (pickled,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+    outcomes = []
+    for _ in range(150):
+        repacked = io.BytesIO()
+        with zipfile.ZipFile(repacked, "w") as target:
+            for name in archive.namelist():
+                content = archive.read(name)
+                target.writestr(name, flipped(content, rng) if name == pickled else content)
+        outcomes.append(restored(repacked.getvalue(), tmp_path / "damaged.ckpt"))
+    assert 10 < sum(module is None for module in outcomes) < 140
+
+
+def without(weights: dict[str, Any], end: str) -> dict[str, Any]:
+    return {name: value for name, value in weights.items() if not name.endswith(end)}
+
+
+WEIGHTS = {
+    "missing": (lambda w: without(w, "cell_value"), ("map_in.cell_value: None in the checkpoint, [16, 4] here",)),
+    "unexpected": (lambda w: {**w, "more": torch.ones(2)}, ("more: [2] in the checkpoint, None here",)),
+    "shape": (lambda w: {**w, "processor.map_in.cell_value": torch.ones(9, 4)}, ("[9, 4] in the checkpoint",)),
+    "none": (lambda w: {}, ("processor.map_in", "and 15 more")),
+}
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_of_another_model(program: Program, checkpoint: Path, case: str, name: str) -> None:
+    change, parts = WEIGHTS[case]
+    whole, path = torch.load(checkpoint, weights_only=True), program.folder / "weights.ckpt"
+    torch.save({**whole, "state_dict": change(whole["state_dict"])}, path)
+    message = program.refused(f"ckpt_path={path}", program=name)
+    for part in (f"ckpt_path = {path}: its weights are not those of the model", *parts):
+        assert part in message
+
+
+CONTENTS = {
+    "hyper_parameters.lattice": {"hyper_parameters": {"lattice": 3}},
+    "hyper_parameters.dim": {"hyper_parameters": {"dim": "16"}},
+    "energy_flow.embedding_dim": {"energy_flow": {"embedding_dim": None}},
+    "energy_flow.data_fingerprint": {"energy_flow": {"data_fingerprint": [1, 2]}},
+    "energy_flow.config": {"energy_flow": {"config": "config"}},
+    "state_dict.weight": {"state_dict": {"weight": [1.0]}},
+}
+
+
+@pytest.mark.parametrize("where", CONTENTS)
+def test_contents_of_another_type(program: Program, checkpoint: Path, where: str) -> None:
+    whole, path = torch.load(checkpoint, weights_only=True), program.folder / "contents.ckpt"
+    torch.save({**whole, **{part: {**whole[part], **change} for part, change in CONTENTS[where].items()}}, path)
+    for name in ("train", "evaluate"):
+        assert f"not a checkpoint of energy_flow ({where}: " in program.refused(f"ckpt_path={path}", program=name)
+
+
+def test_settings_of_a_checkpoint_that_can_not_be(checkpoint: Path, tmp_path: Path) -> None:
+    whole, path = torch.load(checkpoint, weights_only=True), tmp_path / "settings.ckpt"
+    for key, value, part in (("width", -1, "lattice.width = -1"), ("width", 2**62, ""), ("dpeth", 3, "lattice.dpeth")):
+        lattice = {**whole["hyper_parameters"]["lattice"], key: value}
+        torch.save({**whole, "hyper_parameters": {**whole["hyper_parameters"], "lattice": lattice}}, path)
+        with pytest.raises(CheckpointError, match=f"describe no model: {part}"):
+            checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
