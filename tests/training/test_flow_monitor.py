@@ -13,11 +13,11 @@ from tests.training.runs import NO_WARNINGS, TinyModule, events, loader, trainer
 pytestmark = NO_WARNINGS
 
 HISTOGRAMS = {
-    "flows/final_x",
-    "flows/final_y",
-    "flows/final_z",
-    "flows/energy",
-    "flows/displacement",
+    "flow_values/x",
+    "flow_values/y",
+    "flow_values/z",
+    "flow_values/energy",
+    "flow_values/displacement",
 }
 
 
@@ -51,7 +51,7 @@ def test_histograms_and_pictures(tmp_path: Path) -> None:
     assert set(tags["histograms"]) == HISTOGRAMS
     assert set(tags["images"]) == images(2)
     assert steps(tmp_path) == {3}, "not in the sanity check, not again at the end"
-    histogram = events(tmp_path).Histograms("flows/final_z")[0].histogram_value
+    histogram = events(tmp_path).Histograms("flow_values/z")[0].histogram_value
     assert histogram.num == 2 * 6, "every flow of both samples"
     assert -1.0 <= histogram.min <= histogram.max <= 1.0
     ((_, source, rows, training, with_grad),) = module.passes
@@ -120,7 +120,7 @@ def test_without_validation_data_it_says_so(tmp_path: Path, caplog: pytest.LogCa
 def test_a_rollout_without_steps(tmp_path: Path) -> None:
     trainer(tmp_path, FlowMonitor(1, 1, 4)).fit(TinyModule(max_steps=0), loader(1), loader(1))
     tags = events(tmp_path).Tags()
-    assert set(tags["histograms"]) == HISTOGRAMS - {"flows/displacement"}
+    assert set(tags["histograms"]) == HISTOGRAMS - {"flow_values/displacement"}
     assert set(tags["images"]) == images(1)
 
 
@@ -130,8 +130,8 @@ def test_values_that_are_not_finite_are_left_out_and_reported(caplog: pytest.Log
     energy = torch.full_like(output.landings.energy, float("nan"))
     energy[0, 0] = 1.0
     broken = dataclasses.replace(output, landings=dataclasses.replace(output.landings, energy=energy))
-    assert _histograms(broken)["flows/energy"].tolist() == [1.0]
-    assert "not finite: flows/energy" in caplog.text
+    assert _histograms(broken)["flow_values/energy"].tolist() == [1.0]
+    assert "not finite: flow_values/energy" in caplog.text
 
 
 def test_final_z_is_where_the_flow_was_before_projection() -> None:
@@ -143,7 +143,7 @@ def test_final_z_is_where_the_flow_was_before_projection() -> None:
     assert output.trajectories is not None
     before = output.trajectories.position[-2, ..., 2].flatten()
     last_move = output.trajectories.displacement[-1].flatten()
-    assert ((histograms["flows/final_z"] - before).abs() <= last_move + 1e-6).all()
+    assert ((histograms["flow_values/z"] - before).abs() <= last_move + 1e-6).all()
 
 
 @pytest.mark.parametrize("name", ["every_n_epochs", "samples", "max_flows"])

@@ -49,7 +49,7 @@ class FlowMonitor(Callback):
 
     At the end of a validation, in every `every_n_epochs`-th epoch, and once more at the end of training, the processor
     runs the first `samples` rows of the first validation batch in evaluation mode, without gradient. Every TensorBoard
-    logger gets histograms (`flows/*`) and pictures (`surfaces/*`, `landings/*`, `groups/*`, `trajectories/*`,
+    logger gets histograms (`flow_values/*`) and pictures (`surfaces/*`, `landings/*`, `groups/*`, `trajectories/*`,
     `population`) at the trainer's global step. Without a TensorBoard logger, in the sanity check and on processes other
     than the first it does nothing.
 
@@ -144,14 +144,14 @@ def _histograms(output: FlowOutput) -> dict[str, Tensor]:
     landings, landed = output.landings, output.landings.landed
     towards = landings.plane * 2 - 1  # -1 for z0, +1 for zdepth
     values = {
-        "flows/final_x": landings.xy[..., 0][landed],
-        "flows/final_y": landings.xy[..., 1][landed],
-        "flows/final_z": (towards * (1 - landings.distance))[landed],
-        "flows/energy": landings.energy[landed].flatten(),
+        "flow_values/x": landings.xy[..., 0][landed],
+        "flow_values/y": landings.xy[..., 1][landed],
+        "flow_values/z": (towards * (1 - landings.distance))[landed],
+        "flow_values/energy": landings.energy[landed].flatten(),
     }
     if output.trajectories is not None:
         moved = output.trajectories.active[:-1]
-        values["flows/displacement"] = output.trajectories.displacement[moved]
+        values["flow_values/displacement"] = output.trajectories.displacement[moved]
     finite = {tag: value[value.isfinite()].float().cpu() for tag, value in values.items()}
     broken = [tag for tag, value in values.items() if finite[tag].numel() < value.numel()]
     if broken:
