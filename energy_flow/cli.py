@@ -86,9 +86,14 @@ def command_to_go_on(checkpoint: Path) -> str:
     """The command line that continues an interrupted run, in its own folder."""
     config = HydraConfig.get()
     overrides = [o for o in config.overrides.task if not o.startswith("ckpt_path=")]
-    folder = [f"hydra.run.dir={shlex.quote(config.runtime.output_dir)}"]
-    words = ["python -m energy_flow.train", *map(shlex.quote, overrides), f"ckpt_path={shlex.quote(str(checkpoint))}"]
-    return " ".join(words + folder)
+    paths = {"ckpt_path": str(checkpoint), "hydra.run.dir": config.runtime.output_dir}
+    overrides += [f"{key}={_hydra_quoted(path)}" for key, path in paths.items()]
+    return " ".join(["python -m energy_flow.train", *map(shlex.quote, overrides)])
+
+
+def _hydra_quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it back, also with `=`, `,` or spaces in it."""
+    return value if re.fullmatch(r"[\w/.+-]*", value) else '"' + value.replace('"', '\\"') + '"'
 
 
 def is_multirun() -> bool:
@@ -171,7 +176,9 @@ def _closest(key: str, config_name: str) -> str:
     """Did-you-mean for a key, by the default config and the names of the groups."""
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
         node: Any = hydra.compose(config_name)
-    known = {*map(str, node), *(path.name for path in Path(config_dir()).iterdir() if path.is_dir())}
+    known = set(map(str, node))
+    if config_name == "train":  # which takes every group
+        known |= {path.name for path in Path(config_dir()).iterdir() if path.is_dir()}
     for name in key.split("."):
         if not isinstance(node, DictConfig) or name not in node:
             return did_you_mean(name, known - {"_target_"})

@@ -103,7 +103,10 @@ def _fit(
     except SystemExit:  # how Lightning ends on Ctrl-C, after callbacks have saved what they can
         print(f"\ninterrupted at step {trainer.global_step}", file=sys.stderr)
         if interrupt.path.is_file():  # saved now, or in a validation the one of the last epoch
-            print(f"to go on:\n{cli.command_to_go_on(interrupt.path)}", file=sys.stderr)
+            step = checkpoints.load(interrupt.path)["global_step"]
+            print(f"to go on from step {step}:\n{cli.command_to_go_on(interrupt.path)}", file=sys.stderr)
+        else:
+            print("there is no checkpoint yet to go on from", file=sys.stderr)
         sys.exit(130)
     return time.perf_counter() - started
 

@@ -86,6 +86,8 @@ def load(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or not written by energy_flow.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise CheckpointError(f"ckpt_path = {path}: is a folder; give a checkpoint in it, such as best.ckpt")
     if not path.is_file():
         raise CheckpointError(f"ckpt_path = {path}: there is no such file")
     try:

@@ -95,7 +95,7 @@ class EnergyFlowModule(pl.LightningModule):
         return output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        source, target, rows = _unpack(batch)
+        source, target, rows = self._unpack(batch)
         output = self(source, rows)
         self._faults.put(output.faults)
         losses = self._losses(output, target)
@@ -145,7 +145,7 @@ class EnergyFlowModule(pl.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Output embeddings [B, D] of a batch; one without targets (a tensor, or a dict with `source`) will do."""
         source = batch if isinstance(batch, Tensor) else batch["source"] if isinstance(batch, Mapping) else batch[0]
-        output = self(source)
+        output = self(source.to(self.processor.map_in.cell_value.dtype))
         self._faults.put(output.faults)
         self._faults.raise_all()
         return output.embedding
@@ -214,7 +214,7 @@ class EnergyFlowModule(pl.LightningModule):
 
     def _look(self, batch: Batch, stage: str) -> None:
         """Run an evaluation batch and keep what the metrics of the whole epoch need."""
-        source, target, rows = _unpack(batch)
+        source, target, rows = self._unpack(batch)
         output = self(source, rows)
         self._faults.put(output.faults)
         kept = {"prediction": output.embedding.to(target.dtype), "target": target}
@@ -259,6 +259,19 @@ class EnergyFlowModule(pl.LightningModule):
                 total[name] = total.get(name, target.new_zeros(())) + share * loss
         return total
 
+    def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Source and target in the model's dtype (NumPy's float64 is common in users' own loaders), and rows."""
+        dtype = self.processor.map_in.cell_value.dtype
+        if isinstance(batch, Mapping) and {"source", "target"} <= batch.keys():
+            return batch["source"].to(dtype), batch["target"].to(dtype), batch.get("row")
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            return batch[0].to(dtype), batch[1].to(dtype), None
+        held = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f" of {len(batch)}"
+        raise ConfigError(
+            f"a batch is a {type(batch).__name__}{held}: give a dict with 'source' and 'target' (and 'row'), "
+            "or a pair (source, target)"
+        )
+
     def _gather(self, value: Tensor) -> Tensor:
         """All processes' values, joined along the first dimension."""
         if self.trainer.world_size == 1:
@@ -266,17 +279,6 @@ class EnergyFlowModule(pl.LightningModule):
         gathered = self.all_gather(value)
         assert isinstance(gathered, Tensor)
         return gathered.flatten(0, 1)
-
-
-def _unpack(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    if isinstance(batch, Mapping):
-        return batch["source"], batch["target"], batch.get("row")
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1], None
-    raise ConfigError(
-        f"a batch of type {type(batch).__name__}: give a dict with 'source' and 'target' (and 'row'), "
-        "or a pair (source, target)"
-    )
 
 
 def _in_order(kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -104,6 +104,48 @@ def stopped(program: Program, step: int, error: BaseException) -> Outcome:
         return program.train(*BUSY, f"hydra.run.dir={program.folder}/broken")
 
 
+class InterruptValidation(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("step", "said"), [(4, "there is no checkpoint yet"), (8, "to go on from step 4:")])
+def test_interrupted_in_a_validation(program: Program, step: int, said: str) -> None:
+    """Lightning can't go on from the middle of a validation: what is there to go on from is named."""
+    build = train.build_trainer
+
+    def build_and_interrupt(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, InterruptValidation(step)], **kwargs)
+
+    program.patch.setattr(train, "build_trainer", build_and_interrupt)
+    outcome = program.train(*BUSY)
+    assert outcome.code == 130
+    assert f"interrupted at step {step}\n{said}" in outcome.err
+
+
+def test_the_printed_command_survives_special_characters(program: Program) -> None:
+    folder = program.folder / "a=1, b"
+    path = f'hydra.run.dir="{folder}"'
+    build = train.build_trainer
+
+    def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, StopAt(6, KeyboardInterrupt())], **kwargs)
+
+    with program.patch.context() as patch:
+        patch.setattr(train, "build_trainer", build_and_stop)
+        outcome = program.train(*BUSY, path)
+    printed = shlex.split(outcome.err.strip().splitlines()[-1])[3:]
+    again = program.train(
+        *[word for word in printed if word in BUSY or word.startswith(("ckpt_path", "hydra.run.dir"))]
+    )
+    assert (again.code, again.err) == (0, "")
+    assert again.folder == folder
+
+
 @pytest.mark.parametrize(("step", "kind"), [(8, RuntimeError), (10, RuntimeError), (10, KeyboardInterrupt)])
 def test_resumed_equals_straight(program: Program, through: Path, step: int, kind: type[BaseException]) -> None:
     """An error loses the epoch that it ends; Ctrl-C saves what was done of it."""
@@ -177,7 +219,7 @@ def test_interrupted_and_resumed_by_the_printed_command(tmp_path: Path) -> None:
     assert "run folder: " in out
     (last,) = tmp_path.rglob("last.ckpt")
     step = torch.load(last, weights_only=True)["global_step"]
-    assert f"interrupted at step {step}\nto go on:\n" in err
+    assert f"interrupted at step {step}\nto go on from step {step}:\n" in err
     command = shlex.split(err.strip().splitlines()[-1])
     assert command[:3] == ["python", "-m", "energy_flow.train"]
     words = [word for word in command[1:] if not word.startswith("trainer.max_epochs")]

@@ -255,6 +255,15 @@ def test_a_users_own_loader_of_pairs_and_predict() -> None:
     assert torch.allclose(torch.cat(predicted), module.eval()(source).embedding, atol=1e-6)
 
 
+def test_a_loader_of_float64_pairs_and_batches_without_targets() -> None:
+    rows = make_rows(16)
+    source, target = (torch.stack([row[name] for row in rows]).double() for name in ("source", "target"))
+    make_trainer().fit(make_module(), DataLoader(TensorDataset(source, target), batch_size=8))
+    bare = DataLoader([{"source": row["source"], "row": row["row"]} for row in rows], batch_size=8)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"a batch is a dict with source, row: give a dict with 'source' and"):
+        make_trainer().fit(make_module(), bare)
+
+
 def test_noise_without_rows_is_refused_with_the_remedy() -> None:
     rows = make_rows(8)
     loader = DataLoader(TensorDataset(*(torch.stack([r[n] for r in rows]) for n in ("source", "target"))), batch_size=8)

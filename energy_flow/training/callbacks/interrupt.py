@@ -9,6 +9,8 @@ from lightning.pytorch import Callback, Trainer
 class SaveOnInterrupt(Callback):
     """Writes a checkpoint when training is interrupted from the keyboard.
 
+    Not in a validation: Lightning can't go on from the middle of one. The checkpoint of the epoch before stays then.
+
     Args:
         path: the checkpoint; replaces what is there.
     """
@@ -18,4 +20,4 @@ class SaveOnInterrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt) and trainer.training:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
