@@ -216,7 +216,8 @@ def test_checkpoints_of_something_else(program: Program, name: str) -> None:
     for saved in ({"state_dict": {"weight": torch.ones(2)}}, [1, 2], torch.ones(3)):
         torch.save(saved, path)
         assert "not a checkpoint of energy_flow" in program.refused(f"ckpt_path={path}", program=name)
-    assert "no such file" in program.refused(f"ckpt_path={program.folder}", program=name)
+    assert "is a folder; give a checkpoint in it" in program.refused(f"ckpt_path={program.folder}", program=name)
+    assert "there is no such file" in program.refused(f"ckpt_path={program.folder}/none.ckpt", program=name)
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
