@@ -7,7 +7,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-SECTIONS = ("seed", "lattice", "model", "data", "loss", "optimizer", "trainer")
+SECTIONS = ("seed", "lattice", "model", "data", "loss", "optimizer", "rollout", "trainer")
 
 
 def config_dir() -> str:
@@ -25,7 +25,7 @@ def compose(*overrides: str) -> dict[str, Any]:
 
     Returns:
         The sections that describe model, data and training: `seed`, `lattice`, `model`, `data`, `loss`, `optimizer`,
-        `trainer`. Callbacks, loggers and paths belong to a run of the command line.
+        `rollout`, `trainer`. Callbacks, loggers and paths belong to a run of the command line.
     """
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = hydra_compose("train", overrides=list(overrides))

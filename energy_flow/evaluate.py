@@ -36,7 +36,7 @@ def evaluate(config: dict[str, Any]) -> float:
         output_dir=settings.paths.output_dir,
     )
     console = Console(quiet=not trainer.is_global_zero)
-    module = checkpoints.restore(EnergyFlowModule, checkpoint, settings.ckpt_path)
+    module = checkpoints.restore(EnergyFlowModule, checkpoint, settings.ckpt_path, settings.rollout)
     _check_normalisation(module, data)
     say_whose_data(module.fingerprint, data, console)
     metrics = {**test(trainer, module, data, None), "params": float(module.num_parameters)}

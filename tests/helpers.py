@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
+from energy_flow.core.rollout import RolloutSettings
 from energy_flow.ops.counter_noise import counter_noise
 from energy_flow.settings import read
 from tests.reference import Reference
@@ -81,6 +82,7 @@ class Case:
     batch: int = 3
     training: bool = False
     optimizer_step: int = 0
+    rollout: Mapping[str, Any] = field(default_factory=dict)  # changes to the automatic settings
     expect: tuple[str, ...] = ()  # events of the reference that must occur
     absent: tuple[str, ...] = ()
 
@@ -91,7 +93,9 @@ class Case:
         return read(ModelSettings, section(MODEL, self.model), "model")
 
     def processor(self) -> FlowProcessor:
-        processor = FlowProcessor(DIM, self.lattice_settings(), self.model_settings(), seed=self.seed).double()
+        rollout = RolloutSettings.automatic().model_copy(update=dict(self.rollout))
+        lattice, model = self.lattice_settings(), self.model_settings()
+        processor = FlowProcessor(DIM, lattice, model, seed=self.seed, rollout=rollout).double()
         fill_parameters(processor, self.seed, self.displacement)
         processor.optimizer_step.fill_(self.optimizer_step)
         return processor.train(self.training)

@@ -1,4 +1,4 @@
-"""Imports run one way, entry points -> training, viz, data -> core -> ops; rollout code never waits for the device."""
+"""Imports run one way, entry points, benchmarks -> training, viz, data -> core -> ops; rollouts wait for no device."""
 
 import ast
 import importlib.util
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "energy_flow"
-TIERS = {"ops": 0, "core": 1, "training": 2, "viz": 2, "data": 2}
 ENTRY_POINT = 3
+TIERS = {"ops": 0, "core": 1, "training": 2, "viz": 2, "data": 2, "benchmarks": ENTRY_POINT}
 FREE = {"errors", "settings", "version"}
 HEAVY = {"lightning", "hydra", "omegaconf", "matplotlib", "tensorboard"}
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "synchronize"}
-# Called between batches or by whoever looks at a result: these may wait.
-MAY_WAIT = {"collect_completed_flows_surface_direct", "seconds"}
+# Called between batches, by whoever looks at a result, or on a CPU alone: these may wait.
+MAY_WAIT = {"collect_completed_flows_surface_direct", "seconds", "_with_active_only"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -98,6 +98,7 @@ def test_there_is_something_to_test() -> None:
         ("import energy_flow.training.losses", "core/flow_processor.py"),
         ("from energy_flow import train", "training/module.py"),
         ("from ..training import losses", "core/geometry.py"),
+        ("from energy_flow.benchmarks import measure", "training/module.py"),
         ("from energy_flow.core import geometry", "errors.py"),
         ("import lightning", "core/geometry.py"),
         ("def f():\n    from tests.reference import fold", "core/geometry.py"),
@@ -113,6 +114,7 @@ def test_wrong_imports_are_found(source: str, where: str) -> None:
         ("from energy_flow.ops.gru_cell import gru_cell", "core/energy_carrier.py"),
         ("from energy_flow.errors import ConfigError", "ops/rollout.py"),
         ("from energy_flow.training.losses import weighted", "train.py"),
+        ("from energy_flow.viz.style import new_figure", "benchmarks/figures.py"),
         ("import lightning, torch", "training/module.py"),
     ],
 )

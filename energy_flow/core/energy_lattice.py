@@ -1,5 +1,6 @@
 """The lattice: places flows, says when they complete, spawn or end, and collects their landings."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -8,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from energy_flow.core.geometry import Deposit, cell_centres, deposit_cells
-from energy_flow.core.tensorized_flow_storage import FlowState, FlowStatus, TensorizedFlowStorage
+from energy_flow.core.tensorized_flow_storage import FinishedFlows, FlowState, FlowStatus
 from energy_flow.errors import NoLandingError
 from energy_flow.ops.group_softmax import group_softmax_deposit
 from energy_flow.settings import Settings
@@ -151,17 +152,21 @@ class EnergyLattice(nn.Module):
         settings: size and rules.
         energy_dim: E.
         map_out: surface [B, S, E] -> embedding [B, D].
+        bounded_energy: a step leaves every part of an energy in [-1, 1], as tanh does.
     """
 
-    def __init__(self, settings: LatticeSettings, energy_dim: int, map_out: nn.Module) -> None:
+    def __init__(
+        self, settings: LatticeSettings, energy_dim: int, map_out: nn.Module, bounded_energy: bool = False
+    ) -> None:
         super().__init__()
+        self.bounded_energy = bounded_energy
         self.settings = settings
         self.energy_dim = energy_dim
         self.map_out = map_out
         self.tensorized_storage_enabled = settings.tensorized_storage_enabled
 
-    def place_initial_energy(self, surface: Tensor, num_layers: int, hidden_size: int) -> FlowState:
-        """One flow per cell on the input plane z = 0, with the cell's energy and an empty memory.
+    def place_initial_energy(self, surface: Tensor) -> FlowState:
+        """One flow per cell on the input plane z = 0, with the cell's energy.
 
         Args:
             surface: [B, S, E], float32 or float64: the dtype of the geometry.
@@ -173,11 +178,9 @@ class EnergyLattice(nn.Module):
         spare = self.settings.capacity - num_cells
         centres = cell_centres(self.settings.width, self.settings.height, surface.dtype, surface.device)
         position = nn.functional.pad(centres, (0, 1, 0, spare))
-        hidden = surface.new_zeros(()).expand(batch, self.settings.capacity, hidden_size)
         return FlowState(
             position=position.expand(batch, -1, -1),
             energy=nn.functional.pad(surface, (0, 0, 0, spare)) if spare else surface,
-            hidden=(hidden,) * num_layers,
         )
 
     def num_children(self, length: Tensor) -> Tensor:
@@ -186,18 +189,18 @@ class EnergyLattice(nn.Module):
         children = torch.floor(length / rule.threshold) - 1
         return children.nan_to_num(nan=0.0).clamp(0, rule.max_spawn_per_step).long()
 
-    def landings(self, storage: TensorizedFlowStorage) -> Landings:
-        """Read the landings of a finished rollout; the result owns its memory."""
-        z = storage.state.position[..., 2]
+    def landings(self, flows: FinishedFlows) -> Landings:
+        """Read the landings of a finished rollout."""
+        z = flows.position[..., 2]
         plane = (z > 0).long()
         return Landings(
-            landed=storage.landed,
-            projected=storage.where(FlowStatus.PROJECTED),
-            xy=storage.state.position[..., :2],
+            landed=flows.landed,
+            projected=flows.status == FlowStatus.PROJECTED,
+            xy=flows.position[..., :2],
             plane=plane,
             distance=torch.where(plane == 0, 1 + z, 1 - z),
-            steps=storage.steps.clone(),
-            energy=storage.state.energy,
+            steps=flows.steps,
+            energy=flows.energy,
         )
 
     def collect(self, landings: Landings) -> Deposits:
@@ -218,11 +221,18 @@ class EnergyLattice(nn.Module):
             weights=(weights * landings.landed[..., None]).reshape(members, -1),
         )
 
+    @property
+    def score_bound(self) -> float | None:
+        """No landing has a larger score; None where nothing is known: without a step energies are those mapped in."""
+        if not self.bounded_energy or self.settings.num_steps == 0:
+            return None
+        return math.sqrt(self.energy_dim) * (1 + 0.1 * self.settings.num_steps)
+
     def aggregate(self, deposits: Deposits, batch: int) -> tuple[Tensor, Tensor]:
         """Average every group: surface [B, S, E] and its mass [B, S] (sum of the deposit weights)."""
         num_groups = batch * self.settings.num_cells
         values, mass = group_softmax_deposit(
-            deposits.scores, deposits.values, deposits.keys, deposits.weights, num_groups
+            deposits.scores, deposits.values, deposits.keys, deposits.weights, num_groups, bound=self.score_bound
         )
         return values.view(batch, -1, self.energy_dim), mass.view(batch, -1)
 

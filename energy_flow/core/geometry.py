@@ -40,6 +40,12 @@ def fold(coordinate: Tensor) -> Tensor:
     return torch.where(coordinate.abs() <= 1, coordinate, folded)
 
 
+def fold_slope(coordinate: Tensor) -> Tensor:
+    """Derivative of `fold`: 1 or -1, elementwise."""
+    slope = -(torch.remainder(coordinate + 1, 4) - 2).sign()
+    return torch.where(coordinate.abs() <= 1, 1.0, slope)
+
+
 def deposit_cells(xy: Tensor, width: int, height: int, deposit: Deposit) -> tuple[Tensor, Tensor]:
     """Cells that a landing at `xy` deposits on, and with which weight.
 

@@ -16,6 +16,51 @@ class SimpleNeuron(nn.Module):
         self.network = nn.Sequential(nn.Linear(3 + energy_dim, features), nn.SiLU(), nn.Linear(features, features))
 
     def forward(self, position: Tensor, energy: Tensor) -> Tensor:
-        """[N, 3], [N, E] -> [N, features]."""
+        """[..., 3], [..., E] -> [..., F]."""
         with torch.autocast(position.device.type, enabled=False):
-            return self.network(torch.cat([position, energy.to(position.dtype)], dim=-1))
+            return neuron_features(position, energy, *self.network.parameters())
+
+
+def neuron_features(
+    position: Tensor, energy: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """Two linear layers with a SiLU between them."""
+    place = torch.cat([position, energy.to(position.dtype)], dim=-1)
+    hidden = nn.functional.silu(nn.functional.linear(place, weight1, bias1))
+    return nn.functional.linear(hidden, weight2, bias2)
+
+
+def write_features(
+    position: Tensor, energy: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, into: Tensor
+) -> None:
+    """Write features and energy, what the carrier reads, to `into` [N, F + E or more]; what is left of it gets 0."""
+    features = neuron_features(position, energy, weight1, bias1, weight2, bias2)
+    used = features.shape[1] + energy.shape[1]
+    into[:, : features.shape[1]] = features
+    into[:, features.shape[1] : used] = energy
+    into[:, used:] = 0
+
+
+def neuron_features_backward(
+    position: Tensor,
+    energy: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    grad_features: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of position, energy, weight1, bias1, weight2 and bias2 from that of the features, all [N, ·]."""
+    place = torch.cat([position, energy], dim=-1)
+    before = nn.functional.linear(place, weight1, bias1)
+    gate = torch.sigmoid(before)
+    grad_hidden = grad_features @ weight2
+    grad_before = grad_hidden * gate * (1 + before * (1 - gate))
+    grad_place = grad_before @ weight1
+    return (
+        grad_place[:, :3],
+        grad_place[:, 3:],
+        grad_before.T @ place,
+        grad_before.sum(0),
+        grad_features.T @ (before * gate),
+        grad_features.sum(0),
+    )

@@ -28,7 +28,55 @@ class FlowState:
 
     position: Tensor  # [B, M, 3], normalised, float32 or float64
     energy: Tensor  # [B, M, E], same dtype
-    hidden: tuple[Tensor, ...]  # L tensors [B, M, H]
+
+
+@dataclass(frozen=True)
+class Births:
+    """Which slots a child was born in, and of whom."""
+
+    born: Tensor  # bool [B, M]
+    parent: Tensor  # int64 [B, M]: the parent's slot; any number where no child was born
+
+    def inherit(self, own: Tensor, parents: Tensor) -> Tensor:
+        """`parents` [B, M, ...] at the parent's slot where a child was born, `own` elsewhere."""
+        index = self.parent[..., None].expand(-1, -1, parents.shape[-1])
+        return torch.where(self.born[..., None], parents.gather(1, index), own)
+
+    def bequeath(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back of `inherit`: gradients of `own` and of `parents`."""
+        index = self.parent[..., None].expand(-1, -1, gradient.shape[-1])
+        childrens = torch.where(self.born[..., None], gradient, 0.0)
+        return torch.where(self.born[..., None], 0.0, gradient), torch.zeros_like(gradient).scatter_add(
+            1, index, childrens
+        )
+
+    def source(self) -> Tensor:
+        """Where each slot takes its memory from, as an index into all B * M slots, flat."""
+        batch, capacity = self.born.shape
+        slots = torch.arange(batch * capacity, device=self.born.device).view(batch, capacity)
+        return torch.where(self.born, self.parent + slots[:, :1], slots).flatten()
+
+
+@dataclass(frozen=True)
+class FinishedFlows:
+    """All flows of a batch after their last step; nothing of it is a pooled buffer."""
+
+    position: Tensor  # [B, M, 3]
+    energy: Tensor  # [B, M, E]
+    status: Tensor  # uint8 [B, M], FlowStatus
+    steps: Tensor  # int64 [B, M]
+    created: Tensor  # int64 [B]
+    overflow: Tensor  # int64 [B]
+
+    @property
+    def landed(self) -> Tensor:
+        """Bool mask [B, M] of the flows that have landed."""
+        return (self.status == FlowStatus.REACHED) | (self.status == FlowStatus.PROJECTED)
+
+    @property
+    def removed(self) -> Tensor:
+        """Bool mask [B, M] of the flows that were removed."""
+        return self.status == FlowStatus.REMOVED
 
 
 class TensorPool:
@@ -46,14 +94,18 @@ class TensorPool:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The buffer `name` as a zeroed tensor of `shape`. A second call hands out the same memory."""
+        """The buffer `name` as a tensor of `shape`, with anything in it. A second call hands out the same memory."""
         key = (name, dtype, device)
         size = math.prod(shape)
         self._needed[key] = max(size, self._needed.get(key, 0))
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[key] = _plain_buffer(size, dtype, device)
-        return buffer[:size].view(shape).zero_()
+        return buffer[:size].view(shape)
+
+    def clear(self) -> None:
+        """Let go of all buffers."""
+        self._buffers.clear()
 
     def trim(self) -> int:
         """Shrink every buffer to the most that was needed since the last call; returns the bytes freed."""
@@ -78,7 +130,8 @@ class TensorizedFlowStorage:
     """All flows of one batch.
 
     The differentiable state is replaced as a whole in every step; the bookkeeping around it (status, steps,
-    age, counters), which autograd doesn't watch, is written in place.
+    age, counters), which autograd doesn't watch, is written in place. What flows remember lies with the
+    rollout, which knows how it is best kept.
 
     Args:
         state: the flows to start with, slots [0, num_flows) of every row in use.
@@ -96,6 +149,8 @@ class TensorizedFlowStorage:
         self.age = pool.take("age", (batch, capacity), torch.int64, device)  # [B, M]
         self.created = pool.take("created", (batch,), torch.int64, device)  # [B]
         self.overflow = pool.take("overflow", (batch,), torch.int64, device)  # [B]
+        for counter in (self.status, self.steps, self.age, self.overflow):
+            counter.zero_()
         self.status[:, :num_flows] = FlowStatus.ACTIVE
         self.created.fill_(num_flows)
 
@@ -103,34 +158,32 @@ class TensorizedFlowStorage:
         """Bool mask [B, M] of the slots with this status."""
         return self.status == status
 
-    @property
-    def landed(self) -> Tensor:
-        """Bool mask [B, M] of the flows that have landed."""
-        return self.where(FlowStatus.REACHED) | self.where(FlowStatus.PROJECTED)
+    def finished(self) -> FinishedFlows:
+        """The flows as they are now, in memory of their own."""
+        counters = (self.status, self.steps, self.created, self.overflow)
+        return FinishedFlows(self.state.position, self.state.energy, *(counter.clone() for counter in counters))
 
     def advance(self, state: FlowState, reached: Tensor) -> None:
-        """Take over one step of the active flows; `reached` [B, M] ends flows on a plane."""
+        """Take over one step; `reached` (bool [B, M]) ends flows on a plane."""
         active = self.where(FlowStatus.ACTIVE)
-        moved = active[..., None]
-        self.state = FlowState(
-            torch.where(moved, state.position, self.state.position),
-            torch.where(moved, state.energy, self.state.energy),
-            state.hidden,  # nothing reads the memory of a flow that has ended
-        )
+        self.state = state
         self.steps += active
         self.age += active
-        self.end(active & reached, FlowStatus.REACHED)
+        self.end(reached, FlowStatus.REACHED)
 
     def end(self, mask: Tensor, status: FlowStatus) -> None:
         """End the flows of `mask` [B, M], all in one operation."""
         self.status.masked_fill_(mask, status)
 
-    def spawn(self, num_children: Tensor, birthplace: Tensor) -> None:
-        """Give every flow its children: a copy of its energy, memory and steps, of age 0.
+    def spawn(self, num_children: Tensor, birthplace: Tensor) -> Births:
+        """Give every flow its children: a copy of its energy and steps, of age 0.
 
         Args:
             num_children: [B, M] int64.
             birthplace: [B, M, 3], where the children of each flow begin.
+
+        Returns:
+            Who was born of whom, for what is kept elsewhere.
 
         Slots are given out in the order of the parents' slots; what doesn't fit is counted as overflow.
         """
@@ -141,21 +194,13 @@ class TensorizedFlowStorage:
         born = (order >= 0) & (order < accepted[:, None])
         parent = torch.searchsorted(last, order, right=True).clamp(max=self.capacity - 1)
 
-        def inherit(own: Tensor, parents: Tensor) -> Tensor:
-            index = parent[..., None].expand(-1, -1, parents.shape[-1])
-            return torch.where(born[..., None], parents.gather(1, index), own)
-
+        births = Births(born, parent)
         self.state = FlowState(
-            inherit(self.state.position, birthplace),
-            inherit(self.state.energy, self.state.energy),
-            tuple(inherit(hidden, hidden) for hidden in self.state.hidden),
+            births.inherit(self.state.position, birthplace), births.inherit(self.state.energy, self.state.energy)
         )
         self.steps.copy_(torch.where(born, self.steps.gather(1, parent), self.steps))
         self.age.masked_fill_(born, 0)
         self.status.masked_fill_(born, FlowStatus.ACTIVE)
         self.created += accepted
         self.overflow += wanted - accepted
-
-    def unaccounted(self) -> Tensor:
-        """Created flows that are in no slot, summed over samples: 0 unless a flow was lost (int64 scalar)."""
-        return (self.created - (self.status != FlowStatus.FREE).sum(1)).abs().sum()
+        return births

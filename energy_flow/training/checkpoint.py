@@ -120,8 +120,16 @@ def _reason(error: Exception) -> str:
     return "not made of tensors and plain containers"  # the unpickler's messages say nothing, or how to let it run code
 
 
-def restore(module_class: type[Module], checkpoint: Mapping[str, Any], path: str | Path) -> Module:
+def restore(
+    module_class: type[Module],
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    rollout: Mapping[str, Any] | None = None,
+) -> Module:
     """The module of a loaded checkpoint, as `module_class.load_from_checkpoint` builds it, on the CPU.
+
+    Args:
+        rollout: the config section of this name, which isn't saved with a model.
 
     Raises:
         CheckpointError: its hyper-parameters describe no module, or another one than that of its weights.
@@ -133,7 +141,7 @@ def restore(module_class: type[Module], checkpoint: Mapping[str, Any], path: str
     except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
-    module = module_class(**described)
+    module = module_class(**described, rollout=rollout)
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"])
     return module

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
+from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, read
@@ -48,6 +49,8 @@ class EnergyFlowModule(pl.LightningModule):
         dim: D, of the embeddings.
         lattice, model, loss, optimizer: the config sections of these names, as plain dicts.
         seed: of the exploration noise.
+        rollout: the config section of this name, how rollouts are computed: no property of the model, so it isn't
+            saved with it. None: chosen from the device and the size.
 
     Raises:
         ConfigError: a section with an unknown key, or a value out of range.
@@ -61,14 +64,21 @@ class EnergyFlowModule(pl.LightningModule):
         loss: dict[str, Any],
         optimizer: dict[str, Any],
         seed: int,
+        rollout: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         # Plain containers only, so that checkpoints load with `weights_only=True`.
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(logger=False, ignore=["rollout"])
         self.loss = read(LossSettings, loss, "loss")
         self.optimizer_settings = read(OptimizerSettings, optimizer, "optimizer")
         lattice_settings = read(LatticeSettings, lattice, "lattice")
-        self.processor = FlowProcessor(dim, lattice_settings, read(ModelSettings, model, "model"), seed)
+        self.processor = FlowProcessor(
+            dim,
+            lattice_settings,
+            read(ModelSettings, model, "model"),
+            seed,
+            None if rollout is None else read(RolloutSettings, rollout, "rollout"),
+        )
         self.phase_timer: PhaseTimer | None = None
         self.run_config: dict[str, Any] | None = None
         self.fingerprint: dict[str, str] = {}
@@ -80,7 +90,7 @@ class EnergyFlowModule(pl.LightningModule):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
         """The module of a config, such as `energy_flow.config.compose()` gives, for embeddings of dimension `dim`."""
-        sections = ("lattice", "model", "loss", "optimizer", "seed")
+        sections = ("lattice", "model", "loss", "optimizer", "seed", "rollout")
         return cls(dim, **{section: config[section] for section in sections})
 
     @property

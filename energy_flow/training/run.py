@@ -71,6 +71,7 @@ class TrainSettings(Settings):
     data: Section
     loss: Section
     optimizer: Section
+    rollout: Section
     trainer: Section
     callbacks: Section | None = None
     logger: Section | None = None
@@ -85,6 +86,7 @@ class EvaluateSettings(Settings):
     ckpt_path: str
     baselines: BaselineSettings
     data: Section
+    rollout: Section
     trainer: Section
     paths: PathSettings
 

@@ -6,7 +6,7 @@ from matplotlib.lines import Line2D
 from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
 from mpl_toolkits.mplot3d.axes3d import Axes3D
 
-from energy_flow.core.flow_processor import Trajectories
+from energy_flow.core.history import Trajectories
 from energy_flow.viz.style import GREY, INK, PLANE_COLOURS, Array, new_figure, to_numpy
 
 SHEETS = ((-1.0, "z0", PLANE_COLOURS[0]), (0.0, "input plane", INK), (1.0, "zdepth", PLANE_COLOURS[1]))

@@ -3,7 +3,7 @@
 import torch
 
 from energy_flow.core.energy_lattice import Landings
-from energy_flow.core.flow_processor import Trajectories
+from energy_flow.core.history import Trajectories
 from energy_flow.core.geometry import cell_centres, fold
 
 

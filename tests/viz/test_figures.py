@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Path3DCollection
 
 from energy_flow.core.energy_lattice import Landings
-from energy_flow.core.flow_processor import Trajectories
+from energy_flow.core.history import Trajectories
 from energy_flow.viz import (
     group_figure,
     landing_figure,

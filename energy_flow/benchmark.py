@@ -1,0 +1,65 @@
+"""Measure the framework on this machine: python -m energy_flow.benchmark benchmark=NAME [key=value ...]"""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from pydantic import Field
+from rich.console import Console
+
+from energy_flow import cli
+from energy_flow.benchmarks import output
+from energy_flow.benchmarks.machine import describe_machine
+from energy_flow.benchmarks.registry import read_benchmark
+from energy_flow.errors import ConfigError
+from energy_flow.settings import Settings, read
+from energy_flow.training.run import PathSettings
+
+
+class BenchmarkSettings(Settings):
+    """The whole config of a benchmark. Its section is checked by the benchmark that owns it."""
+
+    task_name: str
+    device: Literal["cpu", "cuda"]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    benchmark: dict[str, Any]
+    paths: PathSettings
+
+
+def measure(config: dict[str, Any]) -> None:
+    """One benchmark from its config to its tables, picture and files."""
+    settings = read(BenchmarkSettings, config, "")
+    benchmark, own = read_benchmark(settings.benchmark)
+    device = _device(settings.device)
+    console, folder = Console(), Path(settings.paths.output_dir)
+    machine = describe_machine(device, _command())
+    try:
+        with console.status("measuring") as status:
+            findings = benchmark.run(own, device, settings.seed, lambda what: status.update(f"measuring: {what}"))
+        output.write(folder, machine, findings)
+        benchmark.picture(findings.rows).savefig(folder / "benchmark.png")
+        output.show(console, machine, findings)
+    finally:
+        console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=cpu")
+    return torch.device(name)
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "energy_flow.benchmark", *HydraConfig.get().overrides.task])
+
+
+@cli.application("benchmark")
+def main(config: dict[str, Any]) -> None:
+    """Entry point."""
+    measure(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""How the earlier code base did it: one Python object per flow, loops, dictionaries, `.item()`, one stack per group.
+
+The "before" side of `benchmark=report`, slow on purpose; nothing else imports it. It follows the report's section
+"Identified Performance Issues": completed flows are found by a list comprehension, grouped by their coordinates in a
+dictionary, aggregated group by group with tensors that are made anew for every group, and deleted one by one.
+
+Letters: B samples, W x H cells, S = W * H, E energy dimension, H hidden size, L layers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from energy_flow.core.flow_processor import FlowProcessor
+
+ACTIVE, REACHED, PROJECTED, REMOVED = "active", "reached", "projected", "removed"
+Cell = tuple[int, int, int]  # sample, x, y
+
+
+@dataclass(eq=False)
+class ListFlow:
+    """One flow."""
+
+    sample: int
+    position: Tensor  # [3]
+    energy: Tensor  # [E]
+    hidden: list[Tensor]  # L tensors [H]
+    steps: int = 0
+    status: str = ACTIVE
+
+
+Flows = dict[int, ListFlow]  # by id
+
+
+def select_active(flows: Flows) -> tuple[Tensor, Tensor]:
+    """Coordinates [A, 3] and energies [A, E] of the active flows."""
+    active = [flow for flow in flows.values() if flow.status == ACTIVE]
+    return torch.stack([flow.position for flow in active]), torch.stack([flow.energy for flow in active])
+
+
+def collect(flows: Flows, width: int, height: int) -> dict[Cell, list[ListFlow]]:
+    """The completed flows, grouped by the cell of their sample that they lie in."""
+    completed = [flow for flow in flows.values() if flow.status in (REACHED, PROJECTED)]
+    groups: dict[Cell, list[ListFlow]] = {}
+    for flow in completed:
+        x = nearest_cell(flow.position[0].item(), width)
+        y = nearest_cell(flow.position[1].item(), height)
+        groups.setdefault((flow.sample, x, y), []).append(flow)
+    return groups
+
+
+def nearest_cell(coordinate: float, num_cells: int) -> int:
+    place = (coordinate + 1) / 2 * (num_cells - 1)
+    return min(max(math.floor(place + 0.5), 0), num_cells - 1)
+
+
+def aggregate(groups: dict[Cell, list[ListFlow]], batch: int, width: int, height: int, empty: Tensor) -> Tensor:
+    """Softmax average of every group: surface [B, S, E]; `empty` [E] is what a cell without landings holds."""
+    surfaces = []
+    for sample in range(batch):
+        cells = []
+        for y in range(height):
+            for x in range(width):
+                members = groups.get((sample, x, y))
+                cells.append(_average(members) if members else empty)
+        surfaces.append(torch.stack(cells))
+    return torch.stack(surfaces)
+
+
+def _average(members: list[ListFlow]) -> Tensor:
+    energies = torch.stack([flow.energy for flow in members])
+    distances = torch.stack([_distance(flow.position[2]) for flow in members])
+    steps = torch.tensor([flow.steps for flow in members], dtype=energies.dtype, device=energies.device)
+    scores = torch.linalg.vector_norm(energies, dim=-1) / (1 + distances) * (1 + 0.1 * steps)
+    weights = torch.softmax(scores, dim=0)
+    return (weights[:, None] * energies).sum(0)
+
+
+def _distance(z: Tensor) -> Tensor:
+    """To the nearest plane; z = 0 goes to z0."""
+    return 1 - z if z.item() > 0 else 1 + z
+
+
+def cleanup(flows: Flows, device: torch.device) -> None:
+    """Delete the flows that have ended, one by one, and tidy up the device every time."""
+    for key in [key for key, flow in flows.items() if flow.status != ACTIVE]:
+        del flows[key]
+    # The earlier code also reset the peak counters here; not done, they are what this benchmark reads.
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def forward(processor: FlowProcessor, embedding: Tensor) -> Tensor:
+    """A whole forward pass, flow by flow, with the processor's parameters: embedding [B, D] -> [B, D]."""
+    settings = processor.settings
+    surface = processor.map_in(embedding)
+    flows = _place(surface, processor)
+    scale = processor.displacement_scale()
+    for _ in range(settings.num_steps):
+        for flow in flows.values():
+            if flow.status == ACTIVE:
+                _step(flow, processor, scale)
+    for flow in flows.values():
+        if flow.status == ACTIVE:
+            flow.status = PROJECTED
+    groups = collect(flows, settings.width, settings.height)
+    landed = aggregate(groups, len(embedding), settings.width, settings.height, torch.zeros_like(surface[0, 0]))
+    cleanup(flows, embedding.device)
+    return processor.lattice.map_out(landed)
+
+
+def _place(surface: Tensor, processor: FlowProcessor) -> Flows:
+    """surface [B, S, E] -> one flow per cell, in the middle plane."""
+    width, height = processor.settings.width, processor.settings.height
+    flows: Flows = {}
+    for sample in range(surface.shape[0]):
+        for y in range(height):
+            for x in range(width):
+                centre = [
+                    2 * x / (width - 1) - 1 if width > 1 else 0.0,
+                    2 * y / (height - 1) - 1 if height > 1 else 0.0,
+                ]
+                flows[len(flows)] = ListFlow(
+                    sample=sample,
+                    position=surface.new_tensor([*centre, 0.0]),
+                    energy=surface[sample, y * width + x],
+                    hidden=[surface.new_zeros(processor.model.hidden_size) for _ in range(processor.model.num_layers)],
+                )
+    return flows
+
+
+def _step(flow: ListFlow, processor: FlowProcessor, scale: Tensor) -> None:
+    carrier = processor.carrier
+    features = processor.neuron.network(torch.cat([flow.position, flow.energy]))
+    memory = torch.cat([features, flow.energy])
+    hidden = []
+    for cell, old in zip(carrier.cells, flow.hidden, strict=True):
+        assert isinstance(cell, nn.GRUCell)
+        memory = cell(memory, old)
+        hidden.append(memory)
+    change = carrier.energy_head(memory)
+    flow.energy = flow.energy + change if processor.model.residual_energy else torch.tanh(change)
+    flow.hidden = hidden
+    limit = processor.settings.movement.max_displacement
+    moved = flow.position + (scale * carrier.displacement_head(memory)).clamp(-limit, limit)
+    z = moved[2]
+    if abs(z.item()) >= 1:
+        z = torch.full_like(z, math.copysign(1.0, z.item()))
+        flow.status = REACHED
+    flow.position = torch.stack([_reflect(moved[0]), _reflect(moved[1]), z])
+    flow.steps += 1
+
+
+def _reflect(coordinate: Tensor) -> Tensor:
+    while abs(coordinate.item()) > 1:
+        coordinate = math.copysign(2.0, coordinate.item()) - coordinate
+    return coordinate

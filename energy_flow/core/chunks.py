@@ -1,0 +1,103 @@
+"""How many samples run at a time: what fits into memory, and what to do when it didn't."""
+
+import logging
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import psutil
+import torch
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_SHARE = {"cuda": 0.8, "cpu": 0.5}  # of the free memory; the rest is for the model, the losses and other programs
+
+
+class ChunkSizes:
+    """Finds the number of samples per chunk, and remembers it.
+
+    Args:
+        setting: a number, None for the whole batch, or "auto": what fits, halved whenever memory runs out.
+    """
+
+    def __init__(self, setting: Literal["auto"] | int | None) -> None:
+        self._setting = setting
+        self._largest: dict[torch.device, int] = {}
+
+    def within_memory(
+        self,
+        batch: int,
+        device: torch.device,
+        bytes_per_sample: Callable[[], int],
+        held: Callable[[], int],
+        release: Callable[[], None],
+        attempt: Callable[[int], Result],
+    ) -> Result:
+        """Call `attempt` with a chunk size; where it may, again with half of it when memory runs out.
+
+        Args:
+            bytes_per_sample: what a sample of a chunk needs, at most.
+            held: bytes that the rollout's buffers hold already.
+            release: lets go of them.
+        """
+        while True:
+            chunk = self._chunk(batch, device, bytes_per_sample, held)
+            try:
+                return attempt(chunk)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if self._setting != "auto" or chunk == 1 or not is_out_of_memory(error):
+                    _advise(error, self._setting, chunk)
+                    raise
+            # Out of the `except`: the error's traceback holds on to the tensors of the attempt.
+            release()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._largest[device] = -(-chunk // 2)
+            log.warning(
+                "out of memory on %s with %d samples at a time: repeating the batch with %d (rollout.chunk=auto)",
+                device,
+                chunk,
+                self._largest[device],
+            )
+
+    def _chunk(
+        self, batch: int, device: torch.device, bytes_per_sample: Callable[[], int], held: Callable[[], int]
+    ) -> int:
+        if self._setting is None:
+            return batch
+        if self._setting != "auto":
+            return min(batch, self._setting)
+        if device not in self._largest:
+            budget = _SHARE[device.type if device.type in _SHARE else "cuda"] * free_bytes(device) + held()
+            self._largest[device] = max(1, int(budget // bytes_per_sample()))
+        return _even(batch, min(batch, self._largest[device]))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; on a CPU torch says so in a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated, the allocator's own reserve included."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _even(batch: int, largest: int) -> int:
+    """Chunks of one size, as far as possible: 32 samples of which 30 fit are two times 16."""
+    return -(-batch // -(-batch // largest))
+
+
+def _advise(error: BaseException, setting: Literal["auto"] | int | None, chunk: int) -> None:
+    if not is_out_of_memory(error):
+        return
+    if chunk == 1:
+        advice = "one sample at a time is the least: set rollout.recompute=true, or a smaller lattice or model"
+    else:
+        shown = "null" if setting is None else setting
+        advice = f"rollout.chunk = {shown}: set rollout.chunk=auto or a number below {chunk}"
+    error.add_note(advice)

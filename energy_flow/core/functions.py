@@ -1,0 +1,61 @@
+"""The elementwise parts of a step and of its way back, as they are or compiled."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+
+from energy_flow.core.flow_step import move, move_backward
+from energy_flow.core.simple_neuron import neuron_features_backward, write_features
+from energy_flow.ops.counter_noise import counter_noise
+from energy_flow.ops.gru_gates import gates_backward, gates_backward_torch, gates_forward, gates_forward_torch
+
+Function = Callable[..., Any]
+_MAX_FORMS = 256
+
+
+@dataclass(frozen=True)
+class StepFunctions:
+    """What runs between the matrix products of a step."""
+
+    write_features: Function
+    features_backward: Function
+    move: Function
+    move_backward: Function
+    gates_forward: Function
+    gates_backward: Function
+    counter_noise: Function
+
+
+@functools.cache
+def step_functions(compiled: bool, on_cpu: bool) -> StepFunctions:
+    """One set per way of running; compiled ones are compiled when first called, again for a new size, then for any."""
+    if not compiled:
+        return StepFunctions(
+            write_features, neuron_features_backward, move, move_backward, gates_forward, gates_backward, counter_noise
+        )
+    return StepFunctions(
+        _compile(write_features),
+        _compile(neuron_features_backward),
+        _compile(move),
+        _compile(move_backward),
+        # On a GPU the gates have kernels of their own.
+        _compile(gates_forward_torch) if on_cpu else gates_forward,
+        _compile(gates_backward_torch) if on_cpu else gates_backward,
+        _compile(counter_noise),
+    )
+
+
+def _compile(function: Function) -> Function:
+    compiled = torch.compile(function, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        # Every dtype, size of a model and kind of rule is a form of its own; dynamo gives up at 8 of them.
+        with torch._dynamo.config.patch(cache_size_limit=_MAX_FORMS):
+            return compiled(*args, **options)
+
+    return call

@@ -1,0 +1,83 @@
+"""CUDA graphs: a chunk's forward and backward pass recorded once, and replayed with a single launch each."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from energy_flow.core.rollout import RolloutCall, RolloutResult
+from energy_flow.core.step_weights import StepGradients
+from energy_flow.core.tape import Tape
+from energy_flow.core.tensorized_flow_storage import FinishedFlows
+
+Forward = Callable[[Tensor, RolloutCall], tuple[RolloutResult, Tape]]
+Backward = Callable[[Tape, Tensor, Tensor], tuple[Tensor, StepGradients]]
+
+
+class _Replay(NamedTuple):
+    """A recorded pass: its inputs are written to, its outputs are read, between them the graph is launched."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+
+
+class ChunkGraph:
+    """The two passes of chunks of one size.
+
+    What it runs must have run before, so that kernels are compiled and libraries are set up. Inputs are copied to
+    fixed places; outputs are copied from theirs, since the next replay overwrites them.
+
+    Args:
+        forward, backward: plain code without autograd; recorded when first called.
+    """
+
+    def __init__(self, forward: Forward, backward: Backward) -> None:
+        self._run_forward, self._run_backward = forward, backward
+        self._pool = torch.cuda.graph_pool_handle()
+        self._used = False
+        self._forward: _Replay | None = None
+        self._backward: _Replay | None = None
+
+    def used(self) -> bool:
+        """Whether it ran since the last time that somebody asked."""
+        used, self._used = self._used, False
+        return used
+
+    def forward(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
+        """Surface energies [b, S, E] to flows that have ended."""
+        self._used = True
+        values = (surface, call.optimizer_step, call.scale, *(() if call.rows is None else (call.rows,)))
+        if self._forward is None:
+            inputs = tuple(value.clone() for value in values)
+            rows = inputs[3] if len(inputs) > 3 else None
+            fixed = RolloutCall(rows, inputs[1], inputs[2], call.noisy, keep_paths=False)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._result, self._tape = self._run_forward(inputs[0], fixed)
+            self._forward = _Replay(graph, inputs)
+        _launch(self._forward, values)
+        return _copy(self._result)
+
+    def backward(self, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor, StepGradients]:
+        """After `forward`: gradients of the energies at the start, and of the weights; valid until the next call."""
+        values = (grad_position, grad_energy)
+        if self._backward is None:
+            inputs = tuple(value.clone() for value in values)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._gradients = self._run_backward(self._tape, *inputs)
+            self._backward = _Replay(graph, inputs)
+        _launch(self._backward, values)
+        return self._gradients
+
+
+def _launch(replay: _Replay, values: tuple[Tensor, ...]) -> None:
+    for fixed, value in zip(replay.inputs, values, strict=True):
+        fixed.copy_(value)
+    replay.graph.replay()
+
+
+def _copy(result: RolloutResult) -> RolloutResult:
+    flows = FinishedFlows(*(value.clone() for value in vars(result.flows).values()))
+    return RolloutResult(flows, result.counts.clone(), None)

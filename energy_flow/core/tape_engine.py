@@ -1,0 +1,253 @@
+"""Rollouts on a tape: one `autograd.Function` around all steps, in chunks of samples that fit into memory.
+
+Flows meet only in the aggregation, so chunks give exact gradients: every chunk runs forward, the last one's tape is
+kept; the backward pass replays the others, one after the other. Memory is set by the chunk, not by the batch.
+"""
+
+import functools
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from energy_flow.core.chunks import ChunkSizes
+from energy_flow.core.energy_carrier import EnergyCarrier
+from energy_flow.core.flow_step import MoveRule
+from energy_flow.core.functions import step_functions
+from energy_flow.core.graphs import ChunkGraph
+from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings, joined
+from energy_flow.core.simple_neuron import SimpleNeuron
+from energy_flow.core.step_weights import StepGradients, StepWeights, step_parameters
+from energy_flow.core.tape import Tape
+
+_WalkBack = Callable[[Tensor, Tensor], tuple[Tensor, StepGradients]]
+
+
+class _Taped(NamedTuple):
+    """Whose tape the buffers hold, and how to walk it back."""
+
+    call: RolloutCall
+    start: int
+    stop: int
+    backward: _WalkBack
+
+
+class TapeEngine:
+    """Runs rollouts on a tape.
+
+    Args:
+        neuron, carrier: the networks; their parameters get gradients.
+        rollout: the rules. Its pool has the tape's buffers, too.
+        residual_energy: see `MoveRule`.
+        settings: ways of running.
+    """
+
+    def __init__(
+        self,
+        neuron: SimpleNeuron,
+        carrier: EnergyCarrier,
+        rollout: Rollout,
+        residual_energy: bool,
+        settings: RolloutSettings,
+    ) -> None:
+        self._neuron, self._carrier, self._rollout = neuron, carrier, rollout
+        self._residual_energy, self._settings = residual_energy, settings
+        self._sizes = ChunkSizes(settings.chunk)
+        self._taped: _Taped | None = None
+        self._graphs: dict[Hashable, ChunkGraph] = {}
+        self._warm: set[Hashable] = set()  # kinds of chunks that have run both ways, so that they can be recorded
+
+    def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
+        """From surface energies [B, S, E] to flows that have all ended; differentiable once."""
+        parameters = step_parameters(self._neuron, self._carrier)
+        dtype = _products_dtype(surface, parameters[0])
+        keep = torch.is_grad_enabled() and any(value.requires_grad for value in (surface, *parameters))
+        results: list[RolloutResult] = []
+        position, energy = _TapedRollout.apply(self, call, dtype, keep, results, surface, *parameters)
+        result = results.pop()
+        flows = replace(result.flows, position=position, energy=energy)
+        return result._replace(flows=flows)
+
+    def trim(self) -> int:
+        """Let go of what no batch since the last call has needed; returns the bytes of the buffers freed.
+
+        Graphs write to buffers where they were recorded: as long as one of them is in use, the buffers stay.
+        """
+        self._taped = None
+        self._graphs = {kind: graph for kind, graph in self._graphs.items() if graph.used()}
+        return 0 if self._graphs else self._rollout.pool.trim()
+
+    def release(self) -> None:
+        """Let go of all buffers."""
+        self._taped = None
+        self._graphs.clear()
+        self._rollout.pool.clear()
+
+    def forward(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool) -> RolloutResult:
+        """All chunks; with `keep` the last one's tape stays for the backward pass."""
+
+        def attempt(chunk: int) -> RolloutResult:
+            starts = range(0, len(surface), chunk)
+            return joined(
+                [
+                    self._chunk(surface, call, dtype, start, start + chunk, keep and start == starts[-1])
+                    for start in starts
+                ]
+            )
+
+        return self._within_memory(surface, dtype, keep, attempt)
+
+    def backward(
+        self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, grad_position: Tensor, grad_energy: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the surface and of `step_parameters`; replays the chunks whose tape isn't there."""
+
+        def attempt(chunk: int) -> tuple[Tensor, list[Tensor]]:
+            gradients = self._weights(dtype).no_gradients()
+            grad_surface = torch.empty_like(surface)
+            for start in reversed(range(0, len(surface), chunk)):
+                part = slice(start, start + chunk)
+                walk_back = self._walk_back(surface, call, dtype, start, start + chunk)
+                on_start, of_chunk = walk_back(grad_position[part], grad_energy[part])
+                grad_surface[part] = on_start[:, : surface.shape[1]]
+                gradients.add(of_chunk)
+            return grad_surface, gradients.unpack(self._carrier)
+
+        return self._within_memory(surface, dtype, True, attempt)
+
+    def _walk_back(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, start: int, stop: int) -> _WalkBack:
+        """The way back through the tape of some samples; they run again if the buffers don't hold it."""
+        if self._taped is None or self._taped[:3] != (call, start, stop):
+            self._chunk(surface, call, dtype, start, stop, keep=True)
+        taped, self._taped = self._taped, None
+        assert taped is not None
+        return taped.backward
+
+    def _chunk(
+        self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, start: int, stop: int, keep: bool
+    ) -> RolloutResult:
+        """Run samples [start, stop) forward."""
+        self._taped = None
+        part, own = surface[start:stop], call.samples(start, stop)
+        kind = self._kind(part, own, dtype, keep)
+        if kind is not None and kind in self._warm:
+            graph = self._graph(kind, dtype, keep)
+            result = graph.forward(part, own)
+            walk_back: _WalkBack = graph.backward
+        else:
+            result, tape = self._run(part, own, dtype, keep)
+            walk_back = functools.partial(self._backward_of, tape, kind=kind)
+            if not keep:
+                self._warm.add(kind)
+        if keep:
+            self._taped = _Taped(call, start, stop, walk_back)
+        return result
+
+    def _run(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool) -> tuple[RolloutResult, Tape]:
+        lattice, settings = self._rollout.settings, self._settings
+        on_cpu = surface.device.type == "cpu"
+        tape = Tape(
+            self._weights(dtype),
+            step_functions(self._compiles(surface.device), on_cpu),
+            MoveRule(call.scale, lattice.movement.max_displacement, self._residual_energy),
+            lattice.num_steps,
+            len(surface) * lattice.capacity,
+            keep=keep,
+            recompute=settings.recompute,
+            compact=on_cpu if settings.compaction == "auto" else settings.compaction,
+            spawning=lattice.spawn.enabled,
+            pool=self._rollout.pool,
+        )
+        return self._rollout.run(surface, tape, call), tape
+
+    def _backward_of(
+        self, tape: Tape, grad_position: Tensor, grad_energy: Tensor, *, kind: Hashable
+    ) -> tuple[Tensor, StepGradients]:
+        gradients = tape.weights.no_gradients()
+        on_start = tape.backward(grad_position, grad_energy, gradients)
+        self._warm.add(kind)
+        return on_start, gradients
+
+    def _kind(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool) -> Hashable:
+        """What a graph is recorded for; None where there shall be none."""
+        wanted = surface.is_cuda if self._settings.cuda_graph == "auto" else self._settings.cuda_graph
+        if not wanted or call.keep_paths:
+            return None
+        addresses = tuple(parameter.data_ptr() for parameter in step_parameters(self._neuron, self._carrier))
+        return surface.shape, surface.dtype, dtype, keep, call.noisy, addresses
+
+    def _graph(self, kind: Hashable, dtype: torch.dtype, keep: bool) -> ChunkGraph:
+        if kind not in self._graphs:
+            run = functools.partial(self._run, dtype=dtype, keep=keep)
+            self._graphs[kind] = ChunkGraph(run, functools.partial(self._backward_of, kind=kind))
+        return self._graphs[kind]
+
+    def _weights(self, dtype: torch.dtype) -> StepWeights:
+        return StepWeights.pack(self._neuron, self._carrier, dtype)
+
+    def _compiles(self, device: torch.device) -> bool:
+        setting = self._settings.compile
+        return device.type == "cuda" if setting == "auto" else setting
+
+    def _bytes_per_sample(self, surface: Tensor, dtype: torch.dtype, keep: bool) -> int:
+        """What a sample of a chunk takes while it runs: tape, gates, gradients of the memories, states of all steps."""
+        carrier, steps = self._carrier, self._rollout.settings.num_steps
+        layers, size, energy_dim = len(carrier.cells), carrier.hidden_size, surface.shape[2]
+        row = carrier.num_features + energy_dim + layers * size
+        gates = layers * steps if keep and not self._settings.recompute else 1
+        slabs = steps + layers if keep else layers + 1
+        products = slabs * row + gates * 4 * size + (layers + 2) * size
+        states = (steps if keep else 3) * (10 + 3 * energy_dim) + 4 * carrier.num_features
+        return self._rollout.settings.capacity * (products * dtype.itemsize + states * surface.element_size())
+
+    def _within_memory(self, surface: Tensor, dtype: torch.dtype, keep: bool, attempt: Any) -> Any:
+        return self._sizes.within_memory(
+            len(surface),
+            surface.device,
+            bytes_per_sample=lambda: self._bytes_per_sample(surface, dtype, keep),
+            held=lambda: self._rollout.pool.nbytes,
+            release=self.release,
+            attempt=attempt,
+        )
+
+
+class _TapedRollout(torch.autograd.Function):
+    """All steps of all flows, as autograd sees them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        engine: TapeEngine,
+        call: RolloutCall,
+        dtype: torch.dtype,
+        keep: bool,
+        results: list[RolloutResult],
+        surface: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(surface.device.type, enabled=False):
+            result = engine.forward(surface, call, dtype, keep)
+        ctx.engine, ctx.call, ctx.dtype = engine, call, dtype
+        # Saved though the engine knows them: so torch sees if somebody changes them before the backward pass.
+        ctx.save_for_backward(surface, *parameters)
+        results.append(result)
+        return result.flows.position, result.flows.energy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
+        surface, *_ = ctx.saved_tensors
+        with torch.autocast(surface.device.type, enabled=False):
+            on_surface, on_parameters = ctx.engine.backward(surface, ctx.call, ctx.dtype, grad_position, grad_energy)
+        return None, None, None, None, None, on_surface, *on_parameters
+
+
+def _products_dtype(surface: Tensor, parameter: Tensor) -> torch.dtype:
+    """Of the recurrent network's products: autocast's, where it is on."""
+    kind = surface.device.type
+    if torch.is_autocast_enabled(kind) and parameter.dtype == torch.float32:
+        return torch.get_autocast_dtype(kind)
+    return parameter.dtype

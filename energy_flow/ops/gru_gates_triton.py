@@ -1,0 +1,228 @@
+"""Triton kernels of `gru_gates`: bound by memory, each number read once and written once.
+
+Nothing waits for the device, nothing is added atomically: the same bits every time, and fit for CUDA graphs.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton reads annotations of kernels itself.)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from energy_flow.ops.backend import num_multiprocessors, require_adjacent_columns
+
+_NUM_WARPS = 4
+_ACCESS_BYTES = 16  # the widest a thread can load or store at once
+# Columns of H in a tile: whole cache lines, and less than one per thread, or else the bias would go through shared
+# memory, with barriers, on its way to the threads that need it.
+_BLOCK_H = 64
+# Programs per multiprocessor in the backward kernel, which loops over rows: all of them are resident at once (its
+# registers allow four), so none starts when the others are done.
+_RESIDENT = 4
+
+
+@triton.jit
+def _tanh(x, APPROXIMATE: tl.constexpr):
+    if APPROXIMATE:  # one instruction, wrong by 2^-11 at most: a rounding of float16, a quarter of bfloat16's
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 2 / (1 + tl.exp(-2 * x)) - 1
+
+
+@triton.jit
+def _sigmoid(x, APPROXIMATE: tl.constexpr):
+    if APPROXIMATE:
+        return 0.5 + 0.5 * _tanh(0.5 * x, APPROXIMATE)
+    else:
+        return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _activate(new, reset, update, hidden_new, bias, columns, mask, H: tl.constexpr, APPROXIMATE: tl.constexpr):
+    bias_new = tl.load(bias + columns, mask=mask, other=0)[None, :]
+    bias_reset = tl.load(bias + H + columns, mask=mask, other=0)[None, :]
+    bias_update = tl.load(bias + 2 * H + columns, mask=mask, other=0)[None, :]
+    bias_hidden_new = tl.load(bias + 3 * H + columns, mask=mask, other=0)[None, :]
+    reset = _sigmoid(reset + bias_reset, APPROXIMATE)
+    update = _sigmoid(update + bias_update, APPROXIMATE)
+    hidden_new += bias_hidden_new
+    new = _tanh(new + bias_new + reset * hidden_new, APPROXIMATE)
+    return new, reset, update, hidden_new
+
+
+@triton.jit
+def _load(gate, mask, H: tl.constexpr, WIDE: tl.constexpr):
+    new = tl.load(gate, mask=mask, other=0).to(WIDE)
+    reset = tl.load(gate + H, mask=mask, other=0).to(WIDE)
+    update = tl.load(gate + 2 * H, mask=mask, other=0).to(WIDE)
+    hidden_new = tl.load(gate + 3 * H, mask=mask, other=0).to(WIDE)
+    return new, reset, update, hidden_new
+
+
+@triton.jit
+def _store(gate, new, reset, update, hidden_new, mask, H: tl.constexpr):
+    tl.store(gate, new, mask=mask)
+    tl.store(gate + H, reset, mask=mask)
+    tl.store(gate + 2 * H, update, mask=mask)
+    tl.store(gate + 3 * H, hidden_new, mask=mask)
+
+
+@triton.jit
+def _mask(rows, num_rows, columns, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    mask = (rows < num_rows)[:, None]
+    if H % BLOCK_H != 0:
+        mask = mask & (columns < H)[None, :]
+    return mask
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    gates,
+    hidden,
+    bias,
+    out,
+    num_rows,
+    gates_stride,
+    hidden_stride,
+    out_stride,
+    H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    KEEP: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    wide = bias.dtype.element_ty
+    blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    rows = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = _mask(rows, num_rows, columns, H, BLOCK_H)
+    gate = gates + rows[:, None] * gates_stride + columns[None, :]
+    state = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask=mask, other=0).to(wide)
+    new, reset, update, hidden_new = _load(gate, mask, H, wide)
+    new, reset, update, hidden_new = _activate(
+        new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
+    )
+    tl.store(out + rows[:, None] * out_stride + columns[None, :], new + update * (state - new), mask=mask)
+    if KEEP:
+        _store(gate, new, reset, update, hidden_new, mask, H)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward_kernel(
+    gates,
+    hidden,
+    grad,
+    bias,
+    totals,
+    num_rows,
+    gates_stride,
+    hidden_stride,
+    grad_stride,
+    H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ACTIVATED: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
+    wide = bias.dtype.element_ty
+    blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    first = tl.program_id(0) // blocks
+    columns = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    total_new = tl.zeros((BLOCK_N, BLOCK_H), dtype=wide)
+    total_reset = tl.zeros((BLOCK_N, BLOCK_H), dtype=wide)
+    total_update = tl.zeros((BLOCK_N, BLOCK_H), dtype=wide)
+    total_hidden_new = tl.zeros((BLOCK_N, BLOCK_H), dtype=wide)
+    for tile in range(first, tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0) // blocks):
+        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        mask = _mask(rows, num_rows, columns, H, BLOCK_H)
+        gate = gates + rows[:, None] * gates_stride + columns[None, :]
+        on_out_at = grad + rows[:, None] * grad_stride + columns[None, :]
+        state = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask=mask, other=0).to(wide)
+        on_out = tl.load(on_out_at, mask=mask, other=0).to(wide)
+        new, reset, update, hidden_new = _load(gate, mask, H, wide)
+        if not ACTIVATED:
+            new, reset, update, hidden_new = _activate(
+                new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
+            )
+        # Rows and columns beyond the edges have on_out = 0 and add nothing to the totals.
+        on_new = on_out * (1 - update) * (1 - new * new)
+        on_update = on_out * (state - new) * update * (1 - update)
+        on_hidden_new = on_new * reset
+        on_reset = on_hidden_new * hidden_new * (1 - reset)
+        tl.store(on_out_at, on_out * update, mask=mask)
+        _store(gate, on_new, on_reset, on_update, on_hidden_new, mask, H)
+        total_new += on_new
+        total_reset += on_reset
+        total_update += on_update
+        total_hidden_new += on_hidden_new
+    total_new, total_reset = tl.sum(total_new, 0), tl.sum(total_reset, 0)
+    total_update, total_hidden_new = tl.sum(total_update, 0), tl.sum(total_hidden_new, 0)
+    _store(totals + first * 4 * H + columns, total_new, total_reset, total_update, total_hidden_new, columns < H, H)
+
+
+def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, keep: bool) -> None:
+    """`gru_gates.gates_forward`, same arguments; bias contiguous."""
+    require_adjacent_columns(gates=gates, hidden=hidden, out=out)
+    num_rows, size = hidden.shape
+    block_n, block_h = _tile(gates)
+    grid = (triton.cdiv(num_rows, block_n) * triton.cdiv(size, block_h),)
+    with torch.cuda.device_of(gates):
+        _forward_kernel[grid](
+            gates,
+            hidden,
+            bias,
+            out,
+            num_rows,
+            gates.stride(0),
+            hidden.stride(0),
+            out.stride(0),
+            H=size,
+            BLOCK_N=block_n,
+            BLOCK_H=block_h,
+            KEEP=keep,
+            APPROXIMATE=_approximate(gates),
+            num_warps=_NUM_WARPS,
+        )
+
+
+def gates_backward(
+    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor, activated: bool
+) -> None:
+    """`gru_gates.gates_backward`, same arguments; bias contiguous."""
+    require_adjacent_columns(gates=gates, hidden=hidden, grad=grad)
+    num_rows, size = hidden.shape
+    block_n, block_h = _tile(gates)
+    blocks = triton.cdiv(size, block_h)
+    programs = min(triton.cdiv(num_rows, block_n), triton.cdiv(_RESIDENT * num_multiprocessors(gates), blocks))
+    totals = bias_grad.new_empty(programs, 4 * size)
+    with torch.cuda.device_of(gates):
+        _backward_kernel[(programs * blocks,)](
+            gates,
+            hidden,
+            grad,
+            bias,
+            totals,
+            num_rows,
+            gates.stride(0),
+            hidden.stride(0),
+            grad.stride(0),
+            H=size,
+            BLOCK_N=block_n,
+            BLOCK_H=block_h,
+            ACTIVATED=activated,
+            APPROXIMATE=_approximate(gates),
+            num_warps=_NUM_WARPS,
+        )
+    bias_grad.add_(totals.sum(0))
+
+
+def _tile(gates: Tensor) -> tuple[int, int]:
+    """Rows and columns of H that one program takes at a time: one widest access per thread and tensor."""
+    block_h = min(_BLOCK_H, triton.next_power_of_2(gates.shape[1] // 4))
+    elements = 32 * _NUM_WARPS * _ACCESS_BYTES // gates.element_size()
+    return max(1, elements // block_h), block_h
+
+
+def _approximate(gates: Tensor) -> bool:
+    return gates.is_cuda and gates.element_size() == 2 and torch.version.hip is None

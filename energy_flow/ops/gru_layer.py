@@ -1,0 +1,112 @@
+"""One GRU layer over the rows of a tape: matrix products into a gate buffer, and their way back.
+
+A row of the tape holds a layer's input and its memory side by side, [x | h], so that the products that
+need both take one operand. A row of a gate buffer holds [n | r | z | hn] (see `gru_gates`): the gradient
+of x needs its first three parts, the gradient of h its last three.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A cell's weights in the dtype and order of the products."""
+
+    inputs: Tensor  # [3H, X], rows n, r, z; columns padded with zeros to the tape's X
+    memory: Tensor  # [3H, H], rows r, z, n
+    reset_update: Tensor  # [2H, X + H], rows r, z
+    bias: Tensor  # [4H] of [n | r | z | hn], never less than float32
+
+    @classmethod
+    def pack(cls, cell: nn.GRUCell, input_size: int, dtype: torch.dtype) -> Self:
+        """Args: `input_size`: X of the tape, at least the cell's; `dtype`: of the products."""
+        size = cell.hidden_size
+        reset, update, new = cell.weight_ih.split(size)
+        inputs = torch.cat([new, reset, update]).to(dtype)
+        if input_size > cell.input_size:
+            inputs = nn.functional.pad(inputs, (0, input_size - cell.input_size))
+        memory = cell.weight_hh.to(dtype)
+        bias_ir, bias_iz, bias_in = cell.bias_ih.split(size)
+        bias_hr, bias_hz, bias_hn = cell.bias_hh.split(size)
+        bias = torch.cat([bias_in, bias_ir + bias_hr, bias_iz + bias_hz, bias_hn])
+        reset_update = torch.cat([inputs[size:], memory[: 2 * size]], dim=1)
+        return cls(inputs, memory, reset_update, bias.to(torch.promote_types(bias.dtype, torch.float32)))
+
+    @property
+    def hidden_size(self) -> int:
+        return self.memory.shape[1]
+
+    @property
+    def input_size(self) -> int:
+        return self.inputs.shape[1]
+
+    def products(self, both: Tensor, gates: Tensor) -> None:
+        """Fill `gates` [N, 4H] with the products of `both` [N, X + H] = [x | h], without biases."""
+        size = self.hidden_size
+        torch.mm(both, self.reset_update.T, out=gates[:, size : 3 * size])
+        torch.mm(both[:, : self.input_size], self.inputs[:size].T, out=gates[:, :size])
+        torch.mm(both[:, self.input_size :], self.memory[2 * size :].T, out=gates[:, 3 * size :])
+
+    def add_memory_gradient(self, gate_gradients: Tensor, grad_memory: Tensor) -> None:
+        """Add the gates' part to the gradient of h, [N, H]."""
+        grad_memory.addmm_(gate_gradients[:, self.hidden_size :], self.memory)
+
+    def input_gradient(self, gate_gradients: Tensor) -> Tensor:
+        """Gradient of x, [N, X]."""
+        return torch.mm(gate_gradients[:, : 3 * self.hidden_size], self.inputs)
+
+    def add_input_gradient(self, gate_gradients: Tensor, grad_input: Tensor) -> None:
+        """Add the gradient of x to `grad_input` [N, X]."""
+        grad_input.addmm_(gate_gradients[:, : 3 * self.hidden_size], self.inputs)
+
+
+class LayerGradients:
+    """Sums of a layer's weight gradients, in the order of `PackedLayer` and never less than float32."""
+
+    def __init__(self, layer: PackedLayer) -> None:
+        self.inputs = torch.zeros_like(layer.inputs, dtype=layer.bias.dtype)
+        self.memory = torch.zeros_like(layer.memory, dtype=layer.bias.dtype)
+        self.bias = torch.zeros_like(layer.bias)
+
+    def add(self, gate_gradients: Tensor, both: Tensor) -> None:
+        """Add the weights' gradients over N rows: of one step, or of all steps together.
+
+        Args:
+            gate_gradients: [N, 4H].
+            both: [N, X + H], a view of the tape.
+        """
+        size, width = self.memory.shape[1], self.inputs.shape[1]
+        _add_product(self.inputs, gate_gradients[:, : 3 * size], both[:, :width])
+        _add_product(self.memory, gate_gradients[:, size:], both[:, width:])
+
+    def unpack(self, cell: nn.GRUCell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of weight_ih, weight_hh, bias_ih, bias_hh."""
+        size = cell.hidden_size
+        new, reset, update = self.inputs[:, : cell.input_size].split(size)
+        bias_in, bias_r, bias_z, bias_hn = self.bias.split(size)
+        gradients = (
+            torch.cat([reset, update, new]),
+            self.memory,
+            torch.cat([bias_r, bias_z, bias_in]),
+            torch.cat([bias_r, bias_z, bias_hn]),
+        )
+        dtype = cell.weight_ih.dtype
+        return tuple(gradient.to(dtype) for gradient in gradients)  # type: ignore[return-value]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, summed in the dtype of `total`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    elif left.is_cuda and _CUDA_MM_WIDENS:
+        total += torch.mm(left.T, right, out_dtype=total.dtype)
+    else:
+        total += torch.mm(left.T, right)
+
+
+# `mm` with bf16 operands and a float32 result: torch >= 2.8, on CUDA.
+_CUDA_MM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)

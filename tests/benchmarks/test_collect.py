@@ -1,0 +1,92 @@
+"""All ways to collect give the same values and gradients; ways that don't are found."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from energy_flow.benchmarks import collect
+from energy_flow.benchmarks.collect import CollectSettings, collectors, forward_backward, make_problem, require_same
+from energy_flow.core.geometry import Deposit
+from energy_flow.settings import read
+
+CPU = torch.device("cpu")
+WAYS = [(deposit, name) for deposit in collect.DEPOSITS for name in collectors(deposit)]
+
+
+@pytest.mark.parametrize("num_landings", [1, 50, 700])
+@pytest.mark.parametrize(("deposit", "name"), WAYS)
+def test_all_ways_are_equal(deposit: Deposit, name: str, num_landings: int) -> None:
+    problem = make_problem(num_landings, deposit, 10, CPU, seed=4)
+    expected = forward_backward(collect.ours, problem)
+    found = forward_backward(collectors(deposit)[name], problem)
+    assert len(found) == (4 if deposit == "bilinear" else 3)
+    for left, right in zip(expected, found, strict=True):
+        torch.testing.assert_close(right, left, rtol=1e-4, atol=1e-5)
+    require_same(name, expected, found)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_way_that_differs_is_found(part: int) -> None:
+    problem = make_problem(50, "nearest", 5, CPU, seed=4)
+    expected = forward_backward(collect.ours, problem)
+    wrong = [tensor.clone() for tensor in expected]
+    wrong[part].view(-1)[7] += 0.1
+    with pytest.raises(RuntimeError, match=("values", "scores", "energies")[part]):
+        require_same("it", expected, tuple(wrong))
+
+
+def test_groups_are_shared_and_some_are_empty() -> None:
+    problem = make_problem(700, "nearest", 10, CPU, seed=4)
+    counts = torch.bincount(problem.keys.flatten(), minlength=len(problem.grad))
+    assert len(problem.grad) == len(counts) == 700
+    assert int(counts.max()) > 1
+    assert int(counts.min()) == 0
+    sample = torch.arange(700) // 100
+    assert torch.equal(problem.keys[:, 0] // 100, sample), "landings stay in their sample"
+
+
+def test_bytes_that_must_move() -> None:
+    problem = make_problem(100, "nearest", 10, CPU, seed=4)
+    # Score 4, energy 4, key 8, weight 4, twice; values and mass of 100 groups out, their gradient in; 2 gradients out.
+    assert problem.bytes_moved == 100 * (2 * 20 + 8 + 4 + 8)
+    problem = make_problem(100, "bilinear", 10, CPU, seed=4)
+    assert problem.bytes_moved == 100 * (2 * (8 + 4 * 12) + 8 + 4 + 8 + 16)
+
+
+def run(**changes: Any) -> list[Any]:
+    section = {"name": "collect", "landings": [30], "cuda_landings": [10**9], "lattice_width": 4, "repeats": 1}
+    settings = read(CollectSettings, {**section, "min_seconds": 0.0, **changes}, "benchmark")
+    said: list[str] = []
+    return [collect.run(settings, CPU, 1, said.append), said]
+
+
+def test_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "COPIED", 1000)
+    findings, said = run()
+    assert said == ["copy rate", "nearest, 30 landings", "bilinear, 30 landings"], "a billion is for a GPU"
+    for deposit in collect.DEPOSITS:
+        rows = [row for row in findings.rows if row.case.startswith(deposit)]
+        assert [row.variant for row in rows] == [*collectors(deposit), collect.COPY]
+        base = next(row for row in rows if row.variant == collect.UNIQUE)
+        for row in rows:
+            assert row.size == 30
+            assert row.ratio == pytest.approx(base.seconds / row.seconds)
+    (grid,) = findings.grids
+    assert grid.columns == ("way", "30 landings")
+    assert len(grid.lines) == len(WAYS)
+
+
+def test_pyg_is_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "COPIED", 1000)
+    monkeypatch.setattr(collect.importlib.util, "find_spec", lambda name: None)
+    findings, _ = run()
+    assert collect.PYG not in {row.variant for row in findings.rows}
+    assert any("torch_geometric is not installed" in note for note in findings.notes)
+
+
+def test_results_that_differ_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "COPIED", 1000)
+    monkeypatch.setattr(collect, "unique_scatter", lambda problem: collect.ours(problem) * 2)
+    with pytest.raises(RuntimeError, match=r"unique \+ scatter: values"):
+        run()

@@ -1,0 +1,121 @@
+"""Triton kernels: their tests once more in the interpreter, and what only a device can show."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from energy_flow.ops.backend import require_adjacent_columns, use_triton
+from energy_flow.ops.gru_gates import gates_backward, gates_forward, gates_forward_torch
+from energy_flow.ops.heads import heads_backward, heads_forward
+from tests.ops.kernels import INTERPRETED
+
+ROOT = Path(__file__).parents[2]
+BOTH_WAYS = ["test_gru_gates.py", "test_heads.py", "test_triton_kernels.py"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="would call itself")
+@pytest.mark.parametrize("file", BOTH_WAYS)
+def test_in_the_interpreter(file: str) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", f"tests/ops/{file}"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_are_picked_by_device() -> None:
+    """In the interpreter on a CPU too: the tests that it runs really run kernels."""
+    assert use_triton(torch.zeros(1)) == INTERPRETED
+    assert not use_triton(torch.zeros(1, device="meta"))
+
+
+def test_without_triton_kernels_are_not_picked() -> None:
+    code = (
+        "import sys, importlib.util; sys.modules['triton'] = None; importlib.util.find_spec = lambda *_: None;"
+        "import torch; from energy_flow.ops.backend import use_triton; assert not use_triton(torch.zeros(1))"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+def test_other_column_strides_are_refused() -> None:
+    require_adjacent_columns(fine=torch.zeros(4, 6)[:, 2:], column=torch.zeros(6, 6)[:, :1].t().t())
+    with pytest.raises(ValueError, match="hidden has column stride 2"):
+        require_adjacent_columns(hidden=torch.zeros(4, 6)[:, ::2])
+
+
+def on_device(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def gates_step() -> tuple[Callable[[], None], list[Tensor]]:
+    gates, hidden, grad, out = on_device(300, 256), on_device(300, 64), on_device(300, 64), on_device(300, 64)
+    bias, bias_grad = on_device(256, dtype=torch.float32), on_device(256, dtype=torch.float32)
+
+    def step() -> None:
+        gates_forward(gates, hidden, bias, out, True)
+        gates_backward(gates, hidden, grad, bias, bias_grad, True)
+
+    return step, [gates, out, grad, bias_grad]
+
+
+def heads_step() -> tuple[Callable[[], None], list[Tensor]]:
+    memory, weight, bias = on_device(300, 64), on_device(5, 64, dtype=torch.float32), on_device(5, dtype=torch.float32)
+    out = torch.zeros(300, 5, device="cuda")
+    totals = [torch.zeros_like(tensor) for tensor in (memory, weight, bias)]
+
+    def step() -> None:
+        out.copy_(heads_forward(memory, weight, bias))
+        heads_backward(out, memory, weight, *totals)
+
+    return step, [out, *totals]
+
+
+@pytest.mark.parametrize("make", [gates_step, heads_step])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replays_from_a_cuda_graph(make: Callable[[], tuple[Callable[[], None], list[Tensor]]]) -> None:
+    """Nothing waits for the device, and a replay has the bits of a plain call."""
+    step, state = make()
+    start = [tensor.clone() for tensor in state]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = [tensor.clone() for tensor in state]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for tensor, value in zip(state, start, strict=True):
+        tensor.copy_(value)
+    graph.replay()
+    assert not torch.equal(expected[0], start[0])
+    for tensor, value in zip(state, expected, strict=True):
+        assert torch.equal(tensor, value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_than_two_to_the_31_numbers() -> None:
+    size, tail = 512, 8
+    num = 2**31 // (4 * size) + 100
+    gates = torch.zeros(num, 4 * size, device="cuda", dtype=torch.bfloat16)
+    gates[-tail:] = on_device(tail, 4 * size)
+    hidden, bias = on_device(num, size), on_device(4 * size, dtype=torch.float32)
+    out, expected = torch.full_like(hidden, torch.nan), torch.empty_like(hidden[-tail:])
+    gates_forward_torch(gates[-tail:], hidden[-tail:], bias, expected, False)
+    gates_forward(gates, hidden, bias, out, False)
+    torch.testing.assert_close(out[-tail:], expected, rtol=0.01, atol=0.01)
+    grad = torch.zeros_like(hidden)
+    grad[-tail:] = 1
+    gates_backward(gates, hidden, grad, bias, torch.zeros_like(bias), False)
+    assert gates[:-tail].count_nonzero() == 0
+    assert (gates[-tail:] != 0).float().mean() > 0.9
