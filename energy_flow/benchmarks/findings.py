@@ -15,6 +15,8 @@ class Row:
     seconds: float | None  # median; None: not measured
     peak_bytes: int | None = None  # most memory while it ran, beyond what was there before; None: not measured
     ratio: float | None = None  # seconds of the baseline / seconds: how many times faster than the baseline
+    share: float | None = None  # of the machine's rate that the arithmetic ran at; None: not asked
+    count: int | None = None  # of events, where these were counted and nothing was timed
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from rich.table import Table
 from energy_flow.benchmarks.findings import Findings, Grid, Row
 from energy_flow.benchmarks.machine import MachineValue
 
-COLUMNS = ("case", "size", "variant", "time", "peak memory", "ratio")
+COLUMNS = ("case", "size", "variant", "time", "peak memory", "ratio", "share of the rate", "count")
+ALWAYS = 6  # of these columns are shown even if nothing is in them
 SAID = ("date", "command")  # of the machine: they stand at the top of the page
 LONG = 60  # a cell of more characters goes over several lines, and lines need rules between them
-_TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-_BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def write(folder: Path, machine: Mapping[str, MachineValue], findings: Findings) -> None:
@@ -46,7 +47,7 @@ def show(console: Console, machine: Mapping[str, MachineValue], findings: Findin
         long = any(len(cell) > LONG for line in grid.lines for cell in line)
         table = Table(title=grid.title, title_justify="left", show_lines=long)
         for column in grid.columns:
-            right = column in ("size", "time", "peak memory", "ratio")
+            right = column in ("size", *COLUMNS[3:])
             table.add_column(column, justify="right" if right else "left", overflow="fold")
         for line in grid.lines:
             table.add_row(*line)
@@ -63,13 +64,20 @@ def _measurements(rows: Sequence[Row]) -> Grid:
             row.case,
             f"{row.size:,}",
             row.variant,
-            in_units(row.seconds, _TIMES),
-            in_units(row.peak_bytes, _BYTES),
+            in_units(row.seconds, TIMES),
+            in_units(row.peak_bytes, BYTES),
             "-" if row.ratio is None else f"{row.ratio:,.0f}" if row.ratio >= 100 else f"{row.ratio:.3g}",
+            "-" if row.share is None else f"{100 * row.share:.3g}%",
+            "-" if row.count is None else f"{row.count:,}",
         )
         for row in rows
     ]
-    return Grid("Measurements", COLUMNS, tuple(lines))
+    shown = [index for index in range(len(COLUMNS)) if index < ALWAYS or any(line[index] != "-" for line in lines)]
+    return Grid(
+        "Measurements",
+        tuple(COLUMNS[index] for index in shown),
+        tuple(tuple(line[index] for index in shown) for line in lines),
+    )
 
 
 def in_units(value: float | None, units: Sequence[tuple[float, str]]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from energy_flow.benchmarks import collect, report
+from energy_flow.benchmarks import collect, memory, report, scaling, stability, step
 from energy_flow.benchmarks.findings import Findings, Row
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, did_you_mean, read
@@ -30,6 +30,10 @@ class Benchmark:
 BENCHMARKS = {
     "report": Benchmark(report.ReportSettings, report.run, report.picture),
     "collect": Benchmark(collect.CollectSettings, collect.run, collect.picture),
+    "step": Benchmark(step.StepSettings, step.run, step.picture),
+    "memory": Benchmark(memory.MemorySettings, memory.run, memory.picture),
+    "stability": Benchmark(stability.StabilitySettings, stability.run, stability.picture),
+    "scaling": Benchmark(scaling.ScalingSettings, scaling.run, scaling.picture),
 }
 
 

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-_SHARE = {"cuda": 0.8, "cpu": 0.5}  # of the free memory; the rest is for the model, the losses and other programs
+_SHARE = 0.45  # of the free memory; the rest is for the model, the losses and other programs
 
 
 class ChunkSizes:
@@ -69,7 +69,7 @@ class ChunkSizes:
         if self._setting != "auto":
             return min(batch, self._setting)
         if device not in self._largest:
-            budget = _SHARE[device.type if device.type in _SHARE else "cuda"] * free_bytes(device) + held()
+            budget = _SHARE * free_bytes(device) + held()
             self._largest[device] = max(1, int(budget // bytes_per_sample()))
         return _even(batch, min(batch, self._largest[device]))
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch import Tensor
 
 from energy_flow.core.flow_step import move, move_backward
 from energy_flow.core.simple_neuron import neuron_features_backward, write_features
 from energy_flow.ops.counter_noise import counter_noise
-from energy_flow.ops.gru_gates import gates_backward, gates_backward_torch, gates_forward, gates_forward_torch
+from energy_flow.ops.gru_gates import gate_gradients, gates_backward, gates_backward_by, gates_forward, next_hidden
 
 Function = Callable[..., Any]
 _MAX_FORMS = 256
@@ -43,19 +44,26 @@ def step_functions(compiled: bool, on_cpu: bool) -> StepFunctions:
         _compile(move),
         _compile(move_backward),
         # On a GPU the gates have kernels of their own.
-        _compile(gates_forward_torch) if on_cpu else gates_forward,
-        _compile(gates_backward_torch) if on_cpu else gates_backward,
+        _forward_by(_compile(next_hidden)) if on_cpu else gates_forward,
+        functools.partial(gates_backward_by, _compile(gate_gradients)) if on_cpu else gates_backward,
         _compile(counter_noise),
     )
+
+
+def _forward_by(function: Function) -> Function:
+    def forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
+        out.copy_(function(gates, hidden, bias))
+
+    return forward
 
 
 def _compile(function: Function) -> Function:
     compiled = torch.compile(function, fullgraph=True)
 
     @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
+    def call(*args: Any) -> Any:
         # Every dtype, size of a model and kind of rule is a form of its own; dynamo gives up at 8 of them.
         with torch._dynamo.config.patch(cache_size_limit=_MAX_FORMS):
-            return compiled(*args, **options)
+            return compiled(*args)
 
     return call

@@ -13,12 +13,14 @@ from torch import Tensor
 from energy_flow.core.functions import StepFunctions
 from energy_flow.core.step_weights import StepGradients, StepWeights
 from energy_flow.core.tensorized_flow_storage import TensorPool
+from energy_flow.ops.backend import use_triton
 
 
 @dataclass
 class Segment:
     """Consecutive steps of one set of flows: a stretch of the tape's rows, n to a step."""
 
+    number: int  # 0 for the first
     num_rows: int  # n
     first_slab: int  # row of the tape where its slabs begin
     first_gate: int  # row where its gates begin
@@ -57,10 +59,11 @@ class MemoryTape:
         slabs = num_steps + layers * max_segments if keep else self._ring * min(max_segments, 2)
         device, dtype = weights.head_weight.device, weights.layers[0].memory.dtype
         self._slabs = pool.take("slabs", (slabs * num_rows, weights.row_size), dtype, device)
+        # Kernels leave the gates' gradients where the products were.
+        self._all_at_once = self._keep_gates and use_triton(self._slabs)
         gates = (layers, num_steps * num_rows, 4 * size) if self._keep_gates else (1, num_rows, 4 * size)
         self._gate_rows = pool.take("gates", gates, dtype, device)
-        self._num_segments = 1
-        self.segment = Segment(num_rows, 0, 0)
+        self.segment = Segment(0, num_rows, 0, 0)
         for layer in range(layers):
             self._memory(self.segment, layer, 0).zero_()
 
@@ -73,14 +76,9 @@ class MemoryTape:
         segment, step = self.segment, self.segment.steps
         for number, layer in enumerate(self._weights.layers):
             gates, both = self._gates(segment, number, step), self._both(segment, number, step)
-            layer.products(both, gates)
-            self._functions.gates_forward(
-                gates,
-                both[:, layer.input_size :],
-                layer.bias,
-                self._memory(segment, number, step + 1),
-                keep=False,
-            )
+            layer.products(both, gates, self._is_first(segment, step))
+            following = self._memory(segment, number, step + 1)
+            self._functions.gates_forward(gates, both[:, layer.input_size :], layer.bias, following)
         segment.steps += 1
         return self.top(segment, step)
 
@@ -100,9 +98,9 @@ class MemoryTape:
         if self._keep:
             first_slab = before.first_slab + (before.steps + len(self._weights.layers)) * before.num_rows
         else:
-            first_slab = self._num_segments % 2 * (len(self._slabs) // 2)
-        self.segment = Segment(len(source), first_slab, before.first_gate + before.steps * before.num_rows)
-        self._num_segments += 1
+            first_slab = (before.number + 1) % 2 * (len(self._slabs) // 2)
+        first_gate = before.first_gate + before.steps * before.num_rows
+        self.segment = Segment(before.number + 1, len(source), first_slab, first_gate)
         for number in range(len(self._weights.layers)):
             memory = self._memory(before, number, before.steps)
             torch.index_select(memory, 0, source, out=self._memory(self.segment, number, 0))
@@ -117,40 +115,49 @@ class MemoryTape:
 
         Args:
             grad_memory: L gradients [n, H] of the memories after the step; become those before it.
-            gradients: where bias gradients are added, and with `recompute` those of the weights.
+            gradients: where bias gradients are added, and the weights' unless `add_weight_gradients` does it.
 
         Returns:
             Gradient of the step's input, [n, X].
         """
-        layers = self._weights.layers
+        layers, first = self._weights.layers, self._is_first(segment, step)
         for number in reversed(range(len(layers))):
             layer, sums = layers[number], gradients.layers[number]
             gates, both = self._gates(segment, number, step), self._both(segment, number, step)
             if not self._keep_gates:
-                layer.products(both, gates)
-            memory = both[:, layer.input_size :]
-            self._functions.gates_backward(gates, memory, grad_memory[number], layer.bias, sums.bias, activated=False)
-            layer.add_memory_gradient(gates, grad_memory[number])
+                layer.products(both, gates, first)
+            on_gates, on_memory = self._functions.gates_backward(
+                gates, both[:, layer.input_size :], grad_memory[number], layer.bias, sums.bias
+            )
+            grad_memory[number] = on_memory
+            if not first:  # nobody asks for the gradient of an empty memory
+                layer.add_memory_gradient(on_gates, on_memory)
             if number > 0:
-                layer.add_input_gradient(gates, grad_memory[number - 1])
-            if not self._keep_gates:
-                sums.add(gates, both)
-        return layers[0].input_gradient(gates)
+                layer.add_input_gradient(on_gates, grad_memory[number - 1])
+            if not self._all_at_once:
+                sums.add(on_gates, both, len(both) if first else 0)
+        return layers[0].input_gradient(on_gates)
 
     def add_weight_gradients(self, segment: Segment, gradients: StepGradients) -> None:
-        """After the last step back in a segment: weight gradients over all its steps and flows at once."""
-        if not self._keep_gates:
+        """After the last step back in a segment: weight gradients over all its steps and flows at once, on a GPU."""
+        if not self._all_at_once:
             return  # they were added step by step
         num_rows = segment.steps * segment.num_rows
         for number, sums in enumerate(gradients.layers):
             first_slab = segment.first_slab + number * segment.num_rows
             columns = slice(*self._columns(number))
             gates = self._gate_rows[number, segment.first_gate : segment.first_gate + num_rows]
-            sums.add(gates, self._slabs[first_slab : first_slab + num_rows, columns])
+            num_empty = segment.num_rows if self._is_first(segment, 0) else 0
+            sums.add(gates, self._slabs[first_slab : first_slab + num_rows, columns], num_empty)
 
     def _slab(self, segment: Segment, index: int) -> Tensor:
         first = segment.first_slab + (index if self._keep else index % self._ring) * segment.num_rows
         return self._slabs[first : first + segment.num_rows]
+
+    @staticmethod
+    def _is_first(segment: Segment, step: int) -> bool:
+        """Whether it is the rollout's first step, before which all memories are empty."""
+        return segment.number == 0 and step == 0
 
     def _columns(self, layer: int) -> tuple[int, int]:
         """Columns of [x | h] of a layer."""

@@ -1,88 +1,102 @@
-"""The elementwise half of a GRU cell, forward and backward, in the buffer of its matrix products.
+"""The elementwise half of a GRU cell, forward and backward, from its matrix products.
 
-A gate buffer is [N, 4H] with columns [n | r | z | hn]. Before its gates are computed it holds matrix products without
-biases: n = x W_in^T, r = x W_ir^T + h W_hr^T, z likewise, hn = h W_hn^T. The bias is
-[b_in | b_ir + b_hr | b_iz + b_hz | b_hn]. Whatever the buffer's dtype, arithmetic is done in the bias's, and each
-result is rounded once, when it is stored.
+A gate buffer is [N, 4H] with columns [n | r | z | hn], and holds matrix products without biases: n = x W_in^T,
+r = x W_ir^T + h W_hr^T, z likewise, hn = h W_hn^T. The bias is [b_in | b_ir + b_hr | b_iz + b_hz | b_hn]. Whatever the
+buffer's dtype, arithmetic is done in the bias's, and each result is rounded once, when it is stored.
+
+The products are all that the backward pass needs: computing the gates from them once more takes less time than
+writing them down.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from energy_flow.ops.backend import use_triton
 
 
-def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, keep: bool) -> None:
+def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
     """Next hidden state of a GRU cell (the equations of `torch.nn.GRUCell`) from its matrix products.
 
     Args:
-        gates: [N, 4H] products; with `keep` overwritten by the activated gates (hn: with its bias), else left alone.
+        gates: [N, 4H] products.
         hidden: [N, H], rows at any stride.
         bias: [4H], float32; float64 for float64 gates.
         out: [N, H], rows at any stride; overwritten by the next hidden state.
-        keep: whether the backward pass shall find activated gates.
     """
     if use_triton(gates):
         from energy_flow.ops import gru_gates_triton  # optional at run time
 
-        gru_gates_triton.gates_forward(gates, hidden, bias, out, keep)
+        gru_gates_triton.gates_forward(gates, hidden, bias, out)
     else:
-        gates_forward_torch(gates, hidden, bias, out, keep)
+        out.copy_(next_hidden(gates, hidden, bias))
 
 
 def gates_backward(
-    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor, activated: bool
-) -> None:
+    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of the products and biases of `gates_forward`, and the direct part of the hidden state's.
 
     Args:
-        gates: [N, 4H], activated or still products; overwritten by the gradients [dn | dr | dz | dhn] of the products.
-        hidden: [N, H], what `gates_forward` got.
-        grad: [N, H], of the next hidden state; overwritten by grad * z, what the hidden state gets past the products.
-        bias: [4H], what `gates_forward` got.
-        bias_grad: [4H], the bias's dtype; the sums of the four gradients over rows are added, before their rounding.
-        activated: whether `gates_forward` was told to keep activated gates; else they are computed again.
+        gates, hidden, bias: what `gates_forward` got. Kernels overwrite `gates`.
+        grad: [N, H], of the next hidden state. Kernels overwrite it.
+        bias_grad: [4H], the bias's dtype; the sums of the four gradients over rows are added.
+
+    Returns:
+        Gradients of the products, [dn | dr | dz | dhn] [N, 4H], and what the hidden state gets past them, grad * z
+        [N, H]; from kernels in the memory of `gates` and `grad`.
     """
     if use_triton(gates):
         from energy_flow.ops import gru_gates_triton  # optional at run time
 
-        gru_gates_triton.gates_backward(gates, hidden, grad, bias, bias_grad, activated)
-    else:
-        gates_backward_torch(gates, hidden, grad, bias, bias_grad, activated)
+        gru_gates_triton.gates_backward(gates, hidden, grad, bias, bias_grad)
+        return gates, grad
+    return gates_backward_by(gate_gradients, gates, hidden, grad, bias, bias_grad)
 
 
-def gates_forward_torch(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, keep: bool) -> None:
-    """`gates_forward` in plain torch, on any device."""
-    new, reset, update, hidden_new = _activate(gates, bias)
-    if keep:
-        for column, value in zip(gates.chunk(4, dim=1), (new, reset, update, hidden_new), strict=True):
-            column.copy_(value)
-    out.copy_(new.lerp_(hidden.to(bias.dtype), update))
+def gates_backward_by(
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    gates: Tensor,
+    hidden: Tensor,
+    grad: Tensor,
+    bias: Tensor,
+    bias_grad: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`gates_backward` by `gate_gradients`, or by a compiled form of it."""
+    on_gates, on_hidden = function(gates, hidden, grad, bias)
+    # A product sums the rows of a row-major matrix twice as fast as `sum` does.
+    bias_grad.add_(torch.mm(on_gates.new_ones(1, len(on_gates)), on_gates)[0])
+    return on_gates, on_hidden
 
 
-def gates_backward_torch(
-    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor, activated: bool
-) -> None:
-    """`gates_backward` in plain torch, on any device."""
-    # `to` may return the very tensor it is given: nothing below writes to these, nor to the gates before the end.
+def next_hidden(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
+    """`gates_forward` as a function of its inputs, [N, H]."""
+    hidden = hidden.to(bias.dtype)
+    new, _, update, _ = _activate(gates, bias)
+    return (new + update * (hidden - new)).to(gates.dtype)
+
+
+def gate_gradients(gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """`gates_backward` as a function of its inputs: [N, 4H] and [N, H]."""
     hidden, on_out = hidden.to(bias.dtype), grad.to(bias.dtype)
-    new, reset, update, hidden_new = (
-        (gate.to(bias.dtype) for gate in gates.chunk(4, dim=1)) if activated else _activate(gates, bias)
-    )
+    new, reset, update, hidden_new = _activate(gates, bias)
     rest = 1 - update
-    on_update = (hidden - new).mul_(on_out).mul_(update).mul_(rest)
-    on_new = rest.mul_(on_out).mul_(new.square().neg_().add_(1))
+    on_new = on_out * rest * (1 - new * new)
     on_hidden_new = on_new * reset
-    on_reset = (1 - reset).mul_(hidden_new).mul_(on_hidden_new)
-    grad.mul_(update)
-    gradients = (on_new, on_reset, on_update, on_hidden_new)
-    for column, total, gradient in zip(gates.chunk(4, dim=1), bias_grad.chunk(4), gradients, strict=True):
-        column.copy_(gradient)
-        total.add_(gradient.sum(0))
+    on_reset = on_hidden_new * hidden_new * (1 - reset)
+    on_update = on_out * (hidden - new) * update * rest
+    gradients = torch.cat([part.to(gates.dtype) for part in (on_new, on_reset, on_update, on_hidden_new)], dim=1)
+    return gradients, (on_out * update).to(gates.dtype)
 
 
 def _activate(gates: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """New tensors n, r, z, hn in the bias's dtype; the sums with the bias promote to it."""
+    """n, r, z, hn in the bias's dtype; by exponentials alone, which compile to faster code on a CPU than tanh."""
     products = zip(gates.chunk(4, dim=1), bias.chunk(4), strict=True)
-    new, reset, update, hidden_new = (product + own_bias for product, own_bias in products)
-    reset.sigmoid_()
-    return new.addcmul_(reset, hidden_new).tanh_(), reset, update.sigmoid_(), hidden_new
+    new, reset, update, hidden_new = (product.to(bias.dtype) + own_bias for product, own_bias in products)
+    reset = _sigmoid(reset)
+    return 2 * _sigmoid(2 * (new + reset * hidden_new)) - 1, reset, _sigmoid(update), hidden_new
+
+
+def _sigmoid(value: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-value))

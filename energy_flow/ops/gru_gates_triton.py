@@ -89,7 +89,6 @@ def _forward_kernel(
     H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    KEEP: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     wide = bias.dtype.element_ty
@@ -104,8 +103,6 @@ def _forward_kernel(
         new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
     )
     tl.store(out + rows[:, None] * out_stride + columns[None, :], new + update * (state - new), mask=mask)
-    if KEEP:
-        _store(gate, new, reset, update, hidden_new, mask, H)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -122,7 +119,6 @@ def _backward_kernel(
     H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    ACTIVATED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
     wide = bias.dtype.element_ty
@@ -141,10 +137,9 @@ def _backward_kernel(
         state = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask=mask, other=0).to(wide)
         on_out = tl.load(on_out_at, mask=mask, other=0).to(wide)
         new, reset, update, hidden_new = _load(gate, mask, H, wide)
-        if not ACTIVATED:
-            new, reset, update, hidden_new = _activate(
-                new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
-            )
+        new, reset, update, hidden_new = _activate(
+            new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
+        )
         # Rows and columns beyond the edges have on_out = 0 and add nothing to the totals.
         on_new = on_out * (1 - update) * (1 - new * new)
         on_update = on_out * (state - new) * update * (1 - update)
@@ -161,7 +156,7 @@ def _backward_kernel(
     _store(totals + first * 4 * H + columns, total_new, total_reset, total_update, total_hidden_new, columns < H, H)
 
 
-def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, keep: bool) -> None:
+def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
     """`gru_gates.gates_forward`, same arguments; bias contiguous."""
     require_adjacent_columns(gates=gates, hidden=hidden, out=out)
     num_rows, size = hidden.shape
@@ -180,16 +175,13 @@ def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, keep
             H=size,
             BLOCK_N=block_n,
             BLOCK_H=block_h,
-            KEEP=keep,
             APPROXIMATE=_approximate(gates),
             num_warps=_NUM_WARPS,
         )
 
 
-def gates_backward(
-    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor, activated: bool
-) -> None:
-    """`gru_gates.gates_backward`, same arguments; bias contiguous."""
+def gates_backward(gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor) -> None:
+    """`gru_gates.gates_backward`, same arguments, results in `gates` and `grad`; bias contiguous."""
     require_adjacent_columns(gates=gates, hidden=hidden, grad=grad)
     num_rows, size = hidden.shape
     block_n, block_h = _tile(gates)
@@ -210,7 +202,6 @@ def gates_backward(
             H=size,
             BLOCK_N=block_n,
             BLOCK_H=block_h,
-            ACTIVATED=activated,
             APPROXIMATE=_approximate(gates),
             num_warps=_NUM_WARPS,
         )

@@ -44,58 +44,78 @@ class PackedLayer:
     def input_size(self) -> int:
         return self.inputs.shape[1]
 
-    def products(self, both: Tensor, gates: Tensor) -> None:
-        """Fill `gates` [N, 4H] with the products of `both` [N, X + H] = [x | h], without biases."""
+    def products(self, both: Tensor, gates: Tensor, empty: bool) -> None:
+        """Fill `gates` [N, 4H] with the products of `both` [N, X + H] = [x | h], without biases; `empty`: h is 0."""
         size = self.hidden_size
-        torch.mm(both, self.reset_update.T, out=gates[:, size : 3 * size])
-        torch.mm(both[:, : self.input_size], self.inputs[:size].T, out=gates[:, :size])
-        torch.mm(both[:, self.input_size :], self.memory[2 * size :].T, out=gates[:, 3 * size :])
+        inputs, memory = _left(both[:, : self.input_size]), _left(both[:, self.input_size :])
+        if empty:
+            torch.mm(inputs, self.inputs.T, out=gates[:, : 3 * size])
+            gates[:, 3 * size :].zero_()
+            return
+        torch.mm(_left(both), self.reset_update.T, out=gates[:, size : 3 * size])
+        torch.mm(inputs, self.inputs[:size].T, out=gates[:, :size])
+        torch.mm(memory, self.memory[2 * size :].T, out=gates[:, 3 * size :])
 
     def add_memory_gradient(self, gate_gradients: Tensor, grad_memory: Tensor) -> None:
         """Add the gates' part to the gradient of h, [N, H]."""
-        grad_memory.addmm_(gate_gradients[:, self.hidden_size :], self.memory)
+        grad_memory.addmm_(_left(gate_gradients[:, self.hidden_size :]), self.memory)
 
     def input_gradient(self, gate_gradients: Tensor) -> Tensor:
         """Gradient of x, [N, X]."""
-        return torch.mm(gate_gradients[:, : 3 * self.hidden_size], self.inputs)
+        return torch.mm(_left(gate_gradients[:, : 3 * self.hidden_size]), self.inputs)
 
     def add_input_gradient(self, gate_gradients: Tensor, grad_input: Tensor) -> None:
         """Add the gradient of x to `grad_input` [N, X]."""
-        grad_input.addmm_(gate_gradients[:, : 3 * self.hidden_size], self.inputs)
+        grad_input.addmm_(_left(gate_gradients[:, : 3 * self.hidden_size]), self.inputs)
 
 
 class LayerGradients:
-    """Sums of a layer's weight gradients, in the order of `PackedLayer` and never less than float32."""
+    """Sums of a layer's weight gradients, in the order of `PackedLayer` and never less than float32.
+
+    The matrices are transposed: products of this shape are faster on CPUs, and no slower on GPUs.
+    """
 
     def __init__(self, layer: PackedLayer) -> None:
-        self.inputs = torch.zeros_like(layer.inputs, dtype=layer.bias.dtype)
-        self.memory = torch.zeros_like(layer.memory, dtype=layer.bias.dtype)
+        self.inputs = layer.bias.new_zeros(layer.input_size, 3 * layer.hidden_size)
+        self.memory = layer.bias.new_zeros(layer.hidden_size, 3 * layer.hidden_size)
         self.bias = torch.zeros_like(layer.bias)
 
-    def add(self, gate_gradients: Tensor, both: Tensor) -> None:
+    def add(self, gate_gradients: Tensor, both: Tensor, num_empty: int) -> None:
         """Add the weights' gradients over N rows: of one step, or of all steps together.
 
         Args:
             gate_gradients: [N, 4H].
             both: [N, X + H], a view of the tape.
+            num_empty: of so many rows at the start h is 0.
         """
-        size, width = self.memory.shape[1], self.inputs.shape[1]
-        _add_product(self.inputs, gate_gradients[:, : 3 * size], both[:, :width])
-        _add_product(self.memory, gate_gradients[:, size:], both[:, width:])
+        width, size = self.inputs.shape[0], self.memory.shape[0]
+        _add_product(self.inputs, both[:, :width], gate_gradients[:, : 3 * size])
+        if num_empty < len(both):
+            _add_product(self.memory, both[num_empty:, width:], gate_gradients[num_empty:, size:])
 
     def unpack(self, cell: nn.GRUCell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of weight_ih, weight_hh, bias_ih, bias_hh."""
         size = cell.hidden_size
-        new, reset, update = self.inputs[:, : cell.input_size].split(size)
+        new, reset, update = self.inputs[: cell.input_size].T.split(size)
         bias_in, bias_r, bias_z, bias_hn = self.bias.split(size)
         gradients = (
             torch.cat([reset, update, new]),
-            self.memory,
+            self.memory.T.contiguous(),
             torch.cat([bias_r, bias_z, bias_in]),
             torch.cat([bias_r, bias_z, bias_hn]),
         )
         dtype = cell.weight_ih.dtype
         return tuple(gradient.to(dtype) for gradient in gradients)  # type: ignore[return-value]
+
+
+def _left(matrix: Tensor) -> Tensor:
+    """A left operand that is safe to multiply with.
+
+    On a CPU bfloat16 products (torch 2.13) read up to a multiple of 32 columns and multiply the rest by 0: what lies
+    beside the operand on the tape, NaN of another sample perhaps, would reach the result.
+    """
+    reads_on = matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and matrix.shape[1] % 32 != 0
+    return matrix.contiguous() if reads_on else matrix
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

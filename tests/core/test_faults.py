@@ -58,17 +58,23 @@ def test_collection_equals_forward() -> None:
     assert torch.equal(lattice.collect_completed_flows_direct(output.landings), output.embedding)
 
 
-def test_slots_that_did_not_land_are_not_collected() -> None:
-    case = Case({"filter.enabled": True, "filter.min_displacement": 0.45}, displacement=0.7)
+@pytest.mark.parametrize(("residual_energy", "energy", "steps"), [(False, 1.0, 3), (True, 1e3, 99)])
+def test_slots_that_did_not_land_are_not_collected(residual_energy: bool, energy: float, steps: int) -> None:
+    """Whatever they hold; energies that come of a tanh are no larger than 1."""
+    case = Case(
+        {"filter.enabled": True, "filter.min_displacement": 0.45},
+        {"residual_energy": residual_energy},
+        displacement=0.7,
+    )
     processor = case.processor()
     landings = processor(case.embedding()).landings
     assert (~landings.landed).any()
     nowhere = ~landings.landed[..., None]
     garbled = dataclasses.replace(
         landings,
-        energy=torch.where(nowhere, 1e3, landings.energy),
+        energy=torch.where(nowhere, energy, landings.energy),
         xy=torch.where(nowhere, 0.1, landings.xy),
-        steps=torch.where(nowhere[..., 0], 99, landings.steps),
+        steps=torch.where(nowhere[..., 0], steps, landings.steps),
     )
     collect = processor.lattice.collect_completed_flows_surface_direct
     torch.testing.assert_close(collect(garbled), collect(landings), rtol=0, atol=1e-14)

@@ -1,19 +1,23 @@
 """Gradients against central differences (float64): the reflection, the deposit, one step, the collection.
 
-Inputs keep a distance from kinks, where a function has no derivative to compare with.
+And the hand-written ways back of the tape against autograd, one by one. Inputs keep a
+distance from kinks, where a function has no derivative to compare with.
 """
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.energy_lattice import Landings
-from energy_flow.core.flow_step import StepResult, flow_step
-from energy_flow.core.geometry import deposit_cells, fold
-from energy_flow.core.simple_neuron import SimpleNeuron
-from energy_flow.core.tensorized_flow_storage import FlowState
+from energy_flow.core.flow_step import MoveRule, StepResult, flow_step, move, move_backward
+from energy_flow.core.geometry import deposit_cells, fold, fold_slope
+from energy_flow.core.rollout import AutogradStepper
+from energy_flow.core.simple_neuron import SimpleNeuron, neuron_features, neuron_features_backward
+from energy_flow.core.tensorized_flow_storage import Births
+from energy_flow.ops.gru_gates import gates_backward, gates_forward
+from energy_flow.ops.gru_layer import LayerGradients, PackedLayer
 from tests.helpers import SMALLEST_MARGIN, Case, fill_parameters
 
 DTYPE = torch.float64
@@ -58,42 +62,43 @@ class Step:
 
     def __init__(self, energy_dim: int, num_layers: int, residual_energy: bool, noisy: bool) -> None:
         self.neuron = SimpleNeuron(energy_dim, 4).double()
-        self.carrier = EnergyCarrier(4, energy_dim, 5, num_layers, residual_energy).double()
+        self.carrier = EnergyCarrier(4, energy_dim, 5, num_layers).double()
         fill_parameters(self.neuron, seed=1, displacement=1.0)
         fill_parameters(self.carrier, seed=1, displacement=1.5)
-        self.state = FlowState(
-            position=uniform(2, 4, 3, low=-0.9, high=0.9).requires_grad_(),
-            energy=uniform(2, 4, energy_dim).requires_grad_(),
-            hidden=tuple(uniform(2, 4, 5).requires_grad_() for _ in range(num_layers)),
-        )
+        self.position = uniform(2, 4, 3, low=-0.9, high=0.9).requires_grad_()
+        self.energy = uniform(2, 4, energy_dim).requires_grad_()
+        self.hidden = tuple(uniform(2, 4, 5).requires_grad_() for _ in range(num_layers))
+        self.active = torch.arange(8).view(2, 4) % 4 != 1
         self.noise = 0.2 * torch.randn(2, 4, 3, dtype=DTYPE) if noisy else None
-        self.scale = torch.tensor(0.9, dtype=DTYPE)
-        self.limit = 0.6
+        self.rule = MoveRule(torch.tensor(0.9, dtype=DTYPE), 0.6, residual_energy)
 
     def leaves(self) -> list[Tensor]:
-        state = [self.state.position, self.state.energy, *self.state.hidden]
-        return [*state, *self.neuron.parameters(), *self.carrier.parameters()]
+        return [self.position, self.energy, *self.hidden, *self.neuron.parameters(), *self.carrier.parameters()]
 
     def run(self, *_: Tensor) -> tuple[Tensor, ...]:
         """Position, energy and memory after the step; it reads `leaves`, which are changed in place."""
-        state = self.result().state
-        return state.position, state.energy, *state.hidden
+        result, hidden = self.result()
+        return result.position, result.energy, *hidden
 
-    def result(self) -> StepResult:
-        return flow_step(self.neuron, self.carrier, self.state, self.scale, self.limit, self.noise)
+    def result(self) -> tuple[StepResult, tuple[Tensor, ...]]:
+        stepper = AutogradStepper(self.neuron, self.carrier, self.rule)
+        stepper._hidden = self.hidden
+        return flow_step(stepper, self.position, self.energy, self.active, self.noise, self.rule), stepper._hidden
 
     @torch.no_grad()
     def check_events(self) -> None:
         """All branches are taken, none within the margin of its threshold."""
-        features = self.neuron(self.state.position, self.state.energy)
-        wish = self.scale * self.carrier(features, self.state.energy, self.state.hidden)[1]
-        moved = self.state.position + wish.clamp(-self.limit, self.limit) + (0 if self.noise is None else self.noise)
-        for value, limit in ((wish, self.limit), (moved[..., 2], 1.0), (moved[..., :2], 1.0)):
-            beyond = value.abs() > limit
+        result, _ = self.result()
+        limit = self.rule.max_displacement
+        wish = self.rule.scale * result.decision[..., -3:]
+        moved = self.position + wish.clamp(-limit, limit) + (0 if self.noise is None else self.noise)
+        for value, bound in ((wish, limit), (moved[..., 2], 1.0), (moved[..., :2], 1.0)):
+            beyond = value[self.active].abs() > bound
             assert beyond.any()
             assert not beyond.all()
-            assert (value.abs() - limit).abs().min() > SMALLEST_MARGIN
-        assert torch.equal(self.result().reached, moved[..., 2].abs() > 1)
+            assert (value.abs() - bound).abs().min() > SMALLEST_MARGIN
+        assert torch.equal(result.reached, self.active & (moved[..., 2].abs() > 1))
+        assert torch.equal(result.position[~self.active], self.position[~self.active])
 
 
 @pytest.mark.parametrize(
@@ -152,3 +157,122 @@ def test_what_the_collection_depends_on() -> None:
         nonzero = (gradient != 0).view(2, 9, -1)
         assert torch.equal(nonzero.all(-1), landings.landed)
         assert torch.equal(nonzero.any(-1), landings.landed)
+
+
+def assert_ways_back_agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    assert len(actual) == len(expected)
+    for found, wanted in zip(actual, expected, strict=True):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+def autograd(outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(outputs, leaves, cotangents)
+
+
+def like(*values: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.randn_like(value) for value in values)
+
+
+def test_fold_slope() -> None:
+    value = torch.cat([uniform(200, low=-9, high=9), torch.tensor([-1.0, 1.0, 0.0], dtype=DTYPE)]).requires_grad_()
+    (expected,) = torch.autograd.grad(fold(value).sum(), value)
+    assert torch.equal(fold_slope(value.detach()), expected)
+    assert {-1.0, 1.0} == set(expected.tolist())
+
+
+@pytest.mark.parametrize("residual_energy", [False, True])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_move_backward(residual_energy: bool, noisy: bool) -> None:
+    num_flows = 60
+    position = uniform(num_flows, 3).requires_grad_()
+    energy, decision = uniform(num_flows, 2).requires_grad_(), uniform(num_flows, 5, low=-3, high=3).requires_grad_()
+    with torch.no_grad():
+        decision[0, 2:] = 0.8  # times the scale just the limit
+    active = torch.rand(num_flows) > 0.2
+    active[0] = True
+    noise = 0.2 * torch.randn(num_flows, 3, dtype=DTYPE) if noisy else None
+    rule = MoveRule(torch.tensor(0.5, dtype=DTYPE), 0.4, residual_energy)
+    after, next_energy, length, reached = move(position, energy, active, decision, noise, *rule)
+    assert not length.requires_grad
+    assert reached.any()
+    on_position, on_energy = like(after, next_energy)
+    expected = autograd((after, next_energy), (on_position, on_energy), [position, energy, decision])
+    with torch.no_grad():
+        actual = move_backward(position, next_energy, active, decision, noise, *rule, on_position, on_energy)
+    for found, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+    assert (actual[2][reached, 4] == 0).all(), "on a plane z is what it is"
+    assert (actual[2][0, 2:4] != 0).all(), "at the limit itself there is a slope"
+    assert (actual[2][~active] == 0).all()
+
+
+def test_neuron_features_backward() -> None:
+    neuron = SimpleNeuron(2, 6).double()
+    position, energy = uniform(30, 3).requires_grad_(), uniform(30, 2).requires_grad_()
+    weight1, bias1, weight2, bias2 = neuron.network.parameters()
+    features = neuron_features(position, energy, weight1, bias1, weight2, bias2)
+    (on_features,) = like(features)
+    expected = autograd((features,), (on_features,), [position, energy, weight1, bias1, weight2, bias2])
+    with torch.no_grad():
+        actual = neuron_features_backward(position, energy, weight1, bias1, weight2, on_features)
+    assert_ways_back_agree(actual, expected)
+
+
+def test_bequeath() -> None:
+    born = torch.rand(3, 8) > 0.5
+    births = Births(born, torch.randint(0, 4, (3, 8)))
+    own, parents = uniform(3, 8, 2).requires_grad_(), uniform(3, 8, 2).requires_grad_()
+    inherited = births.inherit(own, parents)
+    (cotangent,) = like(inherited)
+    expected = autograd((inherited,), (cotangent,), [own, parents])
+    assert_ways_back_agree(births.bequeath(cotangent), expected)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_layer_of_the_tape(padding: int, empty: bool, recompute: bool) -> None:
+    """Products, gates and back through both, against PyTorch's own cell."""
+    num_rows, inputs, size = 11, 5, 4
+    cell = nn.GRUCell(inputs, size).double()
+    read, memory = uniform(num_rows, inputs).requires_grad_(), uniform(num_rows, size)
+    memory = (memory * (not empty)).requires_grad_()
+    following = cell(read, memory)
+    (on_following,) = like(following)
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    on_read, on_memory, *on_weights = autograd((following,), (on_following,), [read, memory, *weights])
+    with torch.no_grad():
+        layer = PackedLayer.pack(cell, inputs + padding, DTYPE)
+        both = torch.cat([nn.functional.pad(read, (0, padding)), memory], dim=1)
+        gates, out = torch.full((num_rows, 4 * size), torch.nan, dtype=DTYPE), torch.empty_like(memory)
+        layer.forward(both, gates, out, empty, not recompute, gates_forward)
+        assert_ways_back_agree((out,), (following,))
+        sums, found_memory = LayerGradients(layer), on_following.clone()
+        if recompute:
+            gates.fill_(torch.nan)
+            layer.recompute_backward(both, gates, found_memory, sums.bias, empty, gates_backward)
+        else:
+            gates_backward(gates, memory, found_memory, layer.bias, sums.bias, False)
+        layer.add_memory_gradient(gates, found_memory)
+        sums.add(gates, both, num_rows if empty else 0)
+        found_read = layer.input_gradient(gates)
+        below = torch.ones_like(found_read)
+        layer.add_input_gradient(gates, below)
+        torch.testing.assert_close(below, found_read + 1)
+        assert (found_read[:, inputs:] == 0).all()
+        assert_ways_back_agree((found_read[:, :inputs], found_memory), (on_read, on_memory))
+        for found, wanted in zip(sums.unpack(cell), on_weights, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+def test_weight_gradients_add_up() -> None:
+    """Row by row, in parts, with rows at the start whose memory is empty."""
+    cell = nn.GRUCell(5, 4).double()
+    layer, both, gates = PackedLayer.pack(cell, 8, DTYPE), uniform(9, 12), uniform(9, 16)
+    both[:3, 8:] = 0
+    whole, parts = LayerGradients(layer), LayerGradients(layer)
+    whole.add(gates, both, 3)
+    parts.add(gates[:5], both[:5], 0)
+    parts.add(gates[5:], both[5:], 0)
+    assert_ways_back_agree(parts.unpack(cell)[:2], whole.unpack(cell)[:2])

@@ -28,13 +28,11 @@ def train(processor: FlowProcessor, seed: int = 0) -> None:
 
 
 class TestTensorPool:
-    def test_memory_is_reused_and_zeroed(self) -> None:
+    def test_memory_is_reused(self) -> None:
         pool = TensorPool()
         first = pool.take("a", (2, 3), torch.float32, CPU)
-        first.fill_(7)
         second = pool.take("a", (2, 3), torch.float32, CPU)
         assert second.data_ptr() == first.data_ptr()
-        assert torch.equal(second, torch.zeros(2, 3))
         assert pool.nbytes == 24
 
     def test_smaller_requests_use_the_same_memory(self) -> None:
@@ -48,7 +46,7 @@ class TestTensorPool:
     def test_it_grows_on_demand(self) -> None:
         pool = TensorPool()
         pool.take("a", (2,), torch.int64, CPU)
-        assert pool.take("a", (5,), torch.int64, CPU).tolist() == [0] * 5
+        assert pool.take("a", (5,), torch.int64, CPU).shape == (5,)
         assert pool.nbytes == 40
 
     def test_names_and_dtypes_do_not_share(self) -> None:
@@ -71,6 +69,14 @@ class TestTensorPool:
         assert pool.nbytes == 240
         assert pool.trim() == 240
         assert pool.nbytes == 0
+
+    def test_clear_lets_go_of_all(self) -> None:
+        pool = TensorPool()
+        first = pool.take("a", (100,), torch.int64, CPU)
+        pool.clear()
+        assert pool.nbytes == 0
+        assert pool.take("a", (50,), torch.int64, CPU).data_ptr() != first.data_ptr()
+        assert pool.nbytes == 400
 
     def test_use_across_inference_mode(self) -> None:
         """Validation runs in inference mode; its buffers must be writable in training."""

@@ -11,6 +11,7 @@ from energy_flow.core.geometry import deposit_cells
 from tests.helpers import DIM, Case, tensors_of
 
 NAN = float("nan")
+ROUNDING = 1e-12  # float64, numbers of order 1
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "spawn": {"spawn.enabled": True},
@@ -68,9 +69,12 @@ def test_the_other_samples_do_not_notice(rules: str, deposit: str, entries: slic
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert len(expected) == 15
     for name, value in expected.items():
-        if value.is_floating_point():
-            assert torch.isfinite(value).all(), name
-        assert torch.equal(actual[name], value), name
+        if not value.is_floating_point():
+            assert torch.equal(actual[name], value), name
+            continue
+        assert torch.isfinite(value).all(), name
+        # Not to the last bit: where flows that have ended aren't computed, products have other shapes.
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=ROUNDING, msg=name)
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -105,7 +109,7 @@ def test_gradients_of_the_other_samples(deposit: str) -> None:
         found.append(torch.autograd.grad((output.embedding[[0, 2, 3]] * cotangent[[0, 2, 3]]).sum(), embedding)[0])
     others = [0, 2, 3]
     assert (found[0][others] != 0).any(1).all()
-    assert torch.equal(found[1][others], found[0][others])
+    torch.testing.assert_close(found[1][others], found[0][others], rtol=0, atol=ROUNDING)
 
 
 def test_a_parameter_that_is_not_finite_is_seen_in_every_sample() -> None:

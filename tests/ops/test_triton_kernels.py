@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.ops.backend import require_adjacent_columns, use_triton
-from energy_flow.ops.gru_gates import gates_backward, gates_forward, gates_forward_torch
+from energy_flow.ops.gru_gates import gates_backward, gates_forward, next_hidden
 from energy_flow.ops.heads import heads_backward, heads_forward
 from tests.ops.kernels import INTERPRETED
 
@@ -59,8 +59,8 @@ def gates_step() -> tuple[Callable[[], None], list[Tensor]]:
     bias, bias_grad = on_device(256, dtype=torch.float32), on_device(256, dtype=torch.float32)
 
     def step() -> None:
-        gates_forward(gates, hidden, bias, out, True)
-        gates_backward(gates, hidden, grad, bias, bias_grad, True)
+        gates_forward(gates, hidden, bias, out)
+        gates_backward(gates, hidden, grad, bias, bias_grad)
 
     return step, [gates, out, grad, bias_grad]
 
@@ -110,12 +110,11 @@ def test_more_than_two_to_the_31_numbers() -> None:
     gates = torch.zeros(num, 4 * size, device="cuda", dtype=torch.bfloat16)
     gates[-tail:] = on_device(tail, 4 * size)
     hidden, bias = on_device(num, size), on_device(4 * size, dtype=torch.float32)
-    out, expected = torch.full_like(hidden, torch.nan), torch.empty_like(hidden[-tail:])
-    gates_forward_torch(gates[-tail:], hidden[-tail:], bias, expected, False)
-    gates_forward(gates, hidden, bias, out, False)
+    out, expected = torch.full_like(hidden, torch.nan), next_hidden(gates[-tail:], hidden[-tail:], bias)
+    gates_forward(gates, hidden, bias, out)
     torch.testing.assert_close(out[-tail:], expected, rtol=0.01, atol=0.01)
     grad = torch.zeros_like(hidden)
     grad[-tail:] = 1
-    gates_backward(gates, hidden, grad, bias, torch.zeros_like(bias), False)
+    gates_backward(gates, hidden, grad, bias, torch.zeros_like(bias))
     assert gates[:-tail].count_nonzero() == 0
     assert (gates[-tail:] != 0).float().mean() > 0.9
