@@ -177,8 +177,8 @@ def _closest(key: str, config_name: str) -> str:
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
         node: Any = hydra.compose(config_name)
     known = set(map(str, node))
-    if config_name == "train":  # which takes every group
-        known |= {path.name for path in Path(config_dir()).iterdir() if path.is_dir()}
+    if config_name == "train":  # which takes every group but one
+        known |= {path.name for path in Path(config_dir()).iterdir() if path.is_dir()} - {"benchmark"}
     for name in key.split("."):
         if not isinstance(node, DictConfig) or name not in node:
             return did_you_mean(name, known - {"_target_"})

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from energy_flow.benchmarks.findings import Row
-from energy_flow.benchmarks.output import BYTES, TIMES, in_units
+from energy_flow.benchmarks.output import BYTE_UNITS, TIME_UNITS, in_units
 from energy_flow.viz.style import BLUE, GREEN, GREY, INK, ORANGE, new_figure, say_empty
 
 COLOURS = (INK, ORANGE, BLUE, GREY, GREEN)
@@ -47,7 +47,7 @@ def _draw(axes: Axes, rows: Sequence[Row], value: str, kind_of: Callable[[str], 
     places = range(len(rows))
     axes.barh(places, [one or 0 for one in values], color=[COLOURS[kind_of(row.variant)] for row in rows], height=0.72)
     for place, one in zip(places, values, strict=True):
-        shown = in_units(one, TIMES if value == "seconds" else BYTES)
+        shown = in_units(one, TIME_UNITS if value == "seconds" else BYTE_UNITS)
         axes.text((one or 0) + 0.01 * longest, place, shown, fontsize=8, color=INK, va="center")
     axes.set_yticks(places, [row.variant for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)

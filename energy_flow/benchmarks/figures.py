@@ -111,6 +111,8 @@ def _unit(values: list[float], value: str) -> tuple[float, str]:
     top = max(values)
     if value == BYTES:
         return (2.0**-20, "MiB") if top < 2**30 else (2.0**-30, "GiB")
+    if top < 1e-4:
+        return 1e6, "microseconds"
     return (1e3, "milliseconds") if top < 10 else (1.0, "seconds")
 
 
@@ -126,5 +128,5 @@ def _spaced(at: list[int]) -> list[int]:
 def _short(size: float) -> str:
     for limit, letter in ((10**6, "M"), (10**3, "k")):
         if size >= limit:
-            return f"{size / limit:g}{letter}"
+            return f"{size / limit:.3g}{letter}"
     return f"{size:g}"

@@ -1,5 +1,6 @@
 """`benchmark=memory`: peak memory and seconds of a training step against the number of flows, whole and in chunks."""
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -9,8 +10,7 @@ from pydantic import Field
 
 from energy_flow.benchmarks.figures import BYTES, SECONDS, Panel, figure_of_panels
 from energy_flow.benchmarks.findings import Findings, Grid, Row, find, sizes
-from energy_flow.benchmarks.output import BYTES as BYTE_UNITS
-from energy_flow.benchmarks.output import in_units
+from energy_flow.benchmarks.output import BYTE_UNITS, in_units
 from energy_flow.benchmarks.turns import Build, measure_in_turns
 from energy_flow.benchmarks.workload import (
     SHORT,
@@ -104,7 +104,7 @@ def variants(sweep: SweepSettings, batch: int) -> dict[str, dict[str, Any]]:
     }
     wanted |= {chunked(kind, sweep.chunk): {"recompute": lean, "chunk": sweep.chunk} for kind, lean in ways.items()}
     if batch == max(sweep.batches):
-        wanted |= {f"{kind}, {AUTO}": {"recompute": lean, "chunk": "auto"} for kind, lean in ways.items()}
+        wanted[f"{FAST}, {AUTO}"] = {"recompute": False, "chunk": "auto"}
     return wanted
 
 
@@ -120,7 +120,7 @@ def _measure(workload: Workload, sweep: SweepSettings, batch: int, own: MemoryOn
     builds[PRODUCT] = product(shape, own.dtype, workload.device)
     found = measure_in_turns(builds, workload.device, repeats=own.repeats, min_seconds=own.min_seconds)
     baseline = found[f"{FAST}, {WHOLE}"].seconds
-    rate = product_rate(shape, found.pop(PRODUCT).seconds or 0.0)
+    rate = product_rate(shape, found.pop(PRODUCT).seconds or math.inf)
     least, flows = workload.arithmetic(batch) / rate, workload.num_flows(batch)
     rows = []
     for name, one in found.items():

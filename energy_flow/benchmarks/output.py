@@ -15,8 +15,8 @@ COLUMNS = ("case", "size", "variant", "time", "peak memory", "ratio", "share of 
 ALWAYS = 6  # of these columns are shown even if nothing is in them
 SAID = ("date", "command")  # of the machine: they stand at the top of the page
 LONG = 60  # a cell of more characters goes over several lines, and lines need rules between them
-TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
-BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def write(folder: Path, machine: Mapping[str, MachineValue], findings: Findings) -> None:
@@ -64,8 +64,8 @@ def _measurements(rows: Sequence[Row]) -> Grid:
             row.case,
             f"{row.size:,}",
             row.variant,
-            in_units(row.seconds, TIMES),
-            in_units(row.peak_bytes, BYTES),
+            in_units(row.seconds, TIME_UNITS),
+            in_units(row.peak_bytes, BYTE_UNITS),
             "-" if row.ratio is None else f"{row.ratio:,.0f}" if row.ratio >= 100 else f"{row.ratio:.3g}",
             "-" if row.share is None else f"{100 * row.share:.3g}%",
             "-" if row.count is None else f"{row.count:,}",

@@ -7,17 +7,17 @@ from typing import Annotated, Literal, Self
 
 import psutil
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from energy_flow.benchmarks.figures import BYTES, SECONDS, Panel, figure_of_panels
 from energy_flow.benchmarks.findings import Findings, Grid, Row
-from energy_flow.benchmarks.output import BYTES as BYTE_UNITS
-from energy_flow.benchmarks.output import TIMES, in_units
+from energy_flow.benchmarks.output import BYTE_UNITS, TIME_UNITS, in_units
 from energy_flow.benchmarks.workload import SHORT, Count, Dtype, SizeSettings, Workload, autocast, free
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.settings import Settings
+from energy_flow.viz.style import BLUE, GREEN, ORANGE, VERMILION, new_figure
 
 STEP, RESIDENT = "training step", "resident memory"
 IN_USE, RESERVED = "device memory in use", "device memory reserved"
@@ -26,6 +26,7 @@ COUNTS = {
     "segments": "segment.all.current",
     "segments ever allocated": "segment.all.allocated",
 }
+COLOURS = {STEP: BLUE, RESERVED: VERMILION, IN_USE: ORANGE, RESIDENT: GREEN}
 EARLY = 10  # the step that late ones are compared with
 SETTLED, END = "after warm-up", "at the end"
 LEARNING_RATE = 1e-4
@@ -167,13 +168,34 @@ def run(settings: StabilitySettings, device: torch.device, seed: int, say: Calla
 
 
 def picture(rows: list[Row]) -> Figure:
-    """Time and memory over the steps."""
-    memory = RESERVED if any(row.case == RESERVED for row in rows) else RESIDENT
-    panels = [
-        Panel(STEP, "time of a training step", SECONDS, "step"),
-        Panel(memory, memory, BYTES, "step"),
-    ]
-    return figure_of_panels([row for row in rows if row.count is None], panels, "Time and memory over a training")
+    """Time and memory over the steps, both from zero: what grows is seen to grow."""
+    figure = new_figure(10, 3.6)
+    time_axes, memory_axes = figure.subplots(1, 2)
+    _draw(time_axes, rows, STEP, lambda row: (row.seconds or 0) * 1e3)
+    time_axes.set_title("time of a training step (median of the steps around it)", fontsize=10)
+    time_axes.set_ylabel("milliseconds", fontsize=9)
+    for case in (RESERVED, IN_USE, RESIDENT):
+        _draw(memory_axes, rows, case, lambda row: (row.peak_bytes or 0) / 2**20)
+    memory_axes.set_title("memory", fontsize=10)
+    memory_axes.set_ylabel("MiB", fontsize=9)
+    memory_axes.legend(fontsize=9, frameon=False, loc="lower right")
+    figure.suptitle("Time and memory over a training with changing populations", fontsize=12)
+    return figure
+
+
+def _draw(axes: Axes, rows: list[Row], case: str, value: Callable[[Row], float]) -> None:
+    own = sorted((row for row in rows if row.case.startswith(case)), key=lambda row: row.size)
+    if not own:
+        return
+    values = [value(row) for row in own]
+    axes.plot([row.size for row in own], values, color=COLOURS[case], marker="o", markersize=4, label=case)
+    axes.set_ylim(0, max(1.25 * max(values), axes.get_ylim()[1]))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def looks_at(settings: StabilitySettings) -> list[int]:
@@ -228,4 +250,4 @@ def growth_grid(rows: list[Row], settings: StabilitySettings) -> Grid:
 def _value(row: Row) -> str:
     if row.count is not None:
         return f"{row.count:,}"
-    return in_units(row.peak_bytes, BYTE_UNITS) if row.seconds is None else in_units(row.seconds, TIMES)
+    return in_units(row.peak_bytes, BYTE_UNITS) if row.seconds is None else in_units(row.seconds, TIME_UNITS)

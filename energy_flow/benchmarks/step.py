@@ -3,6 +3,7 @@
 Letters: N flows, H hidden size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -162,10 +163,11 @@ def steps_of(workload: Workload, batch: int, dtype: Dtype) -> dict[str, Callable
     }
     if on_gpu:
         steps[GRAPHED] = lambda: graphed_step(UserModel(workload.processor(), "formula", compiled=True), *data, dtype)
-    steps |= {TAPE: ours(engine="tape"), LEAN: ours(engine="tape", recompute=True)}
-    if not on_gpu:  # where nothing is compiled unless asked for
-        steps[TAPE_COMPILED] = ours(engine="tape", compile=True)
-        steps[LEAN_COMPILED] = ours(engine="tape", recompute=True, compile=True)
+        steps |= {TAPE: ours(engine="tape"), LEAN: ours(engine="tape", recompute=True)}
+    else:  # there "auto" compiles large models alone
+        for name, compiled_name, lean in ((TAPE, TAPE_COMPILED, False), (LEAN, LEAN_COMPILED, True)):
+            steps[name] = ours(engine="tape", recompute=lean, compile=False)
+            steps[compiled_name] = ours(engine="tape", recompute=lean, compile=True)
     if batch > 1:
         steps[CHUNKS] = ours(engine="tape", chunk=-(-batch // 2))
     return steps
@@ -221,7 +223,7 @@ def _measure(
         for name, build in steps_of(workload, size.batch, dtype).items():
             builds[f"{name}, {SHORT[dtype]}"] = _checked(name, build, expected, dtype)
     found = measure_in_turns(builds, device, repeats=own.repeats, min_seconds=own.min_seconds)
-    products = [Product(shape, dtype, found[shape, dtype].seconds or 0.0) for shape in shapes for dtype in dtypes]
+    products = [Product(shape, dtype, found[shape, dtype].seconds or math.inf) for shape in shapes for dtype in dtypes]
     baseline = f"{EAGER}, {SHORT[dtypes[0]]}"
     case, base = f"{size.size}, {flows:,} flows; ratio to {baseline}", found[baseline].seconds
     rows = []

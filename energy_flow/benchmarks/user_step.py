@@ -44,7 +44,8 @@ class UserModel(nn.Module):
     def forward(self, embedding: Tensor) -> Tensor:
         lattice, carrier = self.processor.lattice, self.processor.carrier
         settings = lattice.settings
-        surface = self.processor.map_in(embedding).float()
+        map_in = self.processor.map_in
+        surface = map_in(embedding).to(map_in.cell_value.dtype)  # autocast or not
         batch, num_cells, energy_dim = surface.shape
         centres = cell_centres(settings.width, settings.height, surface.dtype, surface.device)
 

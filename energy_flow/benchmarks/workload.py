@@ -168,9 +168,9 @@ def step_of(processor: FlowProcessor, embedding: Tensor, cotangent: Tensor, dtyp
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds any more, the allocator's reserve included."""
-    gc.collect()
+    """Give back what nobody holds any more of a GPU's memory, the allocator's reserve included."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 

@@ -1,7 +1,7 @@
 """How many samples run at a time: what fits into memory, and what to do when it didn't."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal, TypeVar
 
 import psutil
@@ -23,12 +23,13 @@ class ChunkSizes:
 
     def __init__(self, setting: Literal["auto"] | int | None) -> None:
         self._setting = setting
-        self._largest: dict[torch.device, int] = {}
+        self._largest: dict[Hashable, int] = {}
 
     def within_memory(
         self,
         batch: int,
         device: torch.device,
+        kind: Hashable,
         bytes_per_sample: Callable[[], int],
         held: Callable[[], int],
         release: Callable[[], None],
@@ -37,12 +38,13 @@ class ChunkSizes:
         """Call `attempt` with a chunk size; where it may, again with half of it when memory runs out.
 
         Args:
+            kind: of the work, each with a size of its own: what keeps a tape needs more than what doesn't.
             bytes_per_sample: what a sample of a chunk needs, at most.
             held: bytes that the rollout's buffers hold already.
             release: lets go of them.
         """
         while True:
-            chunk = self._chunk(batch, device, bytes_per_sample, held)
+            chunk = self._chunk(batch, device, kind, bytes_per_sample, held)
             try:
                 return attempt(chunk)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -53,25 +55,30 @@ class ChunkSizes:
             release()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._largest[device] = -(-chunk // 2)
+            self._largest[device, kind] = -(-chunk // 2)
             log.warning(
                 "out of memory on %s with %d samples at a time: repeating the batch with %d (rollout.chunk=auto)",
                 device,
                 chunk,
-                self._largest[device],
+                self._largest[device, kind],
             )
 
     def _chunk(
-        self, batch: int, device: torch.device, bytes_per_sample: Callable[[], int], held: Callable[[], int]
+        self,
+        batch: int,
+        device: torch.device,
+        kind: Hashable,
+        bytes_per_sample: Callable[[], int],
+        held: Callable[[], int],
     ) -> int:
         if self._setting is None:
             return batch
         if self._setting != "auto":
             return min(batch, self._setting)
-        if device not in self._largest:
+        if (device, kind) not in self._largest:
             budget = _SHARE * free_bytes(device) + held()
-            self._largest[device] = max(1, int(budget // bytes_per_sample()))
-        return _even(batch, min(batch, self._largest[device]))
+            self._largest[device, kind] = max(1, int(budget // bytes_per_sample()))
+        return _even(batch, min(batch, self._largest[device, kind]))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from energy_flow.core.flow_step import move, move_backward
 from energy_flow.core.simple_neuron import neuron_features_backward, write_features
-from energy_flow.ops.counter_noise import counter_noise
+from energy_flow.ops.counter_noise import counter_noise, drawn, normal_quantiles
 from energy_flow.ops.gru_gates import gate_gradients, gates_backward, gates_backward_by, gates_forward, next_hidden
 
 Function = Callable[..., Any]
@@ -46,7 +46,7 @@ def step_functions(compiled: bool, on_cpu: bool) -> StepFunctions:
         # On a GPU the gates have kernels of their own.
         _forward_by(_compile(next_hidden)) if on_cpu else gates_forward,
         functools.partial(gates_backward_by, _compile(gate_gradients)) if on_cpu else gates_backward,
-        _compile(counter_noise),
+        _noise_by(_compile(drawn)),
     )
 
 
@@ -55,6 +55,17 @@ def _forward_by(function: Function) -> Function:
         out.copy_(function(gates, hidden, bias))
 
     return forward
+
+
+def _noise_by(function: Function) -> Function:
+    def noise(
+        seed: int, optimizer_step: Tensor, rollout_step: int, rows: Tensor, num_slots: int, dtype: torch.dtype
+    ) -> Tensor:
+        quantiles = normal_quantiles(dtype, rows.device)
+        result: Tensor = function(seed, optimizer_step, rollout_step, rows, num_slots, quantiles)
+        return result
+
+    return noise
 
 
 def _compile(function: Function) -> Function:

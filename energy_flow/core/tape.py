@@ -37,6 +37,12 @@ class StepRecord:
     births: Births | None = None  # after this step
 
 
+def most_segments(num_steps: int, spawning: bool) -> int:
+    """How many segments a compacted tape may have: a new one before any step in which children need rows, or so few
+    flows are left."""
+    return 1 + (num_steps if spawning else min(num_steps, math.ceil(1 / (1 - _FEW))))
+
+
 class Tape:
     """Steps of one chunk of samples: a `Stepper`, and the `Networks` of its steps.
 
@@ -68,9 +74,7 @@ class Tape:
         self.weights, self._functions, self._rule = weights, functions, rule
         self.draw_noise = functions.counter_noise
         self._keep, self._compact = keep, compact
-        max_segments = 1
-        if compact:  # one more for every birth, or whenever so few are left
-            max_segments = num_steps if spawning else min(num_steps, math.ceil(1 / (1 - _FEW)))
+        max_segments = most_segments(num_steps, spawning) if compact else 1
         self._memory = MemoryTape(weights, functions, num_steps, num_slots, max_segments, keep, recompute, pool)
         self._rows: Tensor | None = None
         self._source: Tensor | None = None  # slots to take memories over from, before the next step
@@ -95,8 +99,8 @@ class Tape:
         return StepResult(
             _put(position, rows, result.position).view_as(state.position),
             _put(energy, rows, result.energy).view_as(state.energy),
-            _put(torch.zeros_like(position[:, 0]), rows, result.length).view_as(active),
-            _put(torch.zeros_like(active.flatten()), rows, result.reached).view_as(active),
+            _spread(result.length, rows, len(position)).view_as(active),
+            _spread(result.reached, rows, len(position)).view_as(active),
             result.decision,
         )
 
@@ -218,6 +222,11 @@ def _pick(values: Tensor, rows: Tensor | None) -> Tensor:
 def _put(values: Tensor, rows: Tensor | None, into: Tensor) -> Tensor:
     """All slots' values with those of `rows` replaced."""
     return into if rows is None else values.index_copy(0, rows, into)
+
+
+def _spread(values: Tensor, rows: Tensor | None, num_slots: int) -> Tensor:
+    """Values of `rows` among all slots, 0 elsewhere."""
+    return values if rows is None else values.new_zeros(num_slots).index_copy(0, rows, values)
 
 
 def _give_back(gradient: Tensor, source: Tensor, num_rows: int) -> Tensor:

@@ -5,6 +5,8 @@ kept; the backward pass replays the others, one after the other. Memory is set b
 """
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -21,7 +23,11 @@ from energy_flow.core.graphs import ChunkGraph
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings, joined
 from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.step_weights import StepGradients, StepWeights, step_parameters
-from energy_flow.core.tape import Tape
+from energy_flow.core.tape import Tape, most_segments
+from energy_flow.errors import ConfigError
+from energy_flow.ops.backend import has_triton
+
+_WORTH_COMPILING = 128  # hidden units
 
 _WalkBack = Callable[[Tensor, Tensor], tuple[Tensor, StepGradients]]
 
@@ -61,7 +67,12 @@ class TapeEngine:
         self._warm: set[Hashable] = set()  # kinds of chunks that have run both ways, so that they can be recorded
 
     def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
-        """From surface energies [B, S, E] to flows that have all ended; differentiable once."""
+        """From surface energies [B, S, E] to flows that have all ended; differentiable once.
+
+        Raises:
+            ConfigError: the settings ask for what this device can't do.
+        """
+        _check(self._settings, surface.device)
         parameters = step_parameters(self._neuron, self._carrier)
         dtype = _products_dtype(surface, parameters[0])
         keep = torch.is_grad_enabled() and any(value.requires_grad for value in (surface, *parameters))
@@ -157,7 +168,7 @@ class TapeEngine:
             len(surface) * lattice.capacity,
             keep=keep,
             recompute=settings.recompute,
-            compact=on_cpu if settings.compaction == "auto" else settings.compaction,
+            compact=self._compacts(surface.device),
             spawning=lattice.spawn.enabled,
             pool=self._rollout.pool,
         )
@@ -188,9 +199,16 @@ class TapeEngine:
     def _weights(self, dtype: torch.dtype) -> StepWeights:
         return StepWeights.pack(self._neuron, self._carrier, dtype)
 
+    def _compacts(self, device: torch.device) -> bool:
+        return device.type == "cpu" if self._settings.compaction == "auto" else self._settings.compaction
+
     def _compiles(self, device: torch.device) -> bool:
-        setting = self._settings.compile
-        return device.type == "cuda" if setting == "auto" else setting
+        """Whether to compile; on a CPU that takes half a minute once, which small models never earn back."""
+        if self._settings.compile != "auto":
+            return self._settings.compile
+        if device.type == "cpu":
+            return self._carrier.hidden_size >= _WORTH_COMPILING and _has_compiler()
+        return has_triton()
 
     def _bytes_per_sample(self, surface: Tensor, dtype: torch.dtype, keep: bool) -> int:
         """What a sample of a chunk takes while it runs: tape, gates, gradients of the memories, states of all steps."""
@@ -198,7 +216,8 @@ class TapeEngine:
         layers, size, energy_dim = len(carrier.cells), carrier.hidden_size, surface.shape[2]
         row = carrier.num_features + energy_dim + layers * size
         gates = layers * steps if keep and not self._settings.recompute else 1
-        slabs = steps + layers if keep else layers + 1
+        segments = most_segments(steps, self._rollout.settings.spawn.enabled) if self._compacts(surface.device) else 1
+        slabs = steps + layers * segments if keep else (layers + 1) * min(segments, 2)
         products = slabs * row + gates * 4 * size + (layers + 2) * size
         states = (steps if keep else 3) * (10 + 3 * energy_dim) + 4 * carrier.num_features
         return self._rollout.settings.capacity * (products * dtype.itemsize + states * surface.element_size())
@@ -207,6 +226,7 @@ class TapeEngine:
         return self._sizes.within_memory(
             len(surface),
             surface.device,
+            kind=(dtype, keep),
             bytes_per_sample=lambda: self._bytes_per_sample(surface, dtype, keep),
             held=lambda: self._rollout.pool.nbytes,
             release=self.release,
@@ -243,6 +263,30 @@ class _TapedRollout(torch.autograd.Function):
         with torch.autocast(surface.device.type, enabled=False):
             on_surface, on_parameters = ctx.engine.backward(surface, ctx.call, ctx.dtype, grad_position, grad_energy)
         return None, None, None, None, None, on_surface, *on_parameters
+
+
+def _check(settings: RolloutSettings, device: torch.device) -> None:
+    on_cpu = device.type == "cpu"
+    if settings.compile is True and on_cpu and not _has_compiler():
+        raise ConfigError(
+            f"rollout.compile = true: {_compiler()}, which compiles for a CPU, isn't there. Install it, or set "
+            "rollout.compile=auto"
+        )
+    if settings.cuda_graph is True and device.type != "cuda":
+        raise ConfigError(f"rollout.cuda_graph = true: the device is {device}. Set rollout.cuda_graph=auto")
+    if settings.compaction is True and not on_cpu:
+        raise ConfigError(
+            f"rollout.compaction = true: leaving out flows that have ended would make {device} wait for the host in "
+            "every step; it is for CPUs. Set rollout.compaction=auto"
+        )
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _has_compiler() -> bool:
+    return shutil.which(_compiler()) is not None
 
 
 def _products_dtype(surface: Tensor, parameter: Tensor) -> torch.dtype:

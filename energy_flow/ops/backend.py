@@ -18,8 +18,8 @@ def use_triton(tensor: Tensor) -> bool:
     those on a CPU, in Triton's interpreter, if the environment variable TRITON_INTERPRET was 1 from the start.
     """
     if tensor.is_cuda:
-        return _installed() and _properties(tensor.device).major >= 8
-    return _INTERPRETED and tensor.device.type == "cpu" and _installed()
+        return has_triton() and _properties(tensor.device).major >= 8
+    return _INTERPRETED and tensor.device.type == "cpu" and has_triton()
 
 
 def num_multiprocessors(tensor: Tensor) -> int:
@@ -39,7 +39,8 @@ def require_adjacent_columns(**matrices: Tensor) -> None:
 
 
 @functools.cache
-def _installed() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

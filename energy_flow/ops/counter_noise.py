@@ -39,7 +39,7 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _normal_quantiles(dtype: torch.dtype, device: torch.device) -> Tensor:
+def normal_quantiles(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Midpoint quantiles of the standard normal distribution, [2^16], from -4.3 to 4.3, variance 1."""
     # A table, because logarithms and cosines (Box-Muller) round differently on each device.
     count = 2**_TABLE_BITS
@@ -67,6 +67,13 @@ def counter_noise(
     Returns:
         [B, M, 3], one number per slot and axis.
     """
+    return drawn(seed, optimizer_step, rollout_step, rows, num_slots, normal_quantiles(dtype, rows.device))
+
+
+def drawn(
+    seed: int, optimizer_step: Tensor, rollout_step: int, rows: Tensor, num_slots: int, quantiles: Tensor
+) -> Tensor:
+    """`counter_noise` from the table of quantiles: the form to compile."""
     device = rows.device
     slots = torch.arange(num_slots, device=device)
     counter = (
@@ -78,4 +85,4 @@ def counter_noise(
     key = tuple(torch.full((), (seed >> shift) & _WORD, dtype=torch.int64, device=device) for shift in (0, 32))
     words = philox4x32(counter, (key[0], key[1]))
     draws = torch.stack(torch.broadcast_tensors(*words[:3]), dim=-1) >> (32 - _TABLE_BITS)
-    return _normal_quantiles(dtype, device)[draws]
+    return quantiles[draws]

@@ -1,6 +1,7 @@
 """python -m energy_flow.benchmark at tiny sizes: what it prints, writes and refuses."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from matplotlib.image import imread
 
 from energy_flow.benchmark import main
 from energy_flow.benchmarks import collect, registry
+from tests.benchmarks.training import TRAINING
 from tests.cli.helpers import Outcome, _logging_as_it_was, check_message
 
 Run = Callable[..., Outcome]
@@ -39,8 +41,8 @@ MACHINE = {
 ROW = {
     **dict.fromkeys(("benchmark", "case", "variant"), str),
     "size": int,
-    "peak_bytes": (int, type(None)),
-    **dict.fromkeys(("seconds", "ratio"), (float, type(None))),
+    **dict.fromkeys(("peak_bytes", "count"), (int, type(None))),
+    **dict.fromkeys(("seconds", "ratio", "share"), (float, type(None))),
 }
 
 
@@ -82,7 +84,8 @@ def check_schema(found: dict[str, Any], name: str) -> None:
         assert row["peak_bytes"] is None or row["peak_bytes"] >= 0
 
 
-@pytest.mark.parametrize("overrides", [REPORT, COLLECT], ids=lambda words: words[0])
+@pytest.mark.usefixtures("nothing_compiles")
+@pytest.mark.parametrize("overrides", [REPORT, COLLECT, *TRAINING], ids=lambda words: words[0])
 def test_a_run_leaves_table_picture_and_rows(run: Run, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     name = overrides[0].removeprefix("benchmark=")
     outcome = run(*overrides)
@@ -92,7 +95,7 @@ def test_a_run_leaves_table_picture_and_rows(run: Run, tmp_path: Path, overrides
     found = json.loads((folder / "benchmark.json").read_text())
     check_schema(found, name)
     assert found["machine"]["command"] == "python -m energy_flow.benchmark " + " ".join(
-        f"'{word}'" if "[" in word else word for word in overrides
+        shlex.quote(word) for word in overrides
     )
     page = (folder / "benchmark.md").read_text()
     assert page.startswith(f"# benchmark={name}, {found['machine']['date']}\n")
@@ -132,6 +135,11 @@ def test_the_report_is_answered(run: Run) -> None:
             ("benchmark=collect", "benchmark.min_seconds=-1.0"),
             ("benchmark.min_seconds = -1.0", "greater than or equal"),
         ),
+        (("benchmark=step", "benchmark.cpu.dtypes=[float16]"), ("benchmark.cpu.dtypes[0] = 'float16'", "'bfloat16'")),
+        (("benchmark=step", "benchmark.cpu.sizes=[{size: debgu, batch: 1}]"), ("'debgu'", "did you mean debug?")),
+        (("benchmark=memory", "benchmark.cuda.sweeps=[]"), ("benchmark.cuda.sweeps = []", "at least 1 item")),
+        (("benchmark=scaling", "benchmark.cpu.batches=[0]"), ("benchmark.cpu.batches[0] = 0", "greater than or equal")),
+        (("benchmark=stability", "benchmark.steps=50"), ("benchmark.steps = 50", "benchmark.warmup_steps = 50")),
         (("device=gpu",), ("device = 'gpu'", "'cpu' or 'cuda'")),
         (("seed=-1",), ("seed = -1", "greater than or equal to 0")),
         (("dvice=cpu",), ("dvice", "did you mean device?")),

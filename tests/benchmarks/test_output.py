@@ -4,7 +4,7 @@ import pytest
 
 from energy_flow.benchmarks.figures import BYTES, SECONDS, Panel, figure_of_panels
 from energy_flow.benchmarks.findings import Findings, Grid, Row, find, rows_of, sizes
-from energy_flow.benchmarks.output import BYTES, TIMES, in_units, markdown
+from energy_flow.benchmarks.output import BYTE_UNITS, TIME_UNITS, in_units, markdown
 from energy_flow.viz.style import render
 
 MACHINE = {"cpu": "a CPU", "date": "2025-01-02", "command": "python -m energy_flow.benchmark", "gpu": None}
@@ -36,14 +36,14 @@ def test_rows_are_found() -> None:
 @pytest.mark.parametrize(
     ("value", "units", "text"),
     [
-        (None, TIMES, "-"),
-        (12.3456, TIMES, "12.3 s"),
-        (0.01234, TIMES, "12.3 ms"),
-        (1.234e-7, TIMES, "0.123 µs"),
-        (1234.5, TIMES, "1,234 s"),
-        (0, BYTES, "0 KiB"),
-        (3 * 2**29, BYTES, "1.5 GiB"),
-        (1536, BYTES, "1.5 KiB"),
+        (None, TIME_UNITS, "-"),
+        (12.3456, TIME_UNITS, "12.3 s"),
+        (0.01234, TIME_UNITS, "12.3 ms"),
+        (1.234e-7, TIME_UNITS, "0.123 µs"),
+        (1234.5, TIME_UNITS, "1,234 s"),
+        (0, BYTE_UNITS, "0 KiB"),
+        (3 * 2**29, BYTE_UNITS, "1.5 GiB"),
+        (1536, BYTE_UNITS, "1.5 KiB"),
     ],
 )
 def test_units(value: float | None, units: tuple, text: str) -> None:

@@ -1,5 +1,7 @@
 """Tiny settings of the training benchmarks, as overrides of the command line."""
 
+from typing import Any
+
 SIZE = "{size: debug, %s, lattice: {width: 4, height: 3}, model: {hidden_size: 8}}"
 STEP = (
     "benchmark=step",
@@ -37,3 +39,9 @@ SCALING = (
     "benchmark.cpu.repeats=1",
     "benchmark.cpu.min_seconds=0.0",
 )
+TRAINING = (STEP, MEMORY, STABILITY, SCALING)
+
+
+def tiny_size(lattice: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """A section as `SizeSettings` reads it."""
+    return {"size": "debug", "lattice": lattice, "model": model}

@@ -220,12 +220,12 @@ def test_what_torch_says_when_a_cpu_has_no_memory_left() -> None:
 def test_auto_starts_from_a_size_that_fits(
     memory: Memory, monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool], fitting: int
 ) -> None:
-    """Half of a CPU's free memory is enough for the buffers, and isn't left unused."""
+    """The share of the free memory that it takes is enough for the buffers, and isn't left unused."""
     case = dataclasses.replace(CASE, batch=16, model={"num_layers": 2, "hidden_size": 32})
     processor = processor_of(case, tape(chunk=1, **changes))
     everything(case, {}, processor=processor)
     budget = (fitting + 0.9) * processor._pool.nbytes
-    monkeypatch.setattr(chunks, "free_bytes", lambda device: int(2 * budget))
+    monkeypatch.setattr(chunks, "free_bytes", lambda device: int(budget / chunks._SHARE))
     memory.seen = {"forward": [], "backward": []}
     processor = processor_of(case, auto(**changes))
     everything(case, {}, processor=processor)
@@ -239,8 +239,9 @@ def test_auto_starts_from_a_size_that_fits(
 def test_an_evaluation_does_not_set_the_size_of_training(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning evaluates before it trains; without a tape many more samples fit."""
     budget = 3.9 * everything_held(tape(chunk=1))
-    monkeypatch.setattr(chunks, "free_bytes", lambda device: int(2 * budget))
     processor = processor_of(CASE, auto())
+    left = lambda device: int((budget - processor._pool.nbytes) / chunks._SHARE)  # noqa: E731
+    monkeypatch.setattr(chunks, "free_bytes", left)
     with torch.no_grad():
         processor(CASE.embedding(), CASE.rows())
     train(processor)
@@ -271,6 +272,7 @@ def test_chunks_are_even(batch: int, fitting: int) -> None:
     ChunkSizes("auto").within_memory(
         batch,
         CPU,
+        kind="training",
         bytes_per_sample=lambda: size,
         held=lambda: fitting * size,
         release=lambda: None,

@@ -231,8 +231,7 @@ def test_bequeath() -> None:
 
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("empty", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_layer_of_the_tape(padding: int, empty: bool, recompute: bool) -> None:
+def test_a_layer_of_the_tape(padding: int, empty: bool) -> None:
     """Products, gates and back through both, against PyTorch's own cell."""
     num_rows, inputs, size = 11, 5, 4
     cell = nn.GRUCell(inputs, size).double()
@@ -241,28 +240,27 @@ def test_a_layer_of_the_tape(padding: int, empty: bool, recompute: bool) -> None
     following = cell(read, memory)
     (on_following,) = like(following)
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    on_read, on_memory, *on_weights = autograd((following,), (on_following,), [read, memory, *weights])
+    expected_read, expected_memory, *expected_weights = autograd(
+        (following,), (on_following,), [read, memory, *weights]
+    )
     with torch.no_grad():
         layer = PackedLayer.pack(cell, inputs + padding, DTYPE)
         both = torch.cat([nn.functional.pad(read, (0, padding)), memory], dim=1)
         gates, out = torch.full((num_rows, 4 * size), torch.nan, dtype=DTYPE), torch.empty_like(memory)
-        layer.forward(both, gates, out, empty, not recompute, gates_forward)
+        layer.products(both, gates, empty)
+        gates_forward(gates, memory, layer.bias, out)
         assert_ways_back_agree((out,), (following,))
-        sums, found_memory = LayerGradients(layer), on_following.clone()
-        if recompute:
-            gates.fill_(torch.nan)
-            layer.recompute_backward(both, gates, found_memory, sums.bias, empty, gates_backward)
-        else:
-            gates_backward(gates, memory, found_memory, layer.bias, sums.bias, False)
-        layer.add_memory_gradient(gates, found_memory)
-        sums.add(gates, both, num_rows if empty else 0)
-        found_read = layer.input_gradient(gates)
-        below = torch.ones_like(found_read)
-        layer.add_input_gradient(gates, below)
-        torch.testing.assert_close(below, found_read + 1)
-        assert (found_read[:, inputs:] == 0).all()
-        assert_ways_back_agree((found_read[:, :inputs], found_memory), (on_read, on_memory))
-        for found, wanted in zip(sums.unpack(cell), on_weights, strict=True):
+        sums = LayerGradients(layer)
+        on_gates, on_memory = gates_backward(gates, memory, on_following.clone(), layer.bias, sums.bias)
+        layer.add_memory_gradient(on_gates, on_memory)
+        sums.add(on_gates, both, num_rows if empty else 0)
+        on_read = layer.input_gradient(on_gates)
+        below = torch.ones_like(on_read)
+        layer.add_input_gradient(on_gates, below)
+        torch.testing.assert_close(below, on_read + 1)
+        assert (on_read[:, inputs:] == 0).all()
+        assert_ways_back_agree((on_read[:, :inputs], on_memory), (expected_read, expected_memory))
+        for found, wanted in zip(sums.unpack(cell), expected_weights, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
 
 

@@ -3,8 +3,8 @@
 import torch
 
 from energy_flow.core.energy_lattice import Landings
-from energy_flow.core.history import Trajectories
 from energy_flow.core.geometry import cell_centres, fold
+from energy_flow.core.history import Trajectories
 
 
 def random_walk(
