@@ -28,7 +28,7 @@ class StepWeights:
     def pack(cls, neuron: SimpleNeuron, carrier: EnergyCarrier, dtype: torch.dtype) -> Self:
         """`dtype`: of the recurrent network's products."""
         cells = carrier.gru_cells()
-        width = -(-cells[0].input_size // _ALIGNMENT) * _ALIGNMENT
+        width = padded(cells[0].input_size)
         layers = [PackedLayer.pack(cell, width if i == 0 else cell.input_size, dtype) for i, cell in enumerate(cells)]
         return cls(
             neuron=tuple(neuron.network.parameters()),
@@ -51,6 +51,11 @@ class StepWeights:
     def row_size(self) -> int:
         """Elements of a tape's row: [x | memories of all layers]."""
         return self.input_size + len(self.layers) * self.hidden_size
+
+
+def padded(input_size: int) -> int:
+    """Columns of the tape for an input of this size."""
+    return -(-input_size // _ALIGNMENT) * _ALIGNMENT
 
 
 class StepGradients:

@@ -22,7 +22,7 @@ from energy_flow.core.functions import step_functions
 from energy_flow.core.graphs import ChunkGraph
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings, joined
 from energy_flow.core.simple_neuron import SimpleNeuron
-from energy_flow.core.step_weights import StepGradients, StepWeights, step_parameters
+from energy_flow.core.step_weights import StepGradients, StepWeights, padded, step_parameters
 from energy_flow.core.tape import Tape, most_segments
 from energy_flow.errors import ConfigError
 from energy_flow.ops.backend import has_triton
@@ -214,7 +214,7 @@ class TapeEngine:
         """What a sample of a chunk takes while it runs: tape, gates, gradients of the memories, states of all steps."""
         carrier, steps = self._carrier, self._rollout.settings.num_steps
         layers, size, energy_dim = len(carrier.cells), carrier.hidden_size, surface.shape[2]
-        row = carrier.num_features + energy_dim + layers * size
+        row = padded(carrier.num_features + energy_dim) + layers * size
         gates = layers * steps if keep and not self._settings.recompute else 1
         segments = most_segments(steps, self._rollout.settings.spawn.enabled) if self._compacts(surface.device) else 1
         slabs = steps + layers * segments if keep else (layers + 1) * min(segments, 2)
