@@ -12,7 +12,13 @@ from torch import Tensor
 from energy_flow.core.flow_step import move, move_backward
 from energy_flow.core.simple_neuron import neuron_features_backward, write_features
 from energy_flow.ops.counter_noise import counter_noise, drawn, normal_quantiles
-from energy_flow.ops.gru_gates import gate_gradients, gates_backward, gates_backward_by, gates_forward, next_hidden
+from energy_flow.ops.gru_gates import (
+    gate_gradients,
+    gates_backward,
+    gates_backward_by,
+    gates_forward,
+    gates_forward_torch,
+)
 
 Function = Callable[..., Any]
 _MAX_FORMS = 256
@@ -44,17 +50,10 @@ def step_functions(compiled: bool, on_cpu: bool) -> StepFunctions:
         _compile(move),
         _compile(move_backward),
         # On a GPU the gates have kernels of their own.
-        _forward_by(_compile(next_hidden)) if on_cpu else gates_forward,
+        _compile(gates_forward_torch) if on_cpu else gates_forward,
         functools.partial(gates_backward_by, _compile(gate_gradients)) if on_cpu else gates_backward,
         _noise_by(_compile(drawn)),
     )
-
-
-def _forward_by(function: Function) -> Function:
-    def forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
-        out.copy_(function(gates, hidden, bias))
-
-    return forward
 
 
 def _noise_by(function: Function) -> Function:
@@ -69,12 +68,6 @@ def _noise_by(function: Function) -> Function:
 
 
 def _compile(function: Function) -> Function:
-    compiled = torch.compile(function, fullgraph=True)
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        # Every dtype, size of a model and kind of rule is a form of its own; dynamo gives up at 8 of them.
-        with torch._dynamo.config.patch(cache_size_limit=_MAX_FORMS):
-            return compiled(*args)
-
-    return call
+    # Every dtype, size of a model and kind of rule is a form of its own; dynamo gives up at 8 of them.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _MAX_FORMS)
+    return torch.compile(function, fullgraph=True)
