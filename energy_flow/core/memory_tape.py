@@ -132,10 +132,11 @@ class MemoryTape:
             grad_memory[number] = on_memory
             if not first:  # nobody asks for the gradient of an empty memory
                 layer.add_memory_gradient(on_gates, on_memory)
-            if number > 0:
-                layer.add_input_gradient(on_gates, grad_memory[number - 1])
             if not self._all_at_once:
                 sums.add(on_gates, both, len(both) if first else 0)
+            if number > 0:
+                layer.add_input_gradient(on_gates, grad_memory[number - 1])
+                del on_gates  # large, and not to be held while the next layer's are made
         return layers[0].input_gradient(on_gates)
 
     def add_weight_gradients(self, segment: Segment, gradients: StepGradients) -> None:

@@ -53,6 +53,9 @@ def heads_backward_torch(
     grad: Tensor, memory: Tensor, weight: Tensor, grad_memory: Tensor, weight_grad: Tensor, bias_grad: Tensor
 ) -> None:
     """`heads_backward` in plain torch, on any device."""
-    grad_memory.add_(grad @ weight)
+    if grad_memory.dtype == grad.dtype:
+        grad_memory.addmm_(grad, weight)
+    else:
+        grad_memory.add_(grad @ weight)
     weight_grad.addmm_(grad.t(), memory.to(weight.dtype))
     bias_grad.add_(grad.sum(0))
