@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from energy_flow.benchmarks.workload import Dtype, Step, forward_backward
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.flow_processor import FlowProcessor
-from energy_flow.core.flow_step import move
+from energy_flow.core.flow_step import MoveRule, move
 from energy_flow.core.geometry import cell_centres
 from energy_flow.core.tensorized_flow_storage import FinishedFlows, FlowStatus
 
@@ -80,7 +80,8 @@ class UserModel(nn.Module):
         top, memory = self.remember(torch.cat([features, energy], dim=-1), memory)
         decision = self.processor.carrier.decide(top)
         limit, residual = self.processor.settings.movement.max_displacement, self.processor.model.residual_energy
-        position, energy, _, reached = move(position, energy, active, decision, None, scale, limit, residual)
+        rule = MoveRule.of(scale, limit, residual)
+        position, energy, _, reached = move(position, energy, active, decision, None, *rule)
         return position, energy, memory, active & ~reached
 
     def _remember_gru(self, read: Tensor, memory: Memory) -> tuple[Tensor, Memory]:

@@ -186,7 +186,7 @@ class FlowProcessor(nn.Module):
         )
         if _uses_tape(self.rollout_settings, self.settings.num_steps):
             return self._tape.run(surface, call)
-        rule = MoveRule(call.scale, self.settings.movement.max_displacement, self.model.residual_energy)
+        rule = MoveRule.of(call.scale, self.settings.movement.max_displacement, self.model.residual_energy)
         return self._rules.run(surface, AutogradStepper(self.neuron, self.carrier, rule), call)
 
     @property

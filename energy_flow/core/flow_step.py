@@ -1,7 +1,7 @@
 """One step of all flows, and its way back: written once, run in every way that the rollout knows."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -26,8 +26,13 @@ class MoveRule(NamedTuple):
     """How decisions become moves."""
 
     scale: Tensor  # scalar, multiplies the displacement head
-    max_displacement: float  # per axis, normalised units
+    max_displacement: Tensor  # scalar, per axis, normalised units
     residual_energy: bool  # energy + change, instead of tanh(change)
+
+    @classmethod
+    def of(cls, scale: Tensor, max_displacement: float, residual_energy: bool) -> Self:
+        """With the limit on the device of `scale`: compiled code takes a second number for a tensor on the CPU."""
+        return cls(scale, scale.new_full((), max_displacement), residual_energy)
 
 
 class StepResult(NamedTuple):
@@ -47,7 +52,7 @@ def move(
     decision: Tensor,
     noise: Tensor | None,
     scale: Tensor,
-    max_displacement: float,
+    max_displacement: Tensor,
     residual_energy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Position, energy, length and reached of `StepResult`."""
@@ -77,7 +82,7 @@ def move_backward(
     decision: Tensor,
     noise: Tensor | None,
     scale: Tensor,
-    max_displacement: float,
+    max_displacement: Tensor,
     residual_energy: bool,
     grad_position: Tensor,
     grad_energy: Tensor,

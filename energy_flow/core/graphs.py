@@ -1,7 +1,9 @@
 """CUDA graphs: a chunk's forward and backward pass recorded once, and replayed with a single launch each."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,17 +25,13 @@ class _Replay(NamedTuple):
 
 
 class ChunkGraph:
-    """The two passes of chunks of one size.
+    """The two passes of chunks of one size, recorded when they are first asked for.
 
-    What it runs must have run before, so that kernels are compiled and libraries are set up. Inputs are copied to
+    What they run must have run before, so that kernels are compiled and libraries are set up. Inputs are copied to
     fixed places; outputs are copied from theirs, since the next replay overwrites them.
-
-    Args:
-        forward, backward: plain code without autograd; recorded when first called.
     """
 
-    def __init__(self, forward: Forward, backward: Backward) -> None:
-        self._run_forward, self._run_backward = forward, backward
+    def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._used = False
         self._forward: _Replay | None = None
@@ -44,8 +42,8 @@ class ChunkGraph:
         used, self._used = self._used, False
         return used
 
-    def forward(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
-        """Surface energies [b, S, E] to flows that have ended."""
+    def forward(self, run: Forward, surface: Tensor, call: RolloutCall) -> RolloutResult:
+        """Surface energies [b, S, E] to flows that have ended; `run` is plain code without autograd."""
         self._used = True
         values = (surface, call.optimizer_step, call.scale, *(() if call.rows is None else (call.rows,)))
         if self._forward is None:
@@ -53,23 +51,41 @@ class ChunkGraph:
             rows = inputs[3] if len(inputs) > 3 else None
             fixed = RolloutCall(rows, inputs[1], inputs[2], call.noisy, keep_paths=False)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._result, self._tape = self._run_forward(inputs[0], fixed)
+            with _recording(graph, self._pool):
+                self._result, self._tape = run(inputs[0], fixed)
             self._forward = _Replay(graph, inputs)
         _launch(self._forward, values)
         return _copy(self._result)
 
-    def backward(self, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor, StepGradients]:
+    def backward(self, run: Backward, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor, StepGradients]:
         """After `forward`: gradients of the energies at the start, and of the weights; valid until the next call."""
         values = (grad_position, grad_energy)
         if self._backward is None:
             inputs = tuple(value.clone() for value in values)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._gradients = self._run_backward(self._tape, *inputs)
+            with _recording(graph, self._pool):
+                self._gradients = run(self._tape, *inputs)
             self._backward = _Replay(graph, inputs)
         _launch(self._backward, values)
         return self._gradients
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """What is launched inside goes into the graph, from this thread."""
+    # Garbage of others, graphs and events perhaps, must not be freed in the middle: CUDA would give the recording up.
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    except RuntimeError as error:
+        error.add_note("while recording a CUDA graph; rollout.cuda_graph=false does without")
+        raise
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _launch(replay: _Replay, values: tuple[Tensor, ...]) -> None:

@@ -145,9 +145,9 @@ class TapeEngine:
         part, own = surface[start:stop], call.samples(start, stop)
         kind = self._kind(part, own, dtype, keep)
         if kind is not None and kind in self._warm:
-            graph = self._graph(kind, dtype, keep)
-            result = graph.forward(part, own)
-            walk_back: _WalkBack = graph.backward
+            graph = self._graphs.setdefault(kind, ChunkGraph())
+            result = graph.forward(functools.partial(self._run, dtype=dtype, keep=keep), part, own)
+            walk_back: _WalkBack = functools.partial(graph.backward, functools.partial(self._backward_of, kind=kind))
         else:
             result, tape = self._run(part, own, dtype, keep)
             walk_back = functools.partial(self._backward_of, tape, kind=kind)
@@ -163,7 +163,7 @@ class TapeEngine:
         tape = Tape(
             self._weights(dtype),
             step_functions(self._compiles(surface.device), on_cpu),
-            MoveRule(call.scale, lattice.movement.max_displacement, self._residual_energy),
+            MoveRule.of(call.scale, lattice.movement.max_displacement, self._residual_energy),
             lattice.num_steps,
             len(surface) * lattice.capacity,
             keep=keep,
@@ -189,12 +189,6 @@ class TapeEngine:
             return None
         addresses = tuple(parameter.data_ptr() for parameter in step_parameters(self._neuron, self._carrier))
         return surface.shape, surface.dtype, dtype, keep, call.noisy, addresses
-
-    def _graph(self, kind: Hashable, dtype: torch.dtype, keep: bool) -> ChunkGraph:
-        if kind not in self._graphs:
-            run = functools.partial(self._run, dtype=dtype, keep=keep)
-            self._graphs[kind] = ChunkGraph(run, functools.partial(self._backward_of, kind=kind))
-        return self._graphs[kind]
 
     def _weights(self, dtype: torch.dtype) -> StepWeights:
         return StepWeights.pack(self._neuron, self._carrier, dtype)

@@ -70,7 +70,7 @@ class Step:
         self.hidden = tuple(uniform(2, 4, 5).requires_grad_() for _ in range(num_layers))
         self.active = torch.arange(8).view(2, 4) % 4 != 1
         self.noise = 0.2 * torch.randn(2, 4, 3, dtype=DTYPE) if noisy else None
-        self.rule = MoveRule(torch.tensor(0.9, dtype=DTYPE), 0.6, residual_energy)
+        self.rule = MoveRule.of(torch.tensor(0.9, dtype=DTYPE), 0.6, residual_energy)
 
     def leaves(self) -> list[Tensor]:
         return [self.position, self.energy, *self.hidden, *self.neuron.parameters(), *self.carrier.parameters()]
@@ -192,7 +192,7 @@ def test_move_backward(residual_energy: bool, noisy: bool) -> None:
     active = torch.rand(num_flows) > 0.2
     active[0] = True
     noise = 0.2 * torch.randn(num_flows, 3, dtype=DTYPE) if noisy else None
-    rule = MoveRule(torch.tensor(0.5, dtype=DTYPE), 0.4, residual_energy)
+    rule = MoveRule.of(torch.tensor(0.5, dtype=DTYPE), 0.4, residual_energy)
     after, next_energy, length, reached = move(position, energy, active, decision, noise, *rule)
     assert not length.requires_grad
     assert reached.any()
