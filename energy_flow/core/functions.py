@@ -17,7 +17,7 @@ from energy_flow.ops.gru_gates import (
     gates_backward,
     gates_backward_by,
     gates_forward,
-    gates_forward_torch,
+    next_hidden,
 )
 
 Function = Callable[..., Any]
@@ -50,10 +50,18 @@ def step_functions(compiled: bool, on_cpu: bool) -> StepFunctions:
         _compile(move),
         _compile(move_backward),
         # On a GPU the gates have kernels of their own.
-        _compile(gates_forward_torch) if on_cpu else gates_forward,
+        _forward_by(_compile(next_hidden)) if on_cpu else gates_forward,
         functools.partial(gates_backward_by, _compile(gate_gradients)) if on_cpu else gates_backward,
         _noise_by(_compile(drawn)),
     )
+
+
+def _forward_by(function: Function) -> Function:
+    # The result is copied outside: compiled code goes wrong where what it writes to shares memory with what it reads.
+    def forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
+        out.copy_(function(gates, hidden, bias))
+
+    return forward
 
 
 def _noise_by(function: Function) -> Function:

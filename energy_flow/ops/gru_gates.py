@@ -30,7 +30,7 @@ def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> N
 
         gru_gates_triton.gates_forward(gates, hidden, bias, out)
     else:
-        gates_forward_torch(gates, hidden, bias, out)
+        out.copy_(next_hidden(gates, hidden, bias))
 
 
 def gates_backward(
@@ -70,10 +70,10 @@ def gates_backward_by(
     return on_gates, on_hidden
 
 
-def gates_forward_torch(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
-    """`gates_forward` in plain torch, on any device."""
+def next_hidden(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
+    """`gates_forward` as a function of its inputs, [N, H]."""
     new, _, update, _ = _activate(gates, bias)
-    out.copy_(new.lerp_(hidden.to(bias.dtype), update))
+    return new.lerp_(hidden.to(bias.dtype), update).to(gates.dtype)
 
 
 def gate_gradients(gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
