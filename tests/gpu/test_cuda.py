@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
+from energy_flow.core.functions import step_functions
 from energy_flow.ops.counter_noise import counter_noise
 from tests.helpers import Case
 from tests.training.test_module import LIVELY, LossCurve, make_loader, make_module
@@ -62,6 +63,17 @@ def test_noise_has_the_same_bits_on_both_devices() -> None:
     on_cpu = counter_noise(9, step, 3, rows, 1000, torch.float32)
     on_gpu = counter_noise(9, step.cuda(), 3, rows.cuda(), 1000, torch.float32)
     assert torch.equal(on_cpu, on_gpu.cpu())
+
+
+@pytest.mark.parametrize("num_slots", [1, 37, 1000])
+def test_compiled_noise_has_the_same_bits_too(num_slots: int) -> None:
+    rows, noise = torch.tensor([0, 7, 2**31, 2**32 - 1]), step_functions(True, False).counter_noise
+    for optimizer_step in (0, 123456):
+        for step in range(4):
+            now = torch.tensor(optimizer_step)
+            expected = counter_noise(9, now, step, rows, num_slots, torch.float32)
+            actual = noise(9, now.cuda(), step, rows.cuda(), num_slots, torch.float32)
+            assert torch.equal(actual.cpu(), expected), (optimizer_step, step)
 
 
 def test_outputs_and_gradients_are_those_of_the_cpu() -> None:
