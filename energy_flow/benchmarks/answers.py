@@ -64,35 +64,35 @@ MEMORY = "peak memory"
 
 ISSUES = (
     Answer(
-        "Issue 1: flow collection at batch end",
+        "Finding 1: flow collection at batch end",
         "all landings and their cells in one pass over tensors",
         (SURFACE, EMBEDDING, COLLECT),
         (COLLECTION, NO_LOOP),
         ("collection",),
     ),
     Answer(
-        "Issue 2: memory-intensive tensor operations",
+        "Finding 2: memory-intensive tensor operations",
         "a pool of buffers, allocated once; no stack or concatenation per group",
         (POOL, AGGREGATE),
         (REUSE, GROWTH),
         (MEMORY,),
     ),
     Answer(
-        "Issue 3: CPU-bound aggregation",
+        "Finding 3: CPU-bound aggregation",
         "one softmax over all groups of all samples",
         (GROUP_SOFTMAX, AGGREGATE),
         (FORMULA, NO_LOOP),
         ("aggregation",),
     ),
     Answer(
-        "Issue 4: cleanup operations",
+        "Finding 4: cleanup operations",
         "everything in one go, rarely: every interval x 2 batches, device memory every interval x 4",
         (REMOVE, CALLBACK),
         (RARELY, THRESHOLD),
         ("cleanup",),
     ),
     Answer(
-        "Issue 5: redundant data processing",
+        "Finding 5: redundant data processing",
         "active flows are a mask; positions are normalised once, when they are made",
         (FLOWS, "energy_flow/core/geometry.py::cell_centres"),
         (STORED_ONCE, REFERENCE),

@@ -113,7 +113,7 @@ def test_a_run_leaves_table_picture_and_rows(run: Run, tmp_path: Path, overrides
 def test_the_report_is_answered(run: Run) -> None:
     outcome = run(*REPORT)
     page = (outcome.folder / "benchmark.md").read_text()
-    for text in ("Issue 1: ", "Solution 5: ", "Criterion: 30% less peak memory", "64 flows", "maintained"):
+    for text in ("Finding 1: ", "Solution 5: ", "Criterion: 30% less peak memory", "64 flows", "maintained"):
         assert text in page
     rows = json.loads((outcome.folder / "benchmark.json").read_text())["rows"]
     ours = [row for row in rows if row["case"].startswith("end of batch") and row["size"] == 64]

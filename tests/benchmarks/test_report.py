@@ -206,12 +206,12 @@ def test_figures_say_how_much_less_or_more() -> None:
     assert lines["Criterion: training accuracy and convergence"][1] == "losses equal to 3e-16"
     rows = [replace(row, seconds=0.5) if row.size == 20000 and row.variant == "now" else row for row in rows]
     table = {line[0]: line[-1] for line in answers.answers_grid(rows, 3e-16).lines}
-    assert table["Issue 1: flow collection at batch end"] == "collection: 50.0% less time at 20,000 flows"
+    assert table["Finding 1: flow collection at batch end"] == "collection: 50.0% less time at 20,000 flows"
     assert table["Root cause 3: CPU-GPU synchronisation"] == "held by the tests"
 
 
 def test_every_item_of_the_report_has_an_answer() -> None:
-    kinds = ["Issue", "Root cause", "Solution", "Decision 2025-08-12", "Criterion", "Metric"]
+    kinds = ["Finding", "Root cause", "Solution", "Decision 2025-08-12", "Criterion", "Metric"]
     counts = [sum(answer.item.startswith(f"{kind}") for answer in answers.ANSWERS) for kind in kinds]
     assert counts == [5, 5, 5, 3, 3, 3]
     numbers = [int(found[1]) for answer in answers.ANSWERS if (found := re.match(r"[A-Z][a-z ]+ (\d):", answer.item))]
