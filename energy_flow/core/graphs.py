@@ -24,6 +24,10 @@ class _Replay(NamedTuple):
     inputs: tuple[Tensor, ...]
 
 
+class RecordingError(RuntimeError):
+    """CUDA or torch didn't let a pass be recorded; what was to be recorded hasn't run."""
+
+
 class ChunkGraph:
     """The two passes of chunks of one size, recorded when they are first asked for.
 
@@ -34,6 +38,7 @@ class ChunkGraph:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._used = False
+        self.tape: Tape  # of the recorded forward pass
         self._forward: _Replay | None = None
         self._backward: _Replay | None = None
 
@@ -52,7 +57,7 @@ class ChunkGraph:
             fixed = RolloutCall(rows, inputs[1], inputs[2], call.noisy, keep_paths=False)
             graph = torch.cuda.CUDAGraph()
             with _recording(graph, self._pool):
-                self._result, self._tape = run(inputs[0], fixed)
+                self._result, self.tape = run(inputs[0], fixed)
             self._forward = _Replay(graph, inputs)
         _launch(self._forward, values)
         return _copy(self._result)
@@ -64,7 +69,7 @@ class ChunkGraph:
             inputs = tuple(value.clone() for value in values)
             graph = torch.cuda.CUDAGraph()
             with _recording(graph, self._pool):
-                self._gradients = run(self._tape, *inputs)
+                self._gradients = run(self.tape, *inputs)
             self._backward = _Replay(graph, inputs)
         _launch(self._backward, values)
         return self._gradients
@@ -80,9 +85,10 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             yield
-    except RuntimeError as error:
-        error.add_note("while recording a CUDA graph; rollout.cuda_graph=false does without")
+    except torch.OutOfMemoryError:
         raise
+    except RuntimeError as error:
+        raise RecordingError(f"recording a CUDA graph failed ({str(error).splitlines()[0]})") from error
     finally:
         if collecting:
             gc.enable()

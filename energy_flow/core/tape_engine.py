@@ -5,6 +5,7 @@ kept; the backward pass replays the others, one after the other. Memory is set b
 """
 
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable, Hashable
@@ -19,13 +20,15 @@ from energy_flow.core.chunks import ChunkSizes
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.flow_step import MoveRule
 from energy_flow.core.functions import step_functions
-from energy_flow.core.graphs import ChunkGraph
+from energy_flow.core.graphs import ChunkGraph, RecordingError
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings, joined
 from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.step_weights import StepGradients, StepWeights, padded, step_parameters
 from energy_flow.core.tape import Tape, most_segments
 from energy_flow.errors import ConfigError
 from energy_flow.ops.backend import has_triton
+
+log = logging.getLogger(__name__)
 
 _WORTH_COMPILING = 128  # hidden units
 
@@ -64,6 +67,7 @@ class TapeEngine:
         self._sizes = ChunkSizes(settings.chunk)
         self._taped: _Taped | None = None
         self._graphs: dict[Hashable, ChunkGraph] = {}
+        self._records_graphs = True  # until it fails
         self._warm: set[Hashable] = set()  # kinds of chunks that have run both ways, so that they can be recorded
 
     def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
@@ -144,10 +148,9 @@ class TapeEngine:
         self._taped = None
         part, own = surface[start:stop], call.samples(start, stop)
         kind = self._kind(part, own, dtype, keep)
-        if kind is not None and kind in self._warm:
-            graph = self._graphs.setdefault(kind, ChunkGraph())
-            result = graph.forward(functools.partial(self._run, dtype=dtype, keep=keep), part, own)
-            walk_back: _WalkBack = functools.partial(graph.backward, functools.partial(self._backward_of, kind=kind))
+        replayed = self._replay(kind, part, own, dtype, keep)
+        if replayed is not None:
+            result, walk_back = replayed
         else:
             result, tape = self._run(part, own, dtype, keep)
             walk_back = functools.partial(self._backward_of, tape, kind=kind)
@@ -156,6 +159,37 @@ class TapeEngine:
         if keep:
             self._taped = _Taped(call, start, stop, walk_back)
         return result
+
+    def _replay(
+        self, kind: Hashable, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool
+    ) -> tuple[RolloutResult, _WalkBack] | None:
+        """Run a chunk by its CUDA graphs; None where it has none."""
+        if kind is None or kind not in self._warm or not self._records_graphs:
+            return None
+        graph = self._graphs.setdefault(kind, ChunkGraph())
+        try:
+            result = graph.forward(functools.partial(self._run, dtype=dtype, keep=keep), surface, call)
+        except RecordingError as error:
+            self._go_on_without_graphs(error)
+            return None
+        return result, functools.partial(self._replay_back, graph, kind)
+
+    def _replay_back(
+        self, graph: ChunkGraph, kind: Hashable, grad_position: Tensor, grad_energy: Tensor
+    ) -> tuple[Tensor, StepGradients]:
+        run = functools.partial(self._backward_of, kind=kind)
+        try:
+            return graph.backward(run, grad_position, grad_energy)
+        except RecordingError as error:
+            self._go_on_without_graphs(error)
+            return run(graph.tape, grad_position, grad_energy)
+
+    def _go_on_without_graphs(self, error: RecordingError) -> None:
+        if self._settings.cuda_graph is True:
+            raise error
+        log.warning("%s: going on without CUDA graphs, more slowly. rollout.cuda_graph=true makes it an error", error)
+        self._records_graphs = False
+        self._graphs.clear()
 
     def _run(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool) -> tuple[RolloutResult, Tape]:
         lattice, settings = self._rollout.settings, self._settings

@@ -1,5 +1,6 @@
 """What only a CUDA device can show. Run with: python -m pytest tests/gpu"""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+# An error where they can't be recorded, instead of going on without.
+GRAPHS = "rollout.cuda_graph=true"
 # Everything at once: children, removals, early ends, noise; heads strong enough for all of it to happen.
 LIVELY_CASE = Case(
     {
@@ -90,7 +93,8 @@ def test_outputs_and_gradients_are_those_of_the_cpu() -> None:
 
 
 def test_the_host_never_waits_inside_a_rollout() -> None:
-    processor, source = LIVELY_CASE.processor().cuda(), LIVELY_CASE.embedding().detach().cuda()
+    case = dataclasses.replace(LIVELY_CASE, rollout={"cuda_graph": True})
+    processor, source = case.processor().cuda(), case.embedding().detach().cuda()
     cotangent = torch.randn_like(source)
     rows = torch.arange(4, device="cuda")
     (processor(source, rows).embedding * cotangent).sum().backward()  # allocations and caches of the first time
@@ -104,7 +108,7 @@ def test_the_host_never_waits_inside_a_rollout() -> None:
 def test_mixed_precision_trains(precision: str) -> None:
     curve = LossCurve()
     trainer = make_cuda_trainer(curve, precision=precision, max_epochs=6, gradient_clip_val=1.0)
-    trainer.fit(make_module(*LIVELY, "optimizer.lr=1.0e-2"), make_loader(64))
+    trainer.fit(make_module(*LIVELY, GRAPHS, "optimizer.lr=1.0e-2"), make_loader(64))
     assert all(torch.tensor(curve.losses).isfinite())
     assert sum(curve.losses[-8:]) < 0.7 * sum(curve.losses[:8])
 
@@ -131,7 +135,7 @@ def test_the_host_never_waits_in_a_training_loop(precision: str) -> None:
     batches = [{name: value.cuda() for name, value in batch.items()} for batch in make_loader(64)]
     watch = NoSync()
     trainer = make_cuda_trainer(watch, precision=precision, max_epochs=1, gradient_clip_val=1.0, log_every_n_steps=2)
-    trainer.fit(make_module(*LIVELY), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(make_module(*LIVELY, GRAPHS), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     assert watch.watched == 3
 
 
@@ -146,7 +150,7 @@ class Allocated(Callback):
 
 def test_device_memory_after_batch_50_is_memory_after_batch_3() -> None:
     allocated = Allocated()
-    make_cuda_trainer(allocated, max_epochs=1).fit(make_module(*LIVELY), make_loader(400))
+    make_cuda_trainer(allocated, max_epochs=1).fit(make_module(*LIVELY, GRAPHS), make_loader(400))
     assert allocated.bytes[49] == allocated.bytes[2]
 
 
