@@ -70,6 +70,10 @@ class TapeEngine:
         self._records_graphs = True  # until it fails
         self._warm: set[Hashable] = set()  # kinds of chunks that have run both ways, so that they can be recorded
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of a model, for averages say, begin without tape and graphs.
+        return self.__dict__ | {"_taped": None, "_graphs": {}, "_warm": set()}
+
     def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
         """From surface energies [B, S, E] to flows that have all ended; differentiable once.
 

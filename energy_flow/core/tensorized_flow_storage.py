@@ -7,6 +7,7 @@ in which they were born. Slots are never reused within a rollout, so a flow need
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,9 @@ class TensorPool:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._needed: dict[tuple[str, torch.dtype, torch.device], int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_buffers": {}, "_needed": {}}  # a copy begins empty
 
     @property
     def nbytes(self) -> int:

@@ -1,5 +1,6 @@
 """Nothing survives the batch: pools, outputs of earlier batches, graphs, growth."""
 
+import copy
 import dataclasses
 import gc
 import weakref
@@ -252,6 +253,22 @@ def test_clean_up_lets_go_of_the_memory() -> None:
 def plain_tensors() -> list[Tensor]:
     gc.collect()
     return [item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)]
+
+
+def test_a_copy_of_a_model_is_a_model_of_its_own() -> None:
+    """As averages of weights make them, in the middle of a step: its own weights, no buffers of the other's."""
+    processor = CASE.processor()
+    output = run(processor, 0)
+    copied = copy.deepcopy(processor)
+    assert copied._pool.nbytes == 0 < processor._pool.nbytes
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(run(copied, 0).surface, output.surface)
+    output.embedding.sum().backward()
+    assert copied.carrier.energy_head.weight.grad is None
+    train(copied)
+    assert copied.carrier.energy_head.weight.grad is not None
 
 
 def test_buffers_are_not_saved() -> None:
