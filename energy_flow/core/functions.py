@@ -58,7 +58,7 @@ def step_functions(compiled: bool, on_cpu: bool) -> StepFunctions:
 
 
 def _forward_by(function: Function) -> Function:
-    # The result is copied outside: compiled code goes wrong where what it writes to shares memory with what it reads.
+    # The result is copied outside: `out` and `hidden` are parts of one tape, which compiled code would have to see.
     def forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
         out.copy_(function(gates, hidden, bias))
 
