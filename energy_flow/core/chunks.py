@@ -47,7 +47,7 @@ class ChunkSizes:
             chunk = self._chunk(batch, device, kind, bytes_per_sample, held)
             try:
                 return attempt(chunk)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:  # `torch.OutOfMemoryError` is one
                 if self._setting != "auto" or chunk == 1 or not is_out_of_memory(error):
                     _advise(error, self._setting, chunk)
                     raise

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from energy_flow.config import compose
 from energy_flow.core.energy_lattice import Landings
+from energy_flow.core.rollout import RolloutSettings
 from energy_flow.errors import ConfigError, NoLandingError, NotFiniteError
+from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.losses import embedding_losses
 from energy_flow.training.module import EnergyFlowModule
@@ -310,3 +312,7 @@ def test_bf16_trains_like_float32() -> None:
         curves[precision] = LossCurve()
         make_trainer(curves[precision], precision=precision, max_epochs=4).fit(make_module(), make_loader(64))
     assert curves["bf16-mixed"].losses[-1] == pytest.approx(curves["32-true"].losses[-1], rel=0.05)
+
+
+def test_without_a_section_rollouts_are_those_of_the_default_config() -> None:
+    assert read(RolloutSettings, compose()["rollout"], "rollout") == RolloutSettings.automatic()
