@@ -117,7 +117,7 @@ ROOT_CAUSES = (
     Answer(
         "Root cause 3: CPU-GPU synchronisation",
         "the rollout never waits; findings leave the device by copies that don't block",
-        (PROCESSOR, "energy_flow/training/host_copy.py"),
+        (PROCESSOR, "energy_flow/core/host_copy.py"),
         (NO_WAIT, NO_WAIT_IN_CODE),
     ),
     Answer(

@@ -59,7 +59,7 @@ def step_functions(compiled: bool, on_cpu: bool) -> StepFunctions:
 
 def _forward_by(function: Function) -> Function:
     # The result is copied outside: `out` and `hidden` are parts of one tape, which compiled code would have to see.
-    def forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
+    def forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, count: Tensor | None = None) -> None:
         out.copy_(function(gates, hidden, bias))
 
     return forward

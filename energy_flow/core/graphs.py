@@ -52,7 +52,7 @@ class ChunkGraph:
         self._used = True
         values = (surface, call.optimizer_step, call.scale, *(() if call.rows is None else (call.rows,)))
         if self._forward is None:
-            inputs = tuple(value.clone() for value in values)
+            inputs = _own(values)
             rows = inputs[3] if len(inputs) > 3 else None
             fixed = RolloutCall(rows, inputs[1], inputs[2], call.noisy, keep_paths=False)
             graph = torch.cuda.CUDAGraph()
@@ -66,7 +66,7 @@ class ChunkGraph:
         """After `forward`: gradients of the energies at the start, and of the weights; valid until the next call."""
         values = (grad_position, grad_energy)
         if self._backward is None:
-            inputs = tuple(value.clone() for value in values)
+            inputs = _own(values)
             graph = torch.cuda.CUDAGraph()
             with _recording(graph, self._pool):
                 self._gradients = run(self.tape, *inputs)
@@ -92,6 +92,13 @@ def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+def _own(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # Never inference tensors, whoever asks first: others could not write to them.
+    with torch.inference_mode(False):
+        inputs = tuple(torch.empty_like(value) for value in values)
+    return tuple(own.copy_(value) for own, value in zip(inputs, values, strict=True))
 
 
 def _launch(replay: _Replay, values: tuple[Tensor, ...]) -> None:

@@ -71,14 +71,18 @@ class MemoryTape:
         """Where the next step's input [n, X] has to be written."""
         return self._slab(self.segment, self.segment.steps)[:, : self._weights.input_size]
 
-    def forward(self) -> Tensor:
-        """One step of all layers; returns the last layer's memory [n, H], a view of the tape."""
+    def forward(self, count: Tensor | None = None) -> Tensor:
+        """One step of all layers; returns the last layer's memory [n, H], a view of the tape.
+
+        Args:
+            count: int64 scalar: so many leading rows are in use; the memories of the others stay finite. None: all.
+        """
         segment, step = self.segment, self.segment.steps
         for number, layer in enumerate(self._weights.layers):
             gates, both = self._gates(segment, number, step), self._both(segment, number, step)
-            layer.products(both, gates, self._is_first(segment, step))
+            layer.products(both, gates, self._is_first(segment, step), count)
             following = self._memory(segment, number, step + 1)
-            self._functions.gates_forward(gates, both[:, layer.input_size :], layer.bias, following)
+            self._functions.gates_forward(gates, both[:, layer.input_size :], layer.bias, following, count)
         segment.steps += 1
         return self.top(segment, step)
 
@@ -110,12 +114,20 @@ class MemoryTape:
         shape = (self.segment.num_rows, self._weights.hidden_size)
         return [self._slabs.new_zeros(shape) for _ in self._weights.layers]
 
-    def backward(self, segment: Segment, step: int, grad_memory: list[Tensor], gradients: StepGradients) -> Tensor:
+    def backward(
+        self,
+        segment: Segment,
+        step: int,
+        grad_memory: list[Tensor],
+        gradients: StepGradients,
+        count: Tensor | None = None,
+    ) -> Tensor:
         """The way back through one step; steps must come in reverse order.
 
         Args:
             grad_memory: L gradients [n, H] of the memories after the step; become those before it.
             gradients: where bias gradients are added, and the weights' unless `add_weight_gradients` does it.
+            count: the step's; `grad_memory` is 0 in the other rows.
 
         Returns:
             Gradient of the step's input, [n, X].
@@ -125,19 +137,19 @@ class MemoryTape:
             layer, sums = layers[number], gradients.layers[number]
             gates, both = self._gates(segment, number, step), self._both(segment, number, step)
             if not self._keep_gates:
-                layer.products(both, gates, first)
+                layer.products(both, gates, first, count)
             on_gates, on_memory = self._functions.gates_backward(
-                gates, both[:, layer.input_size :], grad_memory[number], layer.bias, sums.bias
+                gates, both[:, layer.input_size :], grad_memory[number], layer.bias, sums.bias, count
             )
             grad_memory[number] = on_memory
             if not first:  # nobody asks for the gradient of an empty memory
-                layer.add_memory_gradient(on_gates, on_memory)
+                layer.add_memory_gradient(on_gates, on_memory, count)
             if not self._all_at_once:
                 sums.add(on_gates, both, len(both) if first else 0)
             if number > 0:
-                layer.add_input_gradient(on_gates, grad_memory[number - 1])
+                layer.add_input_gradient(on_gates, grad_memory[number - 1], count)
                 del on_gates  # large, and not to be held while the next layer's are made
-        return layers[0].input_gradient(on_gates)
+        return layers[0].input_gradient(on_gates, count)
 
     def add_weight_gradients(self, segment: Segment, gradients: StepGradients) -> None:
         """After the last step back in a segment: weight gradients over all its steps and flows at once, on a GPU."""

@@ -1,10 +1,12 @@
 """The tape: what all steps of a chunk leave for the backward pass, and the walk back.
 
-Flows that have ended can be left out (compaction): then a step computes some of the slots only, its `rows`.
+Flows that have ended can be left out (compaction): then a step computes some of the slots only, its `rows`, or of all
+slots in another order the first few, whose number only the device knows.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +18,11 @@ from energy_flow.core.step_weights import StepGradients, StepWeights
 from energy_flow.core.tensorized_flow_storage import Births, FlowState, TensorPool
 from energy_flow.ops.heads import heads_backward, heads_forward
 
+# Flows that have ended are computed; left out, by rows that the host counts; left out, by a count on the device.
+Compaction = Literal["none", "rows", "counts"]
+
 _FEW = 7 / 8  # share of the rows below which going on with the active ones alone is worth the copy
+_PERIOD = 5  # steps after which rows are sorted by a count on the device: it costs about as much as a third of a step
 
 
 @dataclass
@@ -26,6 +32,7 @@ class StepRecord:
     segment: Segment
     index: int  # of the step in its segment
     rows: Tensor | None  # int64 [n], which of the B * M slots; None: all of them
+    count: Tensor | None  # int64 scalar: so many of the rows, the first ones, are in use; None: all of them
     source: Tensor | None  # int64 [n]: rows that memories were taken over from before this step
     rows_before: int  # rows of the step before
     position: Tensor
@@ -37,9 +44,13 @@ class StepRecord:
     births: Births | None = None  # after this step
 
 
-def most_segments(num_steps: int, spawning: bool) -> int:
-    """How many segments a compacted tape may have: a new one before any step in which children need rows, or so few
-    flows are left."""
+def most_segments(num_steps: int, compaction: Compaction, spawning: bool) -> int:
+    """How many segments a tape may have: a new one whenever flows that have ended drop out, and with rows that the host
+    counts before any step in which children need some."""
+    if compaction == "none":
+        return 1
+    if compaction == "counts":
+        return -(-num_steps // _PERIOD)
     return 1 + (num_steps if spawning else min(num_steps, math.ceil(1 / (1 - _FEW))))
 
 
@@ -53,7 +64,8 @@ class Tape:
         num_slots: B * M of the chunk.
         keep: for a backward pass.
         recompute: gates in the backward pass, instead of keeping them.
-        compact: leave out flows that have ended. Asks the device how many they are: for CPUs.
+        compaction: whether and how to leave out flows that have ended. "rows" asks the device how many they are: for
+            CPUs.
         spawning: whether children may be born after any step.
         pool: of the buffers; another tape on it overwrites this one.
     """
@@ -67,16 +79,18 @@ class Tape:
         num_slots: int,
         keep: bool,
         recompute: bool,
-        compact: bool,
+        compaction: Compaction,
         spawning: bool,
         pool: TensorPool,
     ) -> None:
         self.weights, self._functions, self._rule = weights, functions, rule
         self.draw_noise = functions.counter_noise
-        self._keep, self._compact = keep, compact
-        max_segments = most_segments(num_steps, spawning) if compact else 1
+        self._keep, self._compaction = keep, compaction
+        max_segments = most_segments(num_steps, compaction, spawning)
         self._memory = MemoryTape(weights, functions, num_steps, num_slots, max_segments, keep, recompute, pool)
+        self._num_steps = 0  # so far
         self._rows: Tensor | None = None
+        self._count: Tensor | None = None
         self._source: Tensor | None = None  # slots to take memories over from, before the next step
         self._records: list[StepRecord] = []
 
@@ -93,9 +107,20 @@ class Tape:
         result = flow_step(self, *before, moves, own_noise, self._rule, self._functions.move)
         if self._keep:
             record = StepRecord(
-                segment, index, rows, source, rows_before, *before, moves, own_noise, result.decision, result.energy
+                segment,
+                index,
+                rows,
+                self._count,
+                source,
+                rows_before,
+                *before,
+                moves,
+                own_noise,
+                result.decision,
+                result.energy,
             )
             self._records.append(record)
+        self._num_steps += 1
         return StepResult(
             _put(position, rows, result.position).view_as(state.position),
             _put(energy, rows, result.energy).view_as(state.energy),
@@ -118,7 +143,7 @@ class Tape:
 
     def remember(self, read: Tensor) -> Tensor:
         """See `Networks`; `read` is on the tape already."""
-        return self._memory.forward()
+        return self._memory.forward(self._count)
 
     def decide(self, memory: Tensor) -> Tensor:
         """See `Networks`."""
@@ -178,7 +203,7 @@ class Tape:
             gradients.head_weight,
             gradients.head_bias,
         )
-        grad_read = self._memory.backward(record.segment, record.index, grad_memory, gradients)
+        grad_read = self._memory.backward(record.segment, record.index, grad_memory, gradients, record.count)
         features = self.weights.num_features
         weight1, bias1, weight2, _ = self.weights.neuron
         read_position, read_energy, *neuron = self._functions.features_backward(
@@ -192,8 +217,10 @@ class Tape:
     def _take_over(self, active: Tensor) -> Tensor | None:
         """Before a step: children take over memories, flows that have ended drop out; returns the rows' sources."""
         source, self._source = self._source, None
-        if self._compact:
+        if self._compaction == "rows":
             source = self._with_active_only(active.flatten(), source)
+        elif self._compaction == "counts":
+            source = self._with_active_first(active.flatten(), source)
         elif source is not None:
             self._memory.exchange(source)
         return source
@@ -205,13 +232,43 @@ class Tape:
             return None
         rows = active.nonzero().flatten()
         slots = rows if source is None else source[rows]
-        if self._rows is not None:  # from slots to rows of the segment
-            place = torch.empty_like(active, dtype=torch.int64)
-            place[self._rows] = torch.arange(num_rows, device=active.device)
-            slots = place[slots]
+        if self._rows is not None:
+            slots = _inverse(self._rows, len(active))[slots]
         self._memory.restart(slots)
         self._rows = rows
         return slots
+
+    def _with_active_first(self, active: Tensor, source: Tensor | None) -> Tensor | None:
+        """Sort the rows in use to the front, and count them; what isn't in use is computed by nobody, or for nothing.
+
+        Every few steps flows that have ended drop out, in a new segment. Children in between take rows behind those in
+        use, which stay where they are: what the tape holds of earlier steps is still in its place.
+        """
+        anew = self._num_steps % _PERIOD == 0
+        if not anew and source is None:
+            return None
+        rows = torch.arange(len(active), device=active.device) if self._rows is None else self._rows
+        used = active[rows]
+        if not anew:
+            assert self._count is not None, "rows were sorted before the first step"
+            used |= torch.arange(len(rows), device=rows.device) < self._count
+        self._count = used.sum()
+        self._rows = rows[used.argsort(descending=True, stable=True)]
+        if self._num_steps == 0:  # nobody remembers anything
+            return None
+        slots = self._rows if source is None else source[self._rows]
+        places = _inverse(rows, len(rows))[slots]
+        if anew:
+            self._memory.restart(places)
+        else:
+            self._memory.exchange(places)
+        return places
+
+
+def _inverse(rows: Tensor, num_slots: int) -> Tensor:
+    """Which row a slot is, [num_slots]; anything for slots that are none."""
+    place = torch.empty(num_slots, dtype=torch.int64, device=rows.device)
+    return place.scatter_(0, rows, torch.arange(len(rows), device=rows.device))
 
 
 def _pick(values: Tensor, rows: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from energy_flow.core.activity import Activity
 from energy_flow.core.chunks import ChunkSizes
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.flow_step import MoveRule
@@ -24,13 +25,21 @@ from energy_flow.core.graphs import ChunkGraph, RecordingError
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings, joined
 from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.step_weights import StepGradients, StepWeights, padded, step_parameters
-from energy_flow.core.tape import Tape, most_segments
+from energy_flow.core.tape import Compaction, Tape, most_segments
 from energy_flow.errors import ConfigError
 from energy_flow.ops.backend import has_triton
 
 log = logging.getLogger(__name__)
 
 _WORTH_COMPILING = 128  # hidden units
+
+
+class _Way(NamedTuple):
+    """How a batch is computed, forward and in every replay."""
+
+    dtype: torch.dtype  # of the recurrent network's products
+    compaction: Compaction
+
 
 _WalkBack = Callable[[Tensor, Tensor], tuple[Tensor, StepGradients]]
 
@@ -65,14 +74,17 @@ class TapeEngine:
         self._neuron, self._carrier, self._rollout = neuron, carrier, rollout
         self._residual_energy, self._settings = residual_energy, settings
         self._sizes = ChunkSizes(settings.chunk)
+        self._activity = Activity()
         self._taped: _Taped | None = None
         self._graphs: dict[Hashable, ChunkGraph] = {}
         self._records_graphs = True  # until it fails
-        self._warm: set[Hashable] = set()  # kinds of chunks that have run both ways, so that they can be recorded
+        # Kinds of chunks that have run both ways with the buffers that there are, so that they can be recorded.
+        self._warm: set[Hashable] = set()
+        rollout.pool.before_release = self._forget_recordings
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of a model, for averages say, begin without tape and graphs.
-        return self.__dict__ | {"_taped": None, "_graphs": {}, "_warm": set()}
+        return self.__dict__ | {"_taped": None, "_graphs": {}, "_warm": set(), "_activity": Activity()}
 
     def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
         """From surface energies [B, S, E] to flows that have all ended; differentiable once.
@@ -83,17 +95,20 @@ class TapeEngine:
         _check(self._settings, surface.device)
         parameters = step_parameters(self._neuron, self._carrier)
         dtype = _products_dtype(surface, parameters[0])
+        way = _Way(dtype, self._compaction(surface.device, dtype))
         keep = torch.is_grad_enabled() and any(value.requires_grad for value in (surface, *parameters))
         results: list[RolloutResult] = []
-        position, energy = _TapedRollout.apply(self, call, dtype, keep, results, surface, *parameters)
+        position, energy = _TapedRollout.apply(self, call, way, keep, results, surface, *parameters)
         result = results.pop()
+        if keep and surface.is_cuda:
+            self._activity.put(result.counts, result.flows.status.numel())
         flows = replace(result.flows, position=position, energy=energy)
         return result._replace(flows=flows)
 
     def trim(self) -> int:
         """Let go of what no batch since the last call has needed; returns the bytes of the buffers freed.
 
-        Graphs write to buffers where they were recorded: as long as one of them is in use, the buffers stay.
+        As long as a graph is in use, the buffers stay.
         """
         self._taped = None
         self._graphs = {kind: graph for kind, graph in self._graphs.items() if graph.used()}
@@ -102,61 +117,63 @@ class TapeEngine:
     def release(self) -> None:
         """Let go of all buffers."""
         self._taped = None
-        self._graphs.clear()
         self._rollout.pool.clear()
 
-    def forward(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool) -> RolloutResult:
+    def _forget_recordings(self) -> None:
+        """Graphs write to buffers where they were when they were recorded."""
+        self._graphs.clear()
+        self._warm.clear()
+
+    def forward(self, surface: Tensor, call: RolloutCall, way: _Way, keep: bool) -> RolloutResult:
         """All chunks; with `keep` the last one's tape stays for the backward pass."""
 
         def attempt(chunk: int) -> RolloutResult:
             starts = range(0, len(surface), chunk)
             return joined(
                 [
-                    self._chunk(surface, call, dtype, start, start + chunk, keep and start == starts[-1])
+                    self._chunk(surface, call, way, start, start + chunk, keep and start == starts[-1])
                     for start in starts
                 ]
             )
 
-        return self._within_memory(surface, dtype, keep, attempt)
+        return self._within_memory(surface, way, keep, attempt)
 
     def backward(
-        self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, grad_position: Tensor, grad_energy: Tensor
+        self, surface: Tensor, call: RolloutCall, way: _Way, grad_position: Tensor, grad_energy: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradients of the surface and of `step_parameters`; replays the chunks whose tape isn't there."""
 
         def attempt(chunk: int) -> tuple[Tensor, list[Tensor]]:
-            gradients = self._weights(dtype).no_gradients()
+            gradients = self._weights(way.dtype).no_gradients()
             grad_surface = torch.empty_like(surface)
             for start in reversed(range(0, len(surface), chunk)):
                 part = slice(start, start + chunk)
-                walk_back = self._walk_back(surface, call, dtype, start, start + chunk)
+                walk_back = self._walk_back(surface, call, way, start, start + chunk)
                 on_start, of_chunk = walk_back(grad_position[part], grad_energy[part])
                 grad_surface[part] = on_start[:, : surface.shape[1]]
                 gradients.add(of_chunk)
             return grad_surface, gradients.unpack(self._carrier)
 
-        return self._within_memory(surface, dtype, True, attempt)
+        return self._within_memory(surface, way, True, attempt)
 
-    def _walk_back(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, start: int, stop: int) -> _WalkBack:
+    def _walk_back(self, surface: Tensor, call: RolloutCall, way: _Way, start: int, stop: int) -> _WalkBack:
         """The way back through the tape of some samples; they run again if the buffers don't hold it."""
         if self._taped is None or self._taped[:3] != (call, start, stop):
-            self._chunk(surface, call, dtype, start, stop, keep=True)
+            self._chunk(surface, call, way, start, stop, keep=True)
         taped, self._taped = self._taped, None
         assert taped is not None
         return taped.backward
 
-    def _chunk(
-        self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, start: int, stop: int, keep: bool
-    ) -> RolloutResult:
+    def _chunk(self, surface: Tensor, call: RolloutCall, way: _Way, start: int, stop: int, keep: bool) -> RolloutResult:
         """Run samples [start, stop) forward."""
         self._taped = None
         part, own = surface[start:stop], call.samples(start, stop)
-        kind = self._kind(part, own, dtype, keep)
-        replayed = self._replay(kind, part, own, dtype, keep)
+        kind = self._kind(part, own, way, keep)
+        replayed = self._replay(kind, part, own, way, keep)
         if replayed is not None:
             result, walk_back = replayed
         else:
-            result, tape = self._run(part, own, dtype, keep)
+            result, tape = self._run(part, own, way, keep)
             walk_back = functools.partial(self._backward_of, tape, kind=kind)
             if not keep:
                 self._warm.add(kind)
@@ -165,14 +182,14 @@ class TapeEngine:
         return result
 
     def _replay(
-        self, kind: Hashable, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool
+        self, kind: Hashable, surface: Tensor, call: RolloutCall, way: _Way, keep: bool
     ) -> tuple[RolloutResult, _WalkBack] | None:
         """Run a chunk by its CUDA graphs; None where it has none."""
         if kind is None or kind not in self._warm or not self._records_graphs:
             return None
         graph = self._graphs.setdefault(kind, ChunkGraph())
         try:
-            result = graph.forward(functools.partial(self._run, dtype=dtype, keep=keep), surface, call)
+            result = graph.forward(functools.partial(self._run, way=way, keep=keep), surface, call)
         except RecordingError as error:
             self._go_on_without_graphs(error)
             return None
@@ -195,18 +212,18 @@ class TapeEngine:
         self._records_graphs = False
         self._graphs.clear()
 
-    def _run(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool) -> tuple[RolloutResult, Tape]:
+    def _run(self, surface: Tensor, call: RolloutCall, way: _Way, keep: bool) -> tuple[RolloutResult, Tape]:
         lattice, settings = self._rollout.settings, self._settings
         on_cpu = surface.device.type == "cpu"
         tape = Tape(
-            self._weights(dtype),
+            self._weights(way.dtype),
             step_functions(self._compiles(surface.device), on_cpu),
             MoveRule.of(call.scale, lattice.movement.max_displacement, self._residual_energy),
             lattice.num_steps,
             len(surface) * lattice.capacity,
             keep=keep,
             recompute=settings.recompute,
-            compact=self._compacts(surface.device),
+            compaction=way.compaction,
             spawning=lattice.spawn.enabled,
             pool=self._rollout.pool,
         )
@@ -220,19 +237,29 @@ class TapeEngine:
         self._warm.add(kind)
         return on_start, gradients
 
-    def _kind(self, surface: Tensor, call: RolloutCall, dtype: torch.dtype, keep: bool) -> Hashable:
+    def _kind(self, surface: Tensor, call: RolloutCall, way: _Way, keep: bool) -> Hashable:
         """What a graph is recorded for; None where there shall be none."""
         wanted = surface.is_cuda if self._settings.cuda_graph == "auto" else self._settings.cuda_graph
         if not wanted or call.keep_paths:
             return None
         addresses = tuple(parameter.data_ptr() for parameter in step_parameters(self._neuron, self._carrier))
-        return surface.shape, surface.dtype, dtype, keep, call.noisy, addresses
+        return surface.shape, surface.dtype, way, keep, call.noisy, call.rows is None, addresses
 
     def _weights(self, dtype: torch.dtype) -> StepWeights:
         return StepWeights.pack(self._neuron, self._carrier, dtype)
 
-    def _compacts(self, device: torch.device) -> bool:
-        return device.type == "cpu" if self._settings.compaction == "auto" else self._settings.compaction
+    def _compaction(self, device: torch.device, dtype: torch.dtype) -> Compaction:
+        wanted = self._settings.compaction
+        if wanted is False:
+            return "none"
+        if device.type == "cpu":
+            return "rows"
+        if wanted == "auto":
+            # Kernels that leave rows out are for products of two bytes. When the host learns of the activity depends on
+            # time, and another way of computing gives other roundings.
+            fits = has_triton() and dtype.itemsize == 2 and not torch.are_deterministic_algorithms_enabled()
+            wanted = fits and self._activity.is_low()
+        return "counts" if wanted else "none"
 
     def _compiles(self, device: torch.device) -> bool:
         """Whether to compile; on a CPU that takes half a minute once, which small models never earn back."""
@@ -242,24 +269,24 @@ class TapeEngine:
             return self._carrier.hidden_size >= _WORTH_COMPILING and _has_compiler()
         return has_triton()
 
-    def _bytes_per_sample(self, surface: Tensor, dtype: torch.dtype, keep: bool) -> int:
+    def _bytes_per_sample(self, surface: Tensor, way: _Way, keep: bool) -> int:
         """What a sample of a chunk takes while it runs: tape, gates, gradients of the memories, states of all steps."""
         carrier, steps = self._carrier, self._rollout.settings.num_steps
         layers, size, energy_dim = len(carrier.cells), carrier.hidden_size, surface.shape[2]
         row = padded(carrier.num_features + energy_dim) + layers * size
         gates = layers * steps if keep and not self._settings.recompute else 1
-        segments = most_segments(steps, self._rollout.settings.spawn.enabled) if self._compacts(surface.device) else 1
+        segments = most_segments(steps, way.compaction, self._rollout.settings.spawn.enabled)
         slabs = steps + layers * segments if keep else (layers + 1) * min(segments, 2)
         products = slabs * row + gates * 4 * size + (layers + 2) * size
         states = (steps if keep else 3) * (10 + 3 * energy_dim) + 4 * carrier.num_features
-        return self._rollout.settings.capacity * (products * dtype.itemsize + states * surface.element_size())
+        return self._rollout.settings.capacity * (products * way.dtype.itemsize + states * surface.element_size())
 
-    def _within_memory(self, surface: Tensor, dtype: torch.dtype, keep: bool, attempt: Any) -> Any:
+    def _within_memory(self, surface: Tensor, way: _Way, keep: bool, attempt: Any) -> Any:
         return self._sizes.within_memory(
             len(surface),
             surface.device,
-            kind=(dtype, keep),
-            bytes_per_sample=lambda: self._bytes_per_sample(surface, dtype, keep),
+            kind=(way, keep),
+            bytes_per_sample=lambda: self._bytes_per_sample(surface, way, keep),
             held=lambda: self._rollout.pool.nbytes,
             release=self.release,
             attempt=attempt,
@@ -274,15 +301,15 @@ class _TapedRollout(torch.autograd.Function):
         ctx: Any,
         engine: TapeEngine,
         call: RolloutCall,
-        dtype: torch.dtype,
+        way: _Way,
         keep: bool,
         results: list[RolloutResult],
         surface: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(surface.device.type, enabled=False):
-            result = engine.forward(surface, call, dtype, keep)
-        ctx.engine, ctx.call, ctx.dtype = engine, call, dtype
+            result = engine.forward(surface, call, way, keep)
+        ctx.engine, ctx.call, ctx.way = engine, call, way
         # Saved though the engine knows them: so torch sees if somebody changes them before the backward pass.
         ctx.save_for_backward(surface, *parameters)
         results.append(result)
@@ -293,7 +320,7 @@ class _TapedRollout(torch.autograd.Function):
     def backward(ctx: Any, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
         surface, *_ = ctx.saved_tensors
         with torch.autocast(surface.device.type, enabled=False):
-            on_surface, on_parameters = ctx.engine.backward(surface, ctx.call, ctx.dtype, grad_position, grad_energy)
+            on_surface, on_parameters = ctx.engine.backward(surface, ctx.call, ctx.way, grad_position, grad_energy)
         return None, None, None, None, None, on_surface, *on_parameters
 
 
@@ -306,10 +333,10 @@ def _check(settings: RolloutSettings, device: torch.device) -> None:
         )
     if settings.cuda_graph is True and device.type != "cuda":
         raise ConfigError(f"rollout.cuda_graph = true: the device is {device}. Set rollout.cuda_graph=auto")
-    if settings.compaction is True and not on_cpu:
+    if settings.compaction is True and not on_cpu and not has_triton():
         raise ConfigError(
-            f"rollout.compaction = true: leaving out flows that have ended would make {device} wait for the host in "
-            "every step; it is for CPUs. Set rollout.compaction=auto"
+            f"rollout.compaction = true: on {device} it takes Triton, which isn't installed. Install it, or set "
+            "rollout.compaction=auto"
         )
 
 

@@ -5,6 +5,7 @@ in which they were born. Slots are never reused within a rollout, so a flow need
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -84,14 +85,18 @@ class TensorPool:
     """Named buffers that are allocated once and reused; they grow on demand and shrink when trimmed.
 
     What a pool hands out is scratch: it never leaves the rollout, and autograd never saves it.
+
+    Attributes:
+        before_release: called before a buffer's memory is let go; who recorded addresses must forget them then.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._needed: dict[tuple[str, torch.dtype, torch.device], int] = {}
+        self.before_release: Callable[[], None] = _nothing
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_buffers": {}, "_needed": {}}  # a copy begins empty
+        return self.__dict__ | {"_buffers": {}, "_needed": {}}  # a copy begins empty
 
     @property
     def nbytes(self) -> int:
@@ -102,26 +107,37 @@ class TensorPool:
         key = (name, dtype, device)
         size = math.prod(shape)
         self._needed[key] = max(size, self._needed.get(key, 0))
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[key] = _plain_buffer(size, dtype, device)
-        return buffer[:size].view(shape)
+        if key in self._buffers and self._buffers[key].numel() < size:
+            self._release(key)
+        if key not in self._buffers:
+            self._buffers[key] = _plain_buffer(size, dtype, device)
+        return self._buffers[key][:size].view(shape)
 
     def clear(self) -> None:
         """Let go of all buffers."""
-        self._buffers.clear()
+        for key in list(self._buffers):
+            self._release(key)
 
     def trim(self) -> int:
         """Shrink every buffer to the most that was needed since the last call; returns the bytes freed."""
         before = self.nbytes
         for key in list(self._buffers):
             needed = self._needed.get(key, 0)
-            if needed == 0:
-                del self._buffers[key]
-            elif needed < self._buffers[key].numel():
+            if needed == self._buffers[key].numel():
+                continue
+            self._release(key)
+            if needed > 0:
                 self._buffers[key] = _plain_buffer(needed, key[1], key[2])
         self._needed.clear()
         return before - self.nbytes
+
+    def _release(self, key: tuple[str, torch.dtype, torch.device]) -> None:
+        self.before_release()
+        del self._buffers[key]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _plain_buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from energy_flow.ops.backend import use_triton
 
 
-def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
+def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, count: Tensor | None = None) -> None:
     """Next hidden state of a GRU cell (the equations of `torch.nn.GRUCell`) from its matrix products.
 
     Args:
@@ -24,17 +24,18 @@ def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> N
         hidden: [N, H], rows at any stride.
         bias: [4H], float32; float64 for float64 gates.
         out: [N, H], rows at any stride; overwritten by the next hidden state.
+        count: int64 scalar: so many leading rows matter. Kernels read no others, and write zeros there. None: all.
     """
     if use_triton(gates):
         from energy_flow.ops import gru_gates_triton  # optional at run time
 
-        gru_gates_triton.gates_forward(gates, hidden, bias, out)
+        gru_gates_triton.gates_forward(gates, hidden, bias, out, count)
     else:
         out.copy_(next_hidden(gates, hidden, bias))
 
 
 def gates_backward(
-    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor
+    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the products and biases of `gates_forward`, and the direct part of the hidden state's.
 
@@ -42,6 +43,7 @@ def gates_backward(
         gates, hidden, bias: what `gates_forward` got. Kernels overwrite `gates`.
         grad: [N, H], of the next hidden state. Kernels overwrite it.
         bias_grad: [4H], the bias's dtype; the sums of the four gradients over rows are added.
+        count: see `gates_forward`; `grad` is 0 in the other rows.
 
     Returns:
         Gradients of the products, [dn | dr | dz | dhn] [N, 4H], and what the hidden state gets past them, grad * z
@@ -50,7 +52,7 @@ def gates_backward(
     if use_triton(gates):
         from energy_flow.ops import gru_gates_triton  # optional at run time
 
-        gru_gates_triton.gates_backward(gates, hidden, grad, bias, bias_grad)
+        gru_gates_triton.gates_backward(gates, hidden, grad, bias, bias_grad, count)
         return gates, grad
     return gates_backward_by(gate_gradients, gates, hidden, grad, bias, bias_grad)
 
@@ -62,8 +64,9 @@ def gates_backward_by(
     grad: Tensor,
     bias: Tensor,
     bias_grad: Tensor,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`gates_backward` by `gate_gradients`, or by a compiled form of it."""
+    """`gates_backward` by `gate_gradients`, or by a compiled form of it; computes all rows."""
     on_gates, on_hidden = function(gates, hidden, grad, bias)
     # A product sums the rows of a row-major matrix twice as fast as `sum` does.
     bias_grad.add_(torch.mm(on_gates.new_ones(1, len(on_gates)), on_gates)[0])

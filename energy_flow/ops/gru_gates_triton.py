@@ -76,12 +76,22 @@ def _mask(rows, num_rows, columns, H: tl.constexpr, BLOCK_H: tl.constexpr):
     return mask
 
 
+@triton.jit
+def _counted(rows, count):
+    """Rows below the count on the device; all of them where there is none."""
+    if count is None:
+        return (rows >= 0)[:, None]
+    else:
+        return (rows < tl.load(count))[:, None]
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     gates,
     hidden,
     bias,
     out,
+    count,
     num_rows,
     gates_stride,
     hidden_stride,
@@ -96,13 +106,15 @@ def _forward_kernel(
     rows = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     columns = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = _mask(rows, num_rows, columns, H, BLOCK_H)
+    present = mask & _counted(rows, count)
     gate = gates + rows[:, None] * gates_stride + columns[None, :]
-    state = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask=mask, other=0).to(wide)
-    new, reset, update, hidden_new = _load(gate, mask, H, wide)
+    state = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask=present, other=0).to(wide)
+    new, reset, update, hidden_new = _load(gate, present, H, wide)
     new, reset, update, hidden_new = _activate(
         new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
     )
-    tl.store(out + rows[:, None] * out_stride + columns[None, :], new + update * (state - new), mask=mask)
+    following = tl.where(present, new + update * (state - new), 0)
+    tl.store(out + rows[:, None] * out_stride + columns[None, :], following, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -112,6 +124,7 @@ def _backward_kernel(
     grad,
     bias,
     totals,
+    count,
     num_rows,
     gates_stride,
     hidden_stride,
@@ -132,15 +145,16 @@ def _backward_kernel(
     for tile in range(first, tl.cdiv(num_rows, BLOCK_N), tl.num_programs(0) // blocks):
         rows = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = _mask(rows, num_rows, columns, H, BLOCK_H)
+        present = mask & _counted(rows, count)
         gate = gates + rows[:, None] * gates_stride + columns[None, :]
         on_out_at = grad + rows[:, None] * grad_stride + columns[None, :]
-        state = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask=mask, other=0).to(wide)
-        on_out = tl.load(on_out_at, mask=mask, other=0).to(wide)
-        new, reset, update, hidden_new = _load(gate, mask, H, wide)
+        state = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask=present, other=0).to(wide)
+        on_out = tl.load(on_out_at, mask=present, other=0).to(wide)
+        new, reset, update, hidden_new = _load(gate, present, H, wide)
         new, reset, update, hidden_new = _activate(
             new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
         )
-        # Rows and columns beyond the edges have on_out = 0 and add nothing to the totals.
+        # Rows beyond the count and columns beyond the edge have on_out = 0: all their gradients are 0.
         on_new = on_out * (1 - update) * (1 - new * new)
         on_update = on_out * (state - new) * update * (1 - update)
         on_hidden_new = on_new * reset
@@ -156,7 +170,7 @@ def _backward_kernel(
     _store(totals + first * 4 * H + columns, total_new, total_reset, total_update, total_hidden_new, columns < H, H)
 
 
-def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> None:
+def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, count: Tensor | None = None) -> None:
     """`gru_gates.gates_forward`, same arguments; bias contiguous."""
     require_adjacent_columns(gates=gates, hidden=hidden, out=out)
     num_rows, size = hidden.shape
@@ -168,6 +182,7 @@ def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> N
             hidden,
             bias,
             out,
+            count,
             num_rows,
             gates.stride(0),
             hidden.stride(0),
@@ -180,7 +195,9 @@ def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> N
         )
 
 
-def gates_backward(gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor) -> None:
+def gates_backward(
+    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor, count: Tensor | None = None
+) -> None:
     """`gru_gates.gates_backward`, same arguments, results in `gates` and `grad`; bias contiguous."""
     require_adjacent_columns(gates=gates, hidden=hidden, grad=grad)
     num_rows, size = hidden.shape
@@ -195,6 +212,7 @@ def gates_backward(gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bi
             grad,
             bias,
             totals,
+            count,
             num_rows,
             gates.stride(0),
             hidden.stride(0),

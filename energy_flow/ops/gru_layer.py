@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from energy_flow.ops.leading_rows import addmm_leading, mm_leading
+
 
 @dataclass(frozen=True)
 class PackedLayer:
@@ -44,29 +46,39 @@ class PackedLayer:
     def input_size(self) -> int:
         return self.inputs.shape[1]
 
-    def products(self, both: Tensor, gates: Tensor, empty: bool) -> None:
-        """Fill `gates` [N, 4H] with the products of `both` [N, X + H] = [x | h], without biases; `empty`: h is 0."""
+    def products(self, both: Tensor, gates: Tensor, empty: bool, count: Tensor | None = None) -> None:
+        """Fill `gates` [N, 4H] with the products of `both` [N, X + H] = [x | h], without biases.
+
+        Args:
+            empty: h is 0.
+            count: int64 scalar: so many leading rows matter (see `leading_rows`). None: all.
+        """
         size = self.hidden_size
         inputs, memory = _left(both[:, : self.input_size]), _left(both[:, self.input_size :])
         if empty:
-            torch.mm(inputs, self.inputs.T, out=gates[:, : 3 * size])
+            mm_leading(inputs, self.inputs.T, gates[:, : 3 * size], count)
             gates[:, 3 * size :].zero_()
             return
-        torch.mm(_left(both), self.reset_update.T, out=gates[:, size : 3 * size])
-        torch.mm(inputs, self.inputs[:size].T, out=gates[:, :size])
-        torch.mm(memory, self.memory[2 * size :].T, out=gates[:, 3 * size :])
+        mm_leading(_left(both), self.reset_update.T, gates[:, size : 3 * size], count)
+        mm_leading(inputs, self.inputs[:size].T, gates[:, :size], count)
+        mm_leading(memory, self.memory[2 * size :].T, gates[:, 3 * size :], count)
 
-    def add_memory_gradient(self, gate_gradients: Tensor, grad_memory: Tensor) -> None:
+    def add_memory_gradient(self, gate_gradients: Tensor, grad_memory: Tensor, count: Tensor | None = None) -> None:
         """Add the gates' part to the gradient of h, [N, H]."""
-        grad_memory.addmm_(_left(gate_gradients[:, self.hidden_size :]), self.memory)
+        addmm_leading(_left(gate_gradients[:, self.hidden_size :]), self.memory, grad_memory, count)
 
-    def input_gradient(self, gate_gradients: Tensor) -> Tensor:
+    def input_gradient(self, gate_gradients: Tensor, count: Tensor | None = None) -> Tensor:
         """Gradient of x, [N, X]."""
-        return torch.mm(_left(gate_gradients[:, : 3 * self.hidden_size]), self.inputs)
+        gradients = _left(gate_gradients[:, : 3 * self.hidden_size])
+        if count is None:
+            return torch.mm(gradients, self.inputs)
+        grad_input = gradients.new_zeros(len(gradients), self.input_size)
+        mm_leading(gradients, self.inputs, grad_input, count)
+        return grad_input
 
-    def add_input_gradient(self, gate_gradients: Tensor, grad_input: Tensor) -> None:
+    def add_input_gradient(self, gate_gradients: Tensor, grad_input: Tensor, count: Tensor | None = None) -> None:
         """Add the gradient of x to `grad_input` [N, X]."""
-        grad_input.addmm_(_left(gate_gradients[:, : 3 * self.hidden_size]), self.inputs)
+        addmm_leading(_left(gate_gradients[:, : 3 * self.hidden_size]), self.inputs, grad_input, count)
 
 
 class LayerGradients:

@@ -6,8 +6,8 @@ import torch
 
 from energy_flow.core.energy_lattice import name_samples, no_landing_message
 from energy_flow.core.flow_processor import Faults
+from energy_flow.core.host_copy import HostCopy
 from energy_flow.errors import LostFlowError, NoLandingError, NotFiniteError
-from energy_flow.training.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
 

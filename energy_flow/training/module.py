@@ -12,6 +12,7 @@ from torch import Tensor
 
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
+from energy_flow.core.host_copy import DelayedScalars
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.errors import ConfigError
@@ -19,7 +20,6 @@ from energy_flow.settings import Settings, read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
 from energy_flow.training.faults import FaultQueue
-from energy_flow.training.host_copy import DelayedScalars
 from energy_flow.training.losses import LossSettings, embedding_losses, surface_loss, weighted
 from energy_flow.training.retrieval import retrieval_metrics
 

@@ -79,6 +79,23 @@ class TestTensorPool:
         assert pool.take("a", (50,), torch.int64, CPU).data_ptr() != first.data_ptr()
         assert pool.nbytes == 400
 
+    def test_who_knows_addresses_hears_of_every_release(self) -> None:
+        pool = TensorPool()
+        held: list[int] = []
+        pool.before_release = lambda: held.append(pool.nbytes)
+        pool.take("a", (2,), torch.int64, CPU)
+        pool.take("a", (1,), torch.int64, CPU)
+        assert held == []
+        pool.take("a", (5,), torch.int64, CPU)
+        assert held == [16]
+        pool.trim()
+        pool.take("a", (3,), torch.int64, CPU)
+        assert held == [16]
+        pool.trim()
+        assert held == [16, 40]
+        pool.clear()
+        assert held == [16, 40, 24]
+
     def test_use_across_inference_mode(self) -> None:
         """Validation runs in inference mode; its buffers must be writable in training."""
         pool = TensorPool()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from energy_flow.ops.backend import use_triton
 from energy_flow.ops.gru_gates import gates_backward, gates_forward
 from tests.ops.kernels import DEVICES, DTYPES, tolerance, wide
 
@@ -122,6 +123,26 @@ def test_backward(device: str, dtype: torch.dtype, size: tuple[int, int]) -> Non
     close(my_hidden, on_hidden, bound)
     # In plain torch sums of rounded numbers, rounded once more; approximate tanhs of kernels add up.
     close(my_bias, on_bias, size[0] * bound)
+
+
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_beyond_a_count_give_nothing(device: str, dtype: torch.dtype, size: tuple[int, int], share: float) -> None:
+    gates, hidden, bias, grad = operands(*size, dtype, device)
+    used = int(share * size[0])
+    grad[used:] = 0
+    expected, (on_gates, on_bias, on_hidden) = forward(gates, hidden, bias), backward(gates, hidden, bias, grad)
+    if use_triton(gates):  # kernels don't read them: they hold anything
+        gates[used:], hidden[used:] = torch.nan, torch.nan
+        expected[used:] = 0
+    count, out, bias_grad = torch.tensor(used, device=device), torch.empty_like(hidden), torch.zeros_like(bias)
+    gates_forward(gates, hidden, bias, out, count)
+    mine, my_hidden = gates_backward(gates, hidden, grad, bias, bias_grad, count)
+    for actual, wanted in ((out, expected), (mine, on_gates), (my_hidden, on_hidden), (bias_grad, on_bias)):
+        assert torch.equal(actual, wanted)
+    assert (mine[used:] == 0).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

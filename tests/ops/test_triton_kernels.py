@@ -16,14 +16,20 @@ from energy_flow.ops.heads import heads_backward, heads_forward
 from tests.ops.kernels import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
-BOTH_WAYS = ["test_gru_gates.py", "test_heads.py", "test_triton_kernels.py"]
+BOTH_WAYS = [
+    "ops/test_gru_gates.py",
+    "ops/test_heads.py",
+    "ops/test_leading_rows.py",
+    "ops/test_triton_kernels.py",
+    "core/test_compaction_in_halves.py",
+]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="would call itself")
 @pytest.mark.parametrize("file", BOTH_WAYS)
 def test_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", f"tests/ops/{file}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", f"tests/{file}"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,92 @@
+"""Triton kernel of `leading_rows`: a tiled product whose tiles beyond the count end at once.
+
+Nothing waits for the device or is added atomically: the same bits every time, and fit for CUDA graphs.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton reads annotations of kernels itself.)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from energy_flow.ops.backend import require_adjacent_columns
+
+_BLOCK_N, _BLOCK_M, _BLOCK_K = 128, 256, 64
+_NUM_WARPS, _NUM_STAGES = 8, 3
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _product_kernel(
+    left,
+    right,
+    out,
+    count,
+    num_rows,
+    left_stride,
+    right_row_stride,
+    right_column_stride,
+    out_stride,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    # Columns first: the programs that run together share rows of `left`, and `right` stays in the cache.
+    blocks: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    first = tl.program_id(0) // blocks * BLOCK_N
+    counted = tl.minimum(tl.load(count), num_rows)
+    if first < counted:
+        rows = first + tl.arange(0, BLOCK_N).to(tl.int64)
+        columns = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+        inner = tl.arange(0, BLOCK_K)
+        present = (rows < counted)[:, None]
+        wanted = (columns < M)[None, :]
+        left_at = left + rows[:, None] * left_stride + inner[None, :]
+        right_at = right + inner[:, None] * right_row_stride + columns[None, :] * right_column_stride
+        total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for start in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                a = tl.load(left_at, mask=present, other=0)
+                b = tl.load(right_at, mask=wanted, other=0)
+            else:
+                a = tl.load(left_at, mask=present & (start + inner < K)[None, :], other=0)
+                b = tl.load(right_at, mask=wanted & (start + inner < K)[:, None], other=0)
+            total = tl.dot(a, b, total)
+            left_at += BLOCK_K
+            right_at += BLOCK_K * right_row_stride
+        out_at = out + rows[:, None] * out_stride + columns[None, :]
+        if ADD:
+            total += tl.load(out_at, mask=present & wanted, other=0).to(tl.float32)
+        tl.store(out_at, total, mask=present & wanted)
+
+
+def product(left: Tensor, right: Tensor, out: Tensor, count: Tensor, add: bool) -> None:
+    """`leading_rows.mm_leading`, or with `add` `addmm_leading`; left, right and out of one dtype of two bytes."""
+    require_adjacent_columns(left=left, out=out)
+    num_rows, width = left.shape
+    columns = right.shape[1]
+    block_m = min(_BLOCK_M, max(16, triton.next_power_of_2(columns)))
+    grid = (triton.cdiv(num_rows, _BLOCK_N) * triton.cdiv(columns, block_m),)
+    with torch.cuda.device_of(left):
+        _product_kernel[grid](
+            left,
+            right,
+            out,
+            count,
+            num_rows,
+            left.stride(0),
+            right.stride(0),
+            right.stride(1),
+            out.stride(0),
+            M=columns,
+            K=width,
+            BLOCK_N=_BLOCK_N,
+            BLOCK_M=block_m,
+            BLOCK_K=_BLOCK_K,
+            ADD=add,
+            num_warps=_NUM_WARPS,
+            num_stages=_NUM_STAGES,
+        )
