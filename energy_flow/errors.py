@@ -27,3 +27,7 @@ class NotFiniteError(EnergyFlowError, RuntimeError):
 
 class LostFlowError(EnergyFlowError, RuntimeError):
     """Landings + removed flows differ from created flows: the rollout broke its own conservation law."""
+
+
+class RecordingError(EnergyFlowError, RuntimeError):
+    """CUDA or torch didn't let a CUDA graph be recorded; torch may not be fit to go on in this process."""

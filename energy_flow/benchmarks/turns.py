@@ -18,7 +18,7 @@ Run = Callable[[], Any]
 Build = Callable[[], Run]
 Name = TypeVar("Name", bound=Hashable)
 
-WARMUP = {"cuda": 3, "cpu": 1}  # runs before the measurement: on a GPU a rollout runs, is recorded, is replayed
+WARMUP = {"cuda": 4, "cpu": 1}  # runs before the measurement: on a GPU a rollout runs twice, is recorded, is replayed
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,9 @@ def _turn(build: Build, device: torch.device, min_seconds: float) -> tuple[float
     try:
         peak = peak_memory(first_runs, device)
         (taken,) = compare({"it": built[0]}, device, repeats=1, min_seconds=min_seconds, warmup=0).values()
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not _out_of_memory(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         log.info("out of memory: %s", error)
         return None, None
     return taken, peak
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Also where it ended the recording of a graph, which then raises an error of its own."""
-    while error is not None:
-        if is_out_of_memory(error):
-            return True
-        error = error.__context__
-    return False

@@ -4,7 +4,7 @@ from energy_flow.core.history import Counts
 from energy_flow.core.host_copy import HostCopy
 
 # Below the first, leaving out saves more than it costs; above the second it doesn't. In between nothing changes.
-_LOW, _HIGH = 0.8, 0.9
+_LOW, _HIGH = 0.5, 0.6
 
 
 class Activity:

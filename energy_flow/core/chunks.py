@@ -1,7 +1,9 @@
 """How many samples run at a time: what fits into memory, and what to do when it didn't."""
 
 import logging
+import math
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import psutil
@@ -11,6 +13,11 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+_SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_CONTAINER = (  # limit and usage of a Linux control group, second and first version
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 _SHARE = 0.45  # of the free memory; the rest is for the model, the losses and other programs
 
 
@@ -81,17 +88,34 @@ class ChunkSizes:
         return _even(batch, min(batch, self._largest[device, kind]))
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; on a CPU torch says so in a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation failed, here or before this error, which it then led to.
+
+    Beside `torch.OutOfMemoryError` there are plain errors: of torch on a CPU, of the driver, of Triton and of cuBLAS.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS):
+            return True
+        error = error.__context__
+    return False
 
 
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated, the allocator's own reserve included."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return min(psutil.virtual_memory().available, _free_of_container())
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _free_of_container() -> float:
+    """What the control group may still take; the machine's memory says nothing of it."""
+    for limit, used in _CONTAINER:
+        try:
+            return int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):  # not there; "max"
+            continue
+    return math.inf
 
 
 def _even(batch: int, largest: int) -> int:

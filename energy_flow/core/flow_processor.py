@@ -101,6 +101,9 @@ class FlowProcessor(nn.Module):
         self.rollout_settings = RolloutSettings.automatic() if rollout is None else rollout
         self._tape = TapeEngine(self.neuron, self.carrier, self._rules, model.residual_energy, self.rollout_settings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"last_output": None}  # a copy, for averages say, has had no batch
+
     def displacement_scale(self) -> Tensor:
         """`movement.scale` times its schedule at the current optimiser step, a scalar in the geometry's dtype."""
         rule = self.settings.movement
@@ -167,8 +170,9 @@ class FlowProcessor(nn.Module):
     def cleanup_memory_safe(self) -> int:
         """Let go of what ended flows still hold, all in one go; returns the bytes given back.
 
-        That is the last batch's output kept for inspection (landings, trajectories) and whatever the pooled
-        buffers have beyond what batches since the last call needed. Safe at any time between two batches.
+        That is the last batch's output kept for inspection (landings, trajectories), CUDA graphs that no batch since
+        the last call has run, and whatever the pooled buffers have beyond what those batches needed, unless a graph
+        that is in use relies on them. Safe at any time between two batches.
         """
         freed = self._tape.trim()
         freed += sum(_storages(self.last_output).values())

@@ -77,6 +77,13 @@ def _noise_by(function: Function) -> Function:
 
 
 def _compile(function: Function) -> Function:
-    # Every dtype, size of a model and kind of rule is a form of its own; dynamo gives up at 8 of them.
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _MAX_FORMS)
-    return torch.compile(function, fullgraph=True)
+    compiled = torch.compile(function, fullgraph=True)
+
+    def call(*arguments: Any) -> Any:
+        # Every dtype, size of a model and kind of rule is a form of its own; dynamo gives up at 8 of them. The limit is
+        # one thread's, and on a GPU autograd walks back in a thread of its own.
+        config = torch._dynamo.config
+        config.cache_size_limit = max(config.cache_size_limit, _MAX_FORMS)
+        return compiled(*arguments)
+
+    return call

@@ -1,17 +1,19 @@
 """CUDA graphs: a chunk's forward and backward pass recorded once, and replayed with a single launch each."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from energy_flow.core.chunks import is_out_of_memory
 from energy_flow.core.rollout import RolloutCall, RolloutResult
 from energy_flow.core.step_weights import StepGradients
 from energy_flow.core.tape import Tape
 from energy_flow.core.tensorized_flow_storage import FinishedFlows
+from energy_flow.errors import RecordingError
 
 Forward = Callable[[Tensor, RolloutCall], tuple[RolloutResult, Tape]]
 Backward = Callable[[Tape, Tensor, Tensor], tuple[Tensor, StepGradients]]
@@ -24,10 +26,6 @@ class _Replay(NamedTuple):
     inputs: tuple[Tensor, ...]
 
 
-class RecordingError(RuntimeError):
-    """CUDA or torch didn't let a pass be recorded; what was to be recorded hasn't run."""
-
-
 class ChunkGraph:
     """The two passes of chunks of one size, recorded when they are first asked for.
 
@@ -35,8 +33,10 @@ class ChunkGraph:
     fixed places; outputs are copied from theirs, since the next replay overwrites them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # Of its own: libraries keep workspaces by stream, and torch lets go of a stream's when a graph of it goes.
+        self._stream = torch.cuda.Stream(device)
         self._used = False
         self.tape: Tape  # of the recorded forward pass
         self._forward: _Replay | None = None
@@ -56,7 +56,7 @@ class ChunkGraph:
             rows = inputs[3] if len(inputs) > 3 else None
             fixed = RolloutCall(rows, inputs[1], inputs[2], call.noisy, keep_paths=False)
             graph = torch.cuda.CUDAGraph()
-            with _recording(graph, self._pool):
+            with _recording(graph, self._pool, self._stream):
                 self._result, self.tape = run(inputs[0], fixed)
             self._forward = _Replay(graph, inputs)
         _launch(self._forward, values)
@@ -68,27 +68,72 @@ class ChunkGraph:
         if self._backward is None:
             inputs = _own(values)
             graph = torch.cuda.CUDAGraph()
-            with _recording(graph, self._pool):
+            with _recording(graph, self._pool, self._stream):
                 self._gradients = run(self.tape, *inputs)
             self._backward = _Replay(graph, inputs)
         _launch(self._backward, values)
         return self._gradients
 
 
+class Recordings:
+    """Graphs by kind of chunk. What runs once or twice is not worth one; nor is what hasn't run for long."""
+
+    _RUNS, _GRAPHS = 2, 8  # runs before a kind is recorded, and the most graphs that are kept
+
+    def __init__(self) -> None:
+        self._runs: dict[Hashable, int] = {}  # of kinds that aren't recorded, with the buffers that there are
+        self._graphs: dict[Hashable, ChunkGraph] = {}  # the last one used at the end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_runs": {}, "_graphs": {}}  # a copy begins empty
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def ran(self, kind: Hashable) -> None:
+        """A chunk has run both ways, or the one that there is: kernels are compiled, and buffers are large enough."""
+        self._runs[kind] = self._runs.get(kind, 0) + 1
+
+    def get(self, kind: Hashable, device: torch.device) -> ChunkGraph | None:
+        """The kind's graph; a new one once it is time to record; None before."""
+        graph = self._graphs.pop(kind, None)
+        if graph is None:
+            if self._runs.get(kind, 0) < self._RUNS:
+                return None
+            del self._runs[kind]
+            graph = ChunkGraph(device)
+        self._graphs[kind] = graph
+        if len(self._graphs) > self._GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        return graph
+
+    def drop_unused(self) -> None:
+        """Let go of graphs that haven't run since the last call."""
+        self._runs.clear()
+        self._graphs = {kind: graph for kind, graph in self._graphs.items() if graph.used()}
+
+    def clear(self) -> None:
+        """Let go of all graphs."""
+        self._runs.clear()
+        self._graphs.clear()
+
+
 @contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
     """What is launched inside goes into the graph, from this thread."""
     # Garbage of others, graphs and events perhaps, must not be freed in the middle: CUDA would give the recording up.
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        raise RecordingError(f"recording a CUDA graph failed ({str(error).splitlines()[0]})") from error
+        if is_out_of_memory(error):
+            raise
+        # Nothing to go on from: torch (2.11) leaves its random generator and its allocator as if it still recorded.
+        said = str(error).splitlines()[0]
+        raise RecordingError(f"a CUDA graph can't be recorded: {said}. Set rollout.cuda_graph=false") from error
     finally:
         if collecting:
             gc.enable()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from energy_flow.core.energy_carrier import EnergyCarrier
@@ -42,6 +43,17 @@ class RolloutSettings(Settings):
     compaction: Choice
     compile: Choice
     cuda_graph: Choice
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.engine == "autograd":
+            for key, value in self.model_dump(exclude={"engine"}).items():
+                if value not in ("auto", None) and value is not False:
+                    raise ValueError(
+                        f"rollout.{key} = {str(value).lower()}: plain autograd knows no such thing. Set "
+                        f"rollout.engine=auto, or leave rollout.{key} out"
+                    )
+        return self
 
     @classmethod
     def automatic(cls) -> Self:

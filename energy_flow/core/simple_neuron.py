@@ -18,7 +18,13 @@ class SimpleNeuron(nn.Module):
     def forward(self, position: Tensor, energy: Tensor) -> Tensor:
         """[..., 3], [..., E] -> [..., F]."""
         with torch.autocast(position.device.type, enabled=False):
-            return neuron_features(position, energy, *self.network.parameters())
+            return neuron_features(position, energy, *self.weights)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of the first layer, then of the second."""
+        first, second = (layer for layer in self.network if isinstance(layer, nn.Linear))
+        return first.weight, first.bias, second.weight, second.bias
 
 
 def neuron_features(

@@ -31,7 +31,7 @@ class StepWeights:
         width = padded(cells[0].input_size)
         layers = [PackedLayer.pack(cell, width if i == 0 else cell.input_size, dtype) for i, cell in enumerate(cells)]
         return cls(
-            neuron=tuple(neuron.network.parameters()),
+            neuron=neuron.weights,
             layers=tuple(layers),
             head_weight=torch.cat([carrier.energy_head.weight, carrier.displacement_head.weight]),
             head_bias=torch.cat([carrier.energy_head.bias, carrier.displacement_head.bias]),
@@ -90,4 +90,4 @@ def step_parameters(neuron: SimpleNeuron, carrier: EnergyCarrier) -> list[Tensor
     cells = [(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh) for cell in carrier.gru_cells()]
     energy, displacement = carrier.energy_head, carrier.displacement_head
     heads = [energy.weight, displacement.weight, energy.bias, displacement.bias]
-    return [*neuron.network.parameters(), *(parameter for cell in cells for parameter in cell), *heads]
+    return [*neuron.weights, *(parameter for cell in cells for parameter in cell), *heads]

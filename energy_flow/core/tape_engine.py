@@ -5,7 +5,6 @@ kept; the backward pass replays the others, one after the other. Memory is set b
 """
 
 import functools
-import logging
 import os
 import shutil
 from collections.abc import Callable, Hashable
@@ -21,15 +20,13 @@ from energy_flow.core.chunks import ChunkSizes
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.flow_step import MoveRule
 from energy_flow.core.functions import step_functions
-from energy_flow.core.graphs import ChunkGraph, RecordingError
+from energy_flow.core.graphs import Recordings
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings, joined
 from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.step_weights import StepGradients, StepWeights, padded, step_parameters
 from energy_flow.core.tape import Compaction, Tape, most_segments
 from energy_flow.errors import ConfigError
 from energy_flow.ops.backend import has_triton
-
-log = logging.getLogger(__name__)
 
 _WORTH_COMPILING = 128  # hidden units
 
@@ -76,15 +73,12 @@ class TapeEngine:
         self._sizes = ChunkSizes(settings.chunk)
         self._activity = Activity()
         self._taped: _Taped | None = None
-        self._graphs: dict[Hashable, ChunkGraph] = {}
-        self._records_graphs = True  # until it fails
-        # Kinds of chunks that have run both ways with the buffers that there are, so that they can be recorded.
-        self._warm: set[Hashable] = set()
-        rollout.pool.before_release = self._forget_recordings
+        self._recordings = Recordings()
+        rollout.pool.dependants.append(self._recordings)  # graphs write to buffers where they were
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies of a model, for averages say, begin without tape and graphs.
-        return self.__dict__ | {"_taped": None, "_graphs": {}, "_warm": set(), "_activity": Activity()}
+        # Copies of a model, for averages say, begin without a tape.
+        return self.__dict__ | {"_taped": None, "_activity": Activity()}
 
     def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
         """From surface energies [B, S, E] to flows that have all ended; differentiable once.
@@ -111,18 +105,13 @@ class TapeEngine:
         As long as a graph is in use, the buffers stay.
         """
         self._taped = None
-        self._graphs = {kind: graph for kind, graph in self._graphs.items() if graph.used()}
-        return 0 if self._graphs else self._rollout.pool.trim()
+        self._recordings.drop_unused()
+        return 0 if len(self._recordings) else self._rollout.pool.trim()
 
     def release(self) -> None:
         """Let go of all buffers."""
         self._taped = None
         self._rollout.pool.clear()
-
-    def _forget_recordings(self) -> None:
-        """Graphs write to buffers where they were when they were recorded."""
-        self._graphs.clear()
-        self._warm.clear()
 
     def forward(self, surface: Tensor, call: RolloutCall, way: _Way, keep: bool) -> RolloutResult:
         """All chunks; with `keep` the last one's tape stays for the backward pass."""
@@ -174,9 +163,9 @@ class TapeEngine:
             result, walk_back = replayed
         else:
             result, tape = self._run(part, own, way, keep)
-            walk_back = functools.partial(self._backward_of, tape, kind=kind)
+            walk_back = functools.partial(self._walk_and_count, tape, kind)
             if not keep:
-                self._warm.add(kind)
+                self._recordings.ran(kind)
         if keep:
             self._taped = _Taped(call, start, stop, walk_back)
         return result
@@ -185,32 +174,11 @@ class TapeEngine:
         self, kind: Hashable, surface: Tensor, call: RolloutCall, way: _Way, keep: bool
     ) -> tuple[RolloutResult, _WalkBack] | None:
         """Run a chunk by its CUDA graphs; None where it has none."""
-        if kind is None or kind not in self._warm or not self._records_graphs:
+        graph = None if kind is None else self._recordings.get(kind, surface.device)
+        if graph is None:
             return None
-        graph = self._graphs.setdefault(kind, ChunkGraph())
-        try:
-            result = graph.forward(functools.partial(self._run, way=way, keep=keep), surface, call)
-        except RecordingError as error:
-            self._go_on_without_graphs(error)
-            return None
-        return result, functools.partial(self._replay_back, graph, kind)
-
-    def _replay_back(
-        self, graph: ChunkGraph, kind: Hashable, grad_position: Tensor, grad_energy: Tensor
-    ) -> tuple[Tensor, StepGradients]:
-        run = functools.partial(self._backward_of, kind=kind)
-        try:
-            return graph.backward(run, grad_position, grad_energy)
-        except RecordingError as error:
-            self._go_on_without_graphs(error)
-            return run(graph.tape, grad_position, grad_energy)
-
-    def _go_on_without_graphs(self, error: RecordingError) -> None:
-        if self._settings.cuda_graph is True:
-            raise error
-        log.warning("%s: going on without CUDA graphs, more slowly. rollout.cuda_graph=true makes it an error", error)
-        self._records_graphs = False
-        self._graphs.clear()
+        result = graph.forward(functools.partial(self._run, way=way, keep=keep), surface, call)
+        return result, functools.partial(graph.backward, self._walk)
 
     def _run(self, surface: Tensor, call: RolloutCall, way: _Way, keep: bool) -> tuple[RolloutResult, Tape]:
         lattice, settings = self._rollout.settings, self._settings
@@ -229,13 +197,17 @@ class TapeEngine:
         )
         return self._rollout.run(surface, tape, call), tape
 
-    def _backward_of(
-        self, tape: Tape, grad_position: Tensor, grad_energy: Tensor, *, kind: Hashable
+    def _walk_and_count(
+        self, tape: Tape, kind: Hashable, grad_position: Tensor, grad_energy: Tensor
     ) -> tuple[Tensor, StepGradients]:
+        result = self._walk(tape, grad_position, grad_energy)
+        self._recordings.ran(kind)
+        return result
+
+    @staticmethod
+    def _walk(tape: Tape, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor, StepGradients]:
         gradients = tape.weights.no_gradients()
-        on_start = tape.backward(grad_position, grad_energy, gradients)
-        self._warm.add(kind)
-        return on_start, gradients
+        return tape.backward(grad_position, grad_energy, gradients), gradients
 
     def _kind(self, surface: Tensor, call: RolloutCall, way: _Way, keep: bool) -> Hashable:
         """What a graph is recorded for; None where there shall be none."""
@@ -243,7 +215,9 @@ class TapeEngine:
         if not wanted or call.keep_paths:
             return None
         addresses = tuple(parameter.data_ptr() for parameter in step_parameters(self._neuron, self._carrier))
-        return surface.shape, surface.dtype, way, keep, call.noisy, call.rows is None, addresses
+        modes = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+        inputs = surface.shape, surface.dtype, call.noisy, call.rows is None
+        return inputs, way, keep, torch.is_inference_mode_enabled(), modes, addresses
 
     def _weights(self, dtype: torch.dtype) -> StepWeights:
         return StepWeights.pack(self._neuron, self._carrier, dtype)
@@ -308,7 +282,7 @@ class _TapedRollout(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(surface.device.type, enabled=False):
-            result = engine.forward(surface, call, way, keep)
+            result = engine.forward(surface.detach(), call, way, keep)
         ctx.engine, ctx.call, ctx.way = engine, call, way
         # Saved though the engine knows them: so torch sees if somebody changes them before the backward pass.
         ctx.save_for_backward(surface, *parameters)
@@ -320,7 +294,9 @@ class _TapedRollout(torch.autograd.Function):
     def backward(ctx: Any, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
         surface, *_ = ctx.saved_tensors
         with torch.autocast(surface.device.type, enabled=False):
-            on_surface, on_parameters = ctx.engine.backward(surface, ctx.call, ctx.way, grad_position, grad_energy)
+            on_surface, on_parameters = ctx.engine.backward(
+                surface.detach(), ctx.call, ctx.way, grad_position, grad_energy
+            )
         return None, None, None, None, None, on_surface, *on_parameters
 
 

@@ -5,10 +5,9 @@ in which they were born. Slots are never reused within a rollout, so a flow need
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,19 +80,23 @@ class FinishedFlows:
         return self.status == FlowStatus.REMOVED
 
 
+class Clearable(Protocol):
+    def clear(self) -> None: ...
+
+
 class TensorPool:
     """Named buffers that are allocated once and reused; they grow on demand and shrink when trimmed.
 
     What a pool hands out is scratch: it never leaves the rollout, and autograd never saves it.
 
     Attributes:
-        before_release: called before a buffer's memory is let go; who recorded addresses must forget them then.
+        dependants: who relies on where the buffers are; cleared before the memory of one is let go.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._needed: dict[tuple[str, torch.dtype, torch.device], int] = {}
-        self.before_release: Callable[[], None] = _nothing
+        self.dependants: list[Clearable] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_buffers": {}, "_needed": {}}  # a copy begins empty
@@ -132,12 +135,9 @@ class TensorPool:
         return before - self.nbytes
 
     def _release(self, key: tuple[str, torch.dtype, torch.device]) -> None:
-        self.before_release()
+        for dependant in self.dependants:
+            dependant.clear()
         del self._buffers[key]
-
-
-def _nothing() -> None:
-    pass
 
 
 def _plain_buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,10 +24,13 @@ def sums(scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_grou
         return table
     sizes = _sizes(keys, energy_dim, table)
     grid = (triton.cdiv(num_members, sizes["BLOCK"]),)
-    if not bounded:
-        table[:, energy_dim + 2].fill_(-torch.inf)
-        _maximum_kernel[grid](table, scores, keys, weights, num_members, **sizes, num_warps=_NUM_WARPS)
-    _sum_kernel[grid](table, scores, values, keys, weights, num_members, **sizes, BOUNDED=bounded, num_warps=_NUM_WARPS)
+    with torch.cuda.device_of(table):
+        if not bounded:
+            table[:, energy_dim + 2].fill_(-torch.inf)
+            _maximum_kernel[grid](table, scores, keys, weights, num_members, **sizes, num_warps=_NUM_WARPS)
+        _sum_kernel[grid](
+            table, scores, values, keys, weights, num_members, **sizes, BOUNDED=bounded, num_warps=_NUM_WARPS
+        )
     return table
 
 
@@ -42,9 +45,10 @@ def normalise(table: Tensor, energy_dim: int, bounded: bool) -> tuple[Tensor, Te
     average, mass = table.new_empty(num_groups, energy_dim), table.new_empty(num_groups)
     block = max(1, _ENTRIES // num_columns)
     if num_groups > 0:
-        _normalise_kernel[(triton.cdiv(num_groups, block),)](
-            table, average, mass, num_groups, energy_dim, num_columns, bounded, block, num_warps=_NUM_WARPS
-        )
+        with torch.cuda.device_of(table):
+            _normalise_kernel[(triton.cdiv(num_groups, block),)](
+                table, average, mass, num_groups, energy_dim, num_columns, bounded, block, num_warps=_NUM_WARPS
+            )
     return average, mass
 
 
@@ -64,22 +68,23 @@ def gradients(
     num_members, energy_dim = values.shape
     if num_members > 0:
         sizes = _sizes(keys, energy_dim, table)
-        _gradient_kernel[(triton.cdiv(num_members, sizes["BLOCK"]),)](
-            grad,
-            table,
-            scores,
-            values,
-            keys,
-            weights,
-            on_scores,
-            on_values,
-            on_weights,
-            num_members,
-            **sizes,
-            BOUNDED=bounded,
-            FOR_WEIGHTS=for_weights,
-            num_warps=_NUM_WARPS,
-        )
+        with torch.cuda.device_of(table):
+            _gradient_kernel[(triton.cdiv(num_members, sizes["BLOCK"]),)](
+                grad,
+                table,
+                scores,
+                values,
+                keys,
+                weights,
+                on_scores,
+                on_values,
+                on_weights,
+                num_members,
+                **sizes,
+                BOUNDED=bounded,
+                FOR_WEIGHTS=for_weights,
+                num_warps=_NUM_WARPS,
+            )
     return on_scores, on_values, on_weights
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from energy_flow.ops.backend import require_adjacent_columns
 
 _BLOCK_N, _BLOCK_M, _BLOCK_K = 128, 256, 64
-_NUM_WARPS, _NUM_STAGES = 8, 3
+_NUM_WARPS, _NUM_STAGES = 8, 4
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,15 @@ def test_what_torch_says_when_a_cpu_has_no_memory_left() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    for said in (
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
+    capture = RuntimeError("the capture was invalidated")
+    capture.__context__ = torch.OutOfMemoryError("CUDA out of memory")  # it was that which invalidated it
+    assert is_out_of_memory(capture)
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -292,3 +302,13 @@ def test_a_small_batch_says_nothing_of_a_large_one(memory: Memory) -> None:
         for batch in (2, 7):
             processor(CASE.embedding()[:batch], CASE.rows()[:batch])
     assert memory.seen["forward"] == [2, 7]
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used, missing = tmp_path / "limit", tmp_path / "used", tmp_path / "missing"
+    monkeypatch.setattr(chunks, "_CONTAINER", ((missing, used), (limit, used)))
+    used.write_text("300\n")
+    limit.write_text("1000\n")
+    assert chunks.free_bytes(CPU) == 700
+    limit.write_text("max\n")
+    assert chunks.free_bytes(CPU) > 2**20

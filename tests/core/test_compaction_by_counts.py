@@ -87,4 +87,4 @@ def activity(*shares: float) -> list[bool]:
 
 def test_what_is_low_once_must_rise_to_be_high() -> None:
     assert not Activity().is_low()
-    assert activity(1.0, 0.85, 0.79, 0.85, 0.91, 0.85, 0.1) == [False, False, True, True, False, False, True]
+    assert activity(1.0, 0.55, 0.49, 0.55, 0.61, 0.55, 0.1) == [False, False, True, True, False, False, True]

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.rollout import RolloutSettings
 from energy_flow.errors import ConfigError, NoLandingError
+from energy_flow.settings import read
 from tests.helpers import DIM, Case, lattice_settings, model_settings
 
 # Weak flows and a filter that nobody passes: all are removed in the first step.
@@ -183,3 +185,14 @@ def test_capacity_and_steps_have_their_defaults() -> None:
 def test_filter_below_the_spawn_threshold_is_fine() -> None:
     lattice_settings(spawn__enabled=True, filter__enabled=True, filter__min_displacement=0.29)
     lattice_settings(filter__enabled=True, filter__min_displacement=5.0)  # nobody spawns
+
+
+@pytest.mark.parametrize(
+    "changes", [{"chunk": 2}, {"recompute": True}, {"compaction": True}, {"cuda_graph": True}], ids=str
+)
+def test_ways_of_the_tape_are_refused_for_plain_autograd(changes: dict[str, Any]) -> None:
+    plain = RolloutSettings.automatic().model_dump() | {"engine": "autograd", "compile": False, "chunk": None}
+    assert read(RolloutSettings, plain, "rollout").engine == "autograd"
+    ((key, value),) = changes.items()
+    with pytest.raises(ConfigError, match=rf"rollout\.{key} = {str(value).lower()}: .* Set rollout\.engine=auto"):
+        read(RolloutSettings, plain | changes, "rollout")

@@ -79,10 +79,15 @@ class TestTensorPool:
         assert pool.take("a", (50,), torch.int64, CPU).data_ptr() != first.data_ptr()
         assert pool.nbytes == 400
 
-    def test_who_knows_addresses_hears_of_every_release(self) -> None:
+    def test_who_relies_on_addresses_is_cleared_before_a_release(self) -> None:
         pool = TensorPool()
         held: list[int] = []
-        pool.before_release = lambda: held.append(pool.nbytes)
+
+        class Dependant:
+            def clear(self) -> None:
+                held.append(pool.nbytes)
+
+        pool.dependants.append(Dependant())
         pool.take("a", (2,), torch.int64, CPU)
         pool.take("a", (1,), torch.int64, CPU)
         assert held == []

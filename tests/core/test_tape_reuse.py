@@ -274,6 +274,21 @@ def test_nothing_of_the_graph_is_alive(way: dict[str, Any], trained: bool) -> No
     assert graph() is None
 
 
+@every_engine
+def test_a_model_is_gone_when_nobody_holds_it(way: dict[str, Any]) -> None:
+    """Without a garbage collection: its buffers may be most of the memory that there is."""
+    processor = processor_of(CASE, way)
+    step(processor, 0)
+    pool = weakref.ref(processor._pool)
+    gc.collect()
+    gc.disable()
+    try:
+        del processor
+        assert pool() is None
+    finally:
+        gc.enable()
+
+
 def live_bytes() -> int:
     """Of every block of memory that a tensor holds on to."""
     gc.collect()
