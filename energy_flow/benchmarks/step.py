@@ -15,6 +15,7 @@ from torch import Tensor
 
 from energy_flow.benchmarks.bars import figure_of_bars
 from energy_flow.benchmarks.findings import Findings, Grid, Row
+from energy_flow.benchmarks.modes import allow_deterministic_products, rows_of_modes
 from energy_flow.benchmarks.turns import Build, measure_in_turns
 from energy_flow.benchmarks.user_step import Recurrence, UserModel, graphed_step, parameters_of
 from energy_flow.benchmarks.workload import (
@@ -100,6 +101,7 @@ def run(settings: StepSettings, device: torch.device, seed: int, say: Callable[[
         RuntimeError: a variant gave other outputs or gradients than plain autograd, or flows ended early.
     """
     own = settings.cuda if device.type == "cuda" else settings.cpu
+    allow_deterministic_products()
     dtypes, notes = usable_dtypes(own.dtypes, device)
     rows: list[Row] = []
     rates, shares = [], []
@@ -111,6 +113,10 @@ def run(settings: StepSettings, device: torch.device, seed: int, say: Callable[[
         say(f"{flows}: timing")
         products, steps = _measure(workload, size, dtypes, own)
         rows += [one.row(workload.num_flows(size.batch)) for one in products] + steps
+        say(f"{flows}: deterministic algorithms, and flows that end early")
+        rows += rows_of_modes(
+            workload, f"{size.size}, {flows}", size.batch, dtypes[-1], repeats=own.repeats, min_seconds=own.min_seconds
+        )
         rates += [(flows, one.name, f"{one.rate / 1e12:,.3g} TFLOP/s") for one in products]
         shares.append(share_grid(steps, products, f"{size.size}, {flows}"))
         notes.append(_about(size, workload))
@@ -128,7 +134,7 @@ def picture(rows: list[Row]) -> Figure:
     def colour(variant: str) -> int:
         return 3 if variant.startswith(LIMIT) else 2 if variant.startswith(TAPE) else int(not variant.startswith(EAGER))
 
-    cases = [case for case in dict.fromkeys(row.case for row in rows) if case != PRODUCT]
+    cases = list(dict.fromkeys(row.case for row in rows if row.share is not None))
     kinds = ("plain autograd", "what a user would write", "tape", "arithmetic alone")
     return figure_of_bars(rows, cases, "One training step: forward and backward", kinds, colour)
 

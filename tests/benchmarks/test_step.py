@@ -131,7 +131,7 @@ def settings(**own: Any) -> StepSettings:
 
 
 def of_steps(rows: list[Row]) -> dict[str, Row]:
-    return {row.variant: row for row in rows if row.case != step.PRODUCT}
+    return {row.variant: row for row in rows if row.share is not None}
 
 
 def test_what_is_found(nothing_compiles: None) -> None:

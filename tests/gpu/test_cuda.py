@@ -1,6 +1,7 @@
 """What only a CUDA device can show. Run with: python -m pytest tests/gpu"""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,6 +165,29 @@ def test_recorded_passes_write_to_no_memory_but_their_own() -> None:
         assert all((mark == 7).all() for mark in marked)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_deterministic_algorithms_give_the_same_bits(autocast: bool) -> None:
+    """In a process of its own: cuBLAS reads its setting once."""
+    code = f"""
+import torch
+from tests.gpu.test_cuda import LIVELY_CASE, run
+
+torch.use_deterministic_algorithms(True)
+processor, source = LIVELY_CASE.processor().float().cuda(), LIVELY_CASE.embedding().detach().float().cuda()
+first = None
+for _ in range(20):
+    with torch.autocast("cuda", torch.bfloat16, enabled={autocast}):
+        output, grads = run(processor, source, source)
+    bits = [output.embedding, output.surface, *grads.values()]
+    first = first or [tensor.clone() for tensor in bits]
+    assert all(torch.equal(*pair) for pair in zip(first, bits, strict=True))
+print(len(processor._tape._recordings), "recorded")
+"""
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "1 recorded\n", done.stderr
 
 
 @pytest.mark.parametrize("waiting", ["Rollout.run", "Tape.backward"])
