@@ -141,6 +141,7 @@ class TapeEngine:
                 on_start, of_chunk = walk_back(grad_position[part], grad_energy[part])
                 grad_surface[part] = on_start[:, : surface.shape[1]]
                 gradients.add(of_chunk)
+                del walk_back, on_start, of_chunk  # the tape, which the next chunk's would stand beside
             return grad_surface, gradients.unpack(self._carrier)
 
         return self._within_memory(surface, way, True, attempt)

@@ -139,7 +139,7 @@ def test_the_report_is_answered(run: Run) -> None:
         (("benchmark=step", "benchmark.cpu.sizes=[{size: debgu, batch: 1}]"), ("'debgu'", "did you mean debug?")),
         (("benchmark=memory", "benchmark.cuda.sweeps=[]"), ("benchmark.cuda.sweeps = []", "at least 1 item")),
         (("benchmark=scaling", "benchmark.cpu.batches=[0]"), ("benchmark.cpu.batches[0] = 0", "greater than or equal")),
-        (("benchmark=stability", "benchmark.steps=50"), ("benchmark.steps = 50", "benchmark.warmup_steps = 50")),
+        (("benchmark=stability", "benchmark.steps=50"), ("benchmark.steps = 50", "benchmark.warmup_steps = 150")),
         (("device=gpu",), ("device = 'gpu'", "'cpu' or 'cuda'")),
         (("seed=-1",), ("seed = -1", "greater than or equal to 0")),
         (("dvice=cpu",), ("dvice", "did you mean device?")),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
+from energy_flow.core.tape import Tape
 from tests.core.test_memory import Mark, Marked
 from tests.core.ways import ENGINES, PLAIN, assert_identical, assert_same, processor_of, tape
 from tests.helpers import DIM, Case, tensors_of
@@ -272,6 +273,23 @@ def test_nothing_of_the_graph_is_alive(way: dict[str, Any], trained: bool) -> No
     del output
     gc.collect()
     assert graph() is None
+
+
+@every_tape
+def test_there_is_one_tape_at_a_time(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where chunks differ in size, and the next one takes larger buffers."""
+    begin, alive = Tape.__init__, []
+
+    def watched(self: Tape, *args: Any, **kwargs: Any) -> None:
+        assert all(other() is None for other in alive)
+        alive.append(weakref.ref(self))
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tape, "__init__", watched)
+    processor = processor_of(CASE, way)
+    for seed in range(2):
+        step(processor, seed, batch=7)
+    assert len(alive) >= 2
 
 
 @every_engine
