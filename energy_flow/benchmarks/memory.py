@@ -91,9 +91,9 @@ def picture(rows: list[Row]) -> Figure:
     return figure_of_panels(rows, panels, "A training step: memory and time against the number of flows", columns=2)
 
 
-def chunked(kind: str, chunk: int) -> str:
-    """Name of a variant that runs a fixed number of samples at a time."""
-    return f"{kind}, {chunk} samples at a time"
+def chunked(kind: str) -> str:
+    """Name of a variant that runs a fixed number of samples at a time; the case says how many."""
+    return f"{kind}, in chunks"
 
 
 def variants(sweep: SweepSettings, batch: int) -> dict[str, dict[str, Any]]:
@@ -102,7 +102,7 @@ def variants(sweep: SweepSettings, batch: int) -> dict[str, dict[str, Any]]:
     wanted: dict[str, dict[str, Any]] = {
         f"{kind}, {WHOLE}": {"recompute": lean, "chunk": None} for kind, lean in ways.items()
     }
-    wanted |= {chunked(kind, sweep.chunk): {"recompute": lean, "chunk": sweep.chunk} for kind, lean in ways.items()}
+    wanted |= {chunked(kind): {"recompute": lean, "chunk": sweep.chunk} for kind, lean in ways.items()}
     if batch == max(sweep.batches):
         wanted[f"{FAST}, {AUTO}"] = {"recompute": False, "chunk": "auto"}
     return wanted
@@ -126,7 +126,7 @@ def _measure(workload: Workload, sweep: SweepSettings, batch: int, own: MemoryOn
     for name, one in found.items():
         ratio = baseline / one.seconds if baseline and one.seconds else None
         share = least / one.seconds if one.seconds and name != NO_STEPS else None
-        case = f"{sweep.size}; ratio to {FAST}, {WHOLE}"
+        case = f"{sweep.size}; chunks of {sweep.chunk} samples; ratio to {FAST}, {WHOLE}"
         rows.append(Row("memory", case, flows, name, one.seconds, one.peak_bytes, ratio, share))
     return rows
 
@@ -138,10 +138,8 @@ def flatness_grid(rows: list[Row], sweep: SweepSettings) -> Grid:
     for kind in (FAST, LEAN):
         cells = []
         for size in columns:
-            own, base = (
-                find(rows, sweep.size, size, name).peak_bytes for name in (chunked(kind, sweep.chunk), NO_STEPS)
-            )
+            own, base = (find(rows, sweep.size, size, name).peak_bytes for name in (chunked(kind), NO_STEPS))
             cells.append("-" if own is None or base is None else in_units(own - base, BYTE_UNITS))
-        lines.append((chunked(kind, sweep.chunk), *cells))
-    title = f"{sweep.size}: peak memory at a fixed chunk, beyond maps and landings"
+        lines.append((chunked(kind), *cells))
+    title = f"{sweep.size}: peak memory in chunks of {sweep.chunk} samples, beyond maps and landings"
     return Grid(title, ("variant", *(f"{size:,} flows" for size in columns)), tuple(lines))

@@ -100,7 +100,7 @@ class TestMemory:
 
     def test_what_is_found(self) -> None:
         findings = memory.run(self.settings(), CPU, 1, silent)
-        always = ["fast, whole batch", "lean, whole batch", chunked("fast", 1), chunked("lean", 1)]
+        always = ["fast, whole batch", "lean, whole batch", chunked("fast"), chunked("lean")]
         for size, more in ((12, []), (36, ["fast, chunk auto"])):
             rows = [row for row in findings.rows if row.size == size]
             assert [row.variant for row in rows] == [*always, *more, memory.NO_STEPS]
@@ -116,8 +116,8 @@ class TestMemory:
         assert memory.variants(sweep, 8) == {
             "fast, whole batch": {"recompute": False, "chunk": None},
             "lean, whole batch": {"recompute": True, "chunk": None},
-            "fast, 2 samples at a time": {"recompute": False, "chunk": 2},
-            "lean, 2 samples at a time": {"recompute": True, "chunk": 2},
+            "fast, in chunks": {"recompute": False, "chunk": 2},
+            "lean, in chunks": {"recompute": True, "chunk": 2},
             "fast, chunk auto": {"recompute": False, "chunk": "auto"},
         }
 
@@ -134,12 +134,12 @@ class TestMemory:
         row = find(findings.rows, "debug", 36, "fast, whole batch")
         assert (row.seconds, row.peak_bytes, row.share) == (None, None, None)
         assert "debug, 36 flows, fast, whole batch: out of memory" in findings.notes
-        assert find(findings.rows, "debug", 36, chunked("fast", 1)).seconds is not None
+        assert find(findings.rows, "debug", 36, chunked("fast")).seconds is not None
         assert render(memory.picture(findings.rows)).std() > 1
 
     def test_flatness_is_beyond_maps_and_landings(self) -> None:
         sweep = SweepSettings(size="debug", batches=[1, 2], chunk=1)
-        peaks = {chunked("fast", 1): 5 * 2**20, chunked("lean", 1): 2 * 2**20, memory.NO_STEPS: 2**20}
+        peaks = {chunked("fast"): 5 * 2**20, chunked("lean"): 2 * 2**20, memory.NO_STEPS: 2**20}
         rows = [Row("memory", "debug; x", size, name, 1.0, peak) for size in (9, 18) for name, peak in peaks.items()]
         grid = memory.flatness_grid(rows, sweep)
         assert [line[1:] for line in grid.lines] == [("4 MiB", "4 MiB"), ("1 MiB", "1 MiB")]
