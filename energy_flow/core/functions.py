@@ -19,6 +19,7 @@ from energy_flow.ops.gru_gates import (
     gates_forward,
     next_hidden,
 )
+from energy_flow.ops.heads import add_product, heads_backward, heads_backward_by, heads_forward, heads_forward_torch
 
 Function = Callable[..., Any]
 _MAX_FORMS = 256
@@ -34,6 +35,8 @@ class StepFunctions:
     move_backward: Function
     gates_forward: Function
     gates_backward: Function
+    heads_forward: Function
+    heads_backward: Function
     counter_noise: Function
 
 
@@ -42,16 +45,26 @@ def step_functions(compiled: bool, on_cpu: bool) -> StepFunctions:
     """One set per way of running; compiled ones are compiled when first called, again for a new size, then for any."""
     if not compiled:
         return StepFunctions(
-            write_features, neuron_features_backward, move, move_backward, gates_forward, gates_backward, counter_noise
+            write_features,
+            neuron_features_backward,
+            move,
+            move_backward,
+            gates_forward,
+            gates_backward,
+            heads_forward,
+            heads_backward,
+            counter_noise,
         )
     return StepFunctions(
         _compile(write_features),
         _compile(neuron_features_backward),
         _compile(move),
         _compile(move_backward),
-        # On a GPU the gates have kernels of their own.
+        # On a GPU gates and heads have kernels of their own.
         _forward_by(_compile(next_hidden)) if on_cpu else gates_forward,
         functools.partial(gates_backward_by, _compile(gate_gradients)) if on_cpu else gates_backward,
+        _compile(heads_forward_torch) if on_cpu else heads_forward,
+        functools.partial(heads_backward_by, _compile(add_product)) if on_cpu else heads_backward,
         # Compiled for a CPU (torch 2.13) the last numbers of a row come out wrong.
         counter_noise if on_cpu else _noise_by(_compile(drawn)),
     )

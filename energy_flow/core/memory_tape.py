@@ -5,6 +5,7 @@ one before it: slab s has the input of step s and the memory that layer l had af
 a layer reads is one range of columns, over all steps it is one strided matrix, and nothing is ever concatenated.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from energy_flow.core.functions import StepFunctions
 from energy_flow.core.step_weights import StepGradients, StepWeights
 from energy_flow.core.tensorized_flow_storage import TensorPool
 from energy_flow.ops.backend import use_triton
+from energy_flow.ops.gru_gates import gates_backward_in_place
 
 
 @dataclass
@@ -63,6 +65,9 @@ class MemoryTape:
         self._all_at_once = self._keep_gates and use_triton(self._slabs)
         gates = (layers, num_steps * num_rows, 4 * size) if self._keep_gates else (1, num_rows, 4 * size)
         self._gate_rows = pool.take("gates", gates, dtype, device)
+        self._gates_backward = functions.gates_backward
+        if recompute and device.type == "cpu" and not use_triton(self._slabs):
+            self._gates_backward = functools.partial(gates_backward_in_place, functions.gates_backward)
         self.segment = Segment(0, num_rows, 0, 0)
         for layer in range(layers):
             self._memory(self.segment, layer, 0).zero_()
@@ -138,7 +143,7 @@ class MemoryTape:
             gates, both = self._gates(segment, number, step), self._both(segment, number, step)
             if not self._keep_gates:
                 layer.products(both, gates, first, count)
-            on_gates, on_memory = self._functions.gates_backward(
+            on_gates, on_memory = self._gates_backward(
                 gates, both[:, layer.input_size :], grad_memory[number], layer.bias, sums.bias, count
             )
             grad_memory[number] = on_memory

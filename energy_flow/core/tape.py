@@ -16,7 +16,6 @@ from energy_flow.core.functions import StepFunctions
 from energy_flow.core.memory_tape import MemoryTape, Segment
 from energy_flow.core.step_weights import StepGradients, StepWeights
 from energy_flow.core.tensorized_flow_storage import Births, FlowState, TensorPool
-from energy_flow.ops.heads import heads_backward, heads_forward
 
 # Flows that have ended are computed; left out, by rows that the host counts; left out, by a count on the device.
 Compaction = Literal["none", "rows", "counts"]
@@ -149,7 +148,7 @@ class Tape:
 
     def decide(self, memory: Tensor) -> Tensor:
         """See `Networks`."""
-        return heads_forward(memory, self.weights.head_weight, self.weights.head_bias)
+        return self._functions.heads_forward(memory, self.weights.head_weight, self.weights.head_bias)
 
     def backward(self, grad_position: Tensor, grad_energy: Tensor, gradients: StepGradients) -> Tensor:
         """Walk the tape in reverse, once: gates are overwritten by their gradients.
@@ -197,7 +196,7 @@ class Tape:
             _pick(on_position, rows),
             _pick(on_energy, rows),
         )
-        heads_backward(
+        self._functions.heads_backward(
             grad_decision,
             self._memory.top(record.segment, record.index),
             self.weights.head_weight,

@@ -8,12 +8,16 @@ The products are all that the backward pass needs: computing the gates from them
 writing them down.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from energy_flow.ops.backend import use_triton
+
+GatesBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+_BLOCK_BYTES = 2**22  # of gates that fit into a core's caches
 
 
 def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, count: Tensor | None = None) -> None:
@@ -41,13 +45,13 @@ def gates_backward(
 
     Args:
         gates, hidden, bias: what `gates_forward` got. Kernels overwrite `gates`.
-        grad: [N, H], of the next hidden state. Kernels overwrite it.
+        grad: [N, H], of the next hidden state. Overwritten.
         bias_grad: [4H], the bias's dtype; the sums of the four gradients over rows are added.
         count: see `gates_forward`; `grad` is 0 in the other rows.
 
     Returns:
-        Gradients of the products, [dn | dr | dz | dhn] [N, 4H], and what the hidden state gets past them, grad * z
-        [N, H]; from kernels in the memory of `gates` and `grad`.
+        Gradients of the products, [dn | dr | dz | dhn] [N, 4H], from kernels in the memory of `gates`, and what the
+        hidden state gets past them, grad * z [N, H], in the memory of `grad`.
     """
     if use_triton(gates):
         from energy_flow.ops import gru_gates_triton  # optional at run time
@@ -58,7 +62,7 @@ def gates_backward(
 
 
 def gates_backward_by(
-    function: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     gates: Tensor,
     hidden: Tensor,
     grad: Tensor,
@@ -67,10 +71,29 @@ def gates_backward_by(
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`gates_backward` by `gate_gradients`, or by a compiled form of it; computes all rows."""
-    on_gates, on_hidden = function(gates, hidden, grad, bias)
+    on_gates = function(gates, hidden, grad, bias)
     # A product sums the rows of a row-major matrix twice as fast as `sum` does.
     bias_grad.add_(torch.mm(on_gates.new_ones(1, len(on_gates)), on_gates)[0])
-    return on_gates, on_hidden
+    return on_gates, grad
+
+
+def gates_backward_in_place(
+    backward: GatesBackward,
+    gates: Tensor,
+    hidden: Tensor,
+    grad: Tensor,
+    bias: Tensor,
+    bias_grad: Tensor,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gates_backward` by `backward`, for all rows, one block after the other, and all results in `gates` and `grad`.
+
+    So a second gate buffer is never needed, and what a block needs is still in the caches when it is copied.
+    """
+    blocks = max(1, math.ceil(gates.nbytes / _BLOCK_BYTES))
+    for own_gates, own_hidden, own_grad in zip(*(value.chunk(blocks) for value in (gates, hidden, grad)), strict=True):
+        own_gates.copy_(backward(own_gates, own_hidden, own_grad, bias, bias_grad)[0])
+    return gates, grad
 
 
 def next_hidden(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
@@ -79,8 +102,8 @@ def next_hidden(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
     return new.lerp_(hidden.to(bias.dtype), update).to(gates.dtype)
 
 
-def gate_gradients(gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`gates_backward` as a function of its inputs: [N, 4H] and [N, H]."""
+def gate_gradients(gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor) -> Tensor:
+    """Gradients of the products [N, 4H] as a function of its inputs; `grad` becomes that of the hidden state."""
     hidden, on_out = hidden.to(bias.dtype), grad.to(bias.dtype)
     new, reset, update, hidden_new = _activate(gates, bias)
     rest = 1 - update
@@ -89,7 +112,8 @@ def gate_gradients(gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor) ->
     on_hidden_new = on_new * reset
     on_reset = reset.neg_().add_(1).mul_(hidden_new).mul_(on_hidden_new)
     gradients = torch.cat([part.to(gates.dtype) for part in (on_new, on_reset, on_update, on_hidden_new)], dim=1)
-    return gradients, (on_out * update).to(gates.dtype)
+    grad.copy_(on_out * update)  # last: in float32 `on_out` is `grad`
+    return gradients
 
 
 def _activate(gates: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

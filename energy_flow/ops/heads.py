@@ -1,5 +1,8 @@
 """A linear map to very few outputs, in full precision from a memory of less."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,6 +49,9 @@ def heads_backward(
 
 def heads_forward_torch(memory: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`heads_forward` in plain torch, on any device."""
+    if torch.compiler.is_compiling() and memory.dtype != weight.dtype:
+        # One loop over the memory; a product would ask for a copy of it in the weight's dtype.
+        return (memory.to(weight.dtype)[:, None] * weight).sum(-1) + bias
     return functional.linear(memory.to(weight.dtype), weight, bias)
 
 
@@ -53,9 +59,30 @@ def heads_backward_torch(
     grad: Tensor, memory: Tensor, weight: Tensor, grad_memory: Tensor, weight_grad: Tensor, bias_grad: Tensor
 ) -> None:
     """`heads_backward` in plain torch, on any device."""
+    heads_backward_by(add_product, grad, memory, weight, grad_memory, weight_grad, bias_grad)
+
+
+def heads_backward_by(
+    add: Callable[[Tensor, Tensor, Tensor], None],
+    grad: Tensor,
+    memory: Tensor,
+    weight: Tensor,
+    grad_memory: Tensor,
+    weight_grad: Tensor,
+    bias_grad: Tensor,
+) -> None:
+    """`heads_backward` by `add_product`, or by a compiled form of it."""
     if grad_memory.dtype == grad.dtype:
         grad_memory.addmm_(grad, weight)
     else:
-        grad_memory.add_(grad @ weight)
+        add(grad_memory, grad, weight)
     weight_grad.addmm_(grad.t(), memory.to(weight.dtype))
     bias_grad.add_(grad.sum(0))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [N, H] += left [N, K] right [K, H], both of more precision than the total, with one rounding."""
+    if torch.compiler.is_compiling():  # one loop over the total
+        total.copy_(total + sum(column[:, None] * row for column, row in zip(left.unbind(1), right, strict=True)))
+    else:
+        total.add_(left @ right)
