@@ -80,7 +80,8 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in SOURCES if path.parent.name in ("core", "ops")],
+    # Copies to the host are there to be waited for, by those who ask.
+    [path for path in SOURCES if path.parent.name in ("core", "ops") and path.name != "host_copy.py"],
     ids=lambda path: str(path.relative_to(PACKAGE)),
 )
 def test_core_and_ops_do_not_wait_for_the_device(path: Path) -> None:

@@ -23,6 +23,6 @@ class Activity:
     def is_low(self) -> bool:
         """Whether few enough were active in the last batch whose share has arrived."""
         if self._under_way is not None and self._under_way.ready:
-            share, self._under_way = self._under_way.wait().item(), None
+            share, self._under_way = float(self._under_way.wait()), None
             self._low = share < (_HIGH if self._low else _LOW)
         return self._low
