@@ -76,8 +76,17 @@ def _turn(build: Build, device: torch.device, min_seconds: float) -> tuple[float
         peak = peak_memory(first_runs, device)
         (taken,) = compare({"it": built[0]}, device, repeats=1, min_seconds=min_seconds, warmup=0).values()
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not _out_of_memory(error):
             raise
         log.info("out of memory: %s", error)
         return None, None
     return taken, peak
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Also where it ended the recording of a graph, which then raises an error of its own."""
+    while error is not None:
+        if is_out_of_memory(error):
+            return True
+        error = error.__context__
+    return False

@@ -14,9 +14,12 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_CONTAINER = (  # limit and usage of a Linux control group, second and first version
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+_CONTAINER = tuple(  # limit, usage and its details, of a Linux control group of the second and of the first version
+    tuple(f"/sys/fs/cgroup/{name}" for name in names)
+    for names in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    )
 )
 _SHARE = 0.45  # of the free memory; the rest is for the model, the losses and other programs
 
@@ -88,16 +91,12 @@ class ChunkSizes:
         return _even(batch, min(batch, self._largest[device, kind]))
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an allocation failed, here or before this error, which it then led to.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed.
 
     Beside `torch.OutOfMemoryError` there are plain errors: of torch on a CPU, of the driver, of Triton and of cuBLAS.
     """
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS):
-            return True
-        error = error.__context__
-    return False
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -109,12 +108,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _free_of_container() -> float:
-    """What the control group may still take; the machine's memory says nothing of it."""
-    for limit, used in _CONTAINER:
+    """What a container may still take, by the limit that it sees as its own; files that it has read can go again."""
+    for limit, used, details in _CONTAINER:
         try:
-            return int(Path(limit).read_text()) - int(Path(used).read_text())
+            free = int(Path(limit).read_text()) - int(Path(used).read_text())
+            lines = dict(line.split() for line in Path(details).read_text().splitlines())
         except (OSError, ValueError):  # not there; "max"
             continue
+        files = sum(int(lines.get(f"total_{kind}", lines.get(kind, 0))) for kind in ("inactive_file", "active_file"))
+        return max(0, free + files)
     return math.inf
 
 

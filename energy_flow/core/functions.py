@@ -1,6 +1,7 @@
 """The elementwise parts of a step and of its way back, as they are or compiled."""
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from energy_flow.ops.heads import add_product, heads_backward, heads_backward_by
 
 Function = Callable[..., Any]
 _MAX_FORMS = 256
+_limits = threading.local()
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ def _compile(function: Function) -> Function:
     def call(*arguments: Any) -> Any:
         # Every dtype, size of a model and kind of rule is a form of its own; dynamo gives up at 8 of them. The limit is
         # one thread's, and on a GPU autograd walks back in a thread of its own.
-        config = torch._dynamo.config
-        config.cache_size_limit = max(config.cache_size_limit, _MAX_FORMS)
+        if not hasattr(_limits, "raised"):
+            config = torch._dynamo.config
+            config.cache_size_limit = max(config.cache_size_limit, _MAX_FORMS)
+            _limits.raised = True
         return compiled(*arguments)
 
     return call

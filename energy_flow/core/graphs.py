@@ -1,6 +1,7 @@
 """CUDA graphs: a chunk's forward and backward pass recorded once, and replayed with a single launch each."""
 
 import gc
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,7 +37,8 @@ class ChunkGraph:
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         # Of its own: libraries keep workspaces by stream, and torch lets go of a stream's when a graph of it goes.
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _free_stream(device)
+        _alive.add(self)
         self._used = False
         self.tape: Tape  # of the recorded forward pass
         self._forward: _Replay | None = None
@@ -73,6 +75,16 @@ class ChunkGraph:
             self._backward = _Replay(graph, inputs)
         _launch(self._backward, values)
         return self._gradients
+
+
+_alive: weakref.WeakSet[ChunkGraph] = weakref.WeakSet()
+
+
+def _free_stream(device: torch.device) -> torch.cuda.Stream:
+    """One that no other graph has, unless all are taken: torch hands out 32 in turn."""
+    taken = {graph._stream.cuda_stream for graph in _alive}
+    streams = [torch.cuda.Stream(device) for _ in range(32)]
+    return next((stream for stream in streams if stream.cuda_stream not in taken), streams[0])
 
 
 class Recordings:

@@ -16,9 +16,10 @@ class HostCopy:
             self._value = value.cpu()
             return
         self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        self._value.copy_(value, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record()
+        with torch.cuda.device_of(value):  # whose stream the event is recorded on
+            self._value.copy_(value, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     @property
     def ready(self) -> bool:

@@ -26,7 +26,7 @@ from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.step_weights import StepGradients, StepWeights, padded, step_parameters
 from energy_flow.core.tape import Compaction, Tape, most_segments
 from energy_flow.errors import ConfigError
-from energy_flow.ops.backend import has_triton
+from energy_flow.ops.backend import has_triton, use_triton
 
 _WORTH_COMPILING = 128  # hidden units
 
@@ -86,10 +86,10 @@ class TapeEngine:
         Raises:
             ConfigError: the settings ask for what this device can't do.
         """
-        _check(self._settings, surface.device)
+        _check(self._settings, surface)
         parameters = step_parameters(self._neuron, self._carrier)
         dtype = _products_dtype(surface, parameters[0])
-        way = _Way(dtype, self._compaction(surface.device, dtype))
+        way = _Way(dtype, self._compaction(surface, dtype))
         keep = torch.is_grad_enabled() and any(value.requires_grad for value in (surface, *parameters))
         results: list[RolloutResult] = []
         position, energy = _TapedRollout.apply(self, call, way, keep, results, surface, *parameters)
@@ -164,7 +164,7 @@ class TapeEngine:
             result, walk_back = replayed
         else:
             result, tape = self._run(part, own, way, keep)
-            walk_back = functools.partial(self._walk_and_count, tape, kind)
+            walk_back = functools.partial(_walk_and_count, self._recordings, tape, kind)
             if not keep:
                 self._recordings.ran(kind)
         if keep:
@@ -179,7 +179,7 @@ class TapeEngine:
         if graph is None:
             return None
         result = graph.forward(functools.partial(self._run, way=way, keep=keep), surface, call)
-        return result, functools.partial(graph.backward, self._walk)
+        return result, functools.partial(graph.backward, _walk)
 
     def _run(self, surface: Tensor, call: RolloutCall, way: _Way, keep: bool) -> tuple[RolloutResult, Tape]:
         lattice, settings = self._rollout.settings, self._settings
@@ -198,18 +198,6 @@ class TapeEngine:
         )
         return self._rollout.run(surface, tape, call), tape
 
-    def _walk_and_count(
-        self, tape: Tape, kind: Hashable, grad_position: Tensor, grad_energy: Tensor
-    ) -> tuple[Tensor, StepGradients]:
-        result = self._walk(tape, grad_position, grad_energy)
-        self._recordings.ran(kind)
-        return result
-
-    @staticmethod
-    def _walk(tape: Tape, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor, StepGradients]:
-        gradients = tape.weights.no_gradients()
-        return tape.backward(grad_position, grad_energy, gradients), gradients
-
     def _kind(self, surface: Tensor, call: RolloutCall, way: _Way, keep: bool) -> Hashable:
         """What a graph is recorded for; None where there shall be none."""
         wanted = surface.is_cuda if self._settings.cuda_graph == "auto" else self._settings.cuda_graph
@@ -223,16 +211,16 @@ class TapeEngine:
     def _weights(self, dtype: torch.dtype) -> StepWeights:
         return StepWeights.pack(self._neuron, self._carrier, dtype)
 
-    def _compaction(self, device: torch.device, dtype: torch.dtype) -> Compaction:
+    def _compaction(self, surface: Tensor, dtype: torch.dtype) -> Compaction:
         wanted = self._settings.compaction
         if wanted is False:
             return "none"
-        if device.type == "cpu":
+        if surface.device.type == "cpu":
             return "rows"
         if wanted == "auto":
             # Kernels that leave rows out are for products of two bytes. When the host learns of the activity depends on
             # time, and another way of computing gives other roundings.
-            fits = has_triton() and dtype.itemsize == 2 and not torch.are_deterministic_algorithms_enabled()
+            fits = use_triton(surface) and dtype.itemsize == 2 and not torch.are_deterministic_algorithms_enabled()
             wanted = fits and self._activity.is_low()
         return "counts" if wanted else "none"
 
@@ -301,7 +289,24 @@ class _TapedRollout(torch.autograd.Function):
         return None, None, None, None, None, on_surface, *on_parameters
 
 
-def _check(settings: RolloutSettings, device: torch.device) -> None:
+# What the engine keeps of a tape must not keep the engine.
+
+
+def _walk(tape: Tape, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor, StepGradients]:
+    gradients = tape.weights.no_gradients()
+    return tape.backward(grad_position, grad_energy, gradients), gradients
+
+
+def _walk_and_count(
+    recordings: Recordings, tape: Tape, kind: Hashable, grad_position: Tensor, grad_energy: Tensor
+) -> tuple[Tensor, StepGradients]:
+    result = _walk(tape, grad_position, grad_energy)
+    recordings.ran(kind)
+    return result
+
+
+def _check(settings: RolloutSettings, surface: Tensor) -> None:
+    device = surface.device
     on_cpu = device.type == "cpu"
     if settings.compile is True and on_cpu and not _has_compiler():
         raise ConfigError(
@@ -310,9 +315,9 @@ def _check(settings: RolloutSettings, device: torch.device) -> None:
         )
     if settings.cuda_graph is True and device.type != "cuda":
         raise ConfigError(f"rollout.cuda_graph = true: the device is {device}. Set rollout.cuda_graph=auto")
-    if settings.compaction is True and not on_cpu and not has_triton():
+    if settings.compaction is True and not on_cpu and not use_triton(surface):
         raise ConfigError(
-            f"rollout.compaction = true: on {device} it takes Triton, which isn't installed. Install it, or set "
+            f"rollout.compaction = true: on {device} it takes Triton, and compute capability 8.0 or more. Set "
             "rollout.compaction=auto"
         )
 

@@ -5,6 +5,9 @@ Nothing waits for the device or is added atomically: the same bits every time, a
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (Triton reads annotations of kernels itself.)
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +17,8 @@ from energy_flow.ops.backend import require_adjacent_columns
 
 _BLOCK_N, _BLOCK_M, _BLOCK_K = 128, 256, 64
 _NUM_WARPS, _NUM_STAGES = 8, 4
+# Of shared memory, for the tiles that are on their way: one stage is being computed.
+_BYTES = 2 * (_BLOCK_N + _BLOCK_M) * _BLOCK_K * (_NUM_STAGES - 1)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -68,7 +73,8 @@ def product(left: Tensor, right: Tensor, out: Tensor, count: Tensor, add: bool) 
     require_adjacent_columns(left=left, out=out)
     num_rows, width = left.shape
     columns = right.shape[1]
-    block_m = min(_BLOCK_M, max(16, triton.next_power_of_2(columns)))
+    widest = _BLOCK_M if _shared_memory(left.device) > _BYTES else _BLOCK_M // 2
+    block_m = min(widest, max(16, triton.next_power_of_2(columns)))
     grid = (triton.cdiv(num_rows, _BLOCK_N) * triton.cdiv(columns, block_m),)
     with torch.cuda.device_of(left):
         _product_kernel[grid](
@@ -90,3 +96,12 @@ def product(left: Tensor, right: Tensor, out: Tensor, count: Tensor, add: bool) 
             num_warps=_NUM_WARPS,
             num_stages=_NUM_STAGES,
         )
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> float:
+    """Bytes that a program may have, as Triton itself asks for; no limit in the interpreter."""
+    if device.type != "cuda":
+        return math.inf
+    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return properties["max_shared_mem"]

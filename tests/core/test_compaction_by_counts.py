@@ -1,6 +1,8 @@
 """Compaction with counts that only the device knows: on a CPU here, where the other rows are computed for nothing."""
 
 import dataclasses
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from energy_flow.core import tape as tapes
+from energy_flow.core import tape_engine
 from energy_flow.core.activity import Activity
 from energy_flow.core.history import Counts
 from energy_flow.core.tape_engine import TapeEngine
 from tests.core.test_invariants import cases
 from tests.core.test_ways_of_running import CASES, TOLERANCES, expected_of
-from tests.core.ways import PLAIN, assert_same, everything, tape
+from tests.core.ways import PLAIN, assert_same, everything, processor_of, tape
+
+CHOSEN = TapeEngine._compaction
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +93,26 @@ def activity(*shares: float) -> list[bool]:
 def test_what_is_low_once_must_rise_to_be_high() -> None:
     assert not Activity().is_low()
     assert activity(1.0, 0.55, 0.49, 0.55, 0.61, 0.55, 0.1) == [False, False, True, True, False, False, True]
+
+
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU by itself only once few are active, in products of two bytes, and never where bits must be the same."""
+    on_gpu, on_cpu = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(device=torch.device("cpu"))
+    half, single = torch.bfloat16, torch.float32
+    monkeypatch.setattr(tape_engine, "use_triton", lambda tensor: True)
+    chosen = {
+        setting: functools.partial(CHOSEN, processor_of(CASES["everything"], {"compaction": setting})._tape)
+        for setting in ("auto", True, False)
+    }
+    assert [chosen[False](on_gpu, half), chosen[False](on_cpu, half)] == ["none", "none"]
+    assert [chosen[True](on_gpu, single), chosen[True](on_cpu, single)] == ["counts", "rows"]
+    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_cpu, half)] == ["none", "rows"]
+    monkeypatch.setattr(Activity, "is_low", lambda _: True)
+    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_gpu, single)] == ["counts", "none"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen["auto"](on_gpu, half) == "none"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(tape_engine, "use_triton", lambda tensor: False)
+    assert chosen["auto"](on_gpu, half) == "none"

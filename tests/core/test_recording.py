@@ -131,7 +131,14 @@ def test_what_is_not_used_between_two_cleanups_goes(monkeypatch: pytest.MonkeyPa
     assert recordings.get("b", device) is None
 
 
-def test_copies_begin_without_graphs() -> None:
-    recordings = Recordings()
-    recordings.ran("a")
-    assert len(copy.deepcopy(recordings)._runs) == 0
+def test_copies_begin_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "ChunkGraph", Idle)
+    recordings, device = Recordings(), torch.device("cpu")
+    for kind in "aab":
+        recordings.ran(kind)
+    assert recordings.get("a", device) is not None
+    copied = copy.deepcopy(recordings)
+    assert len(copied) == 0
+    copied.ran("b")
+    assert copied.get("b", device) is None
+    assert len(recordings) == 1

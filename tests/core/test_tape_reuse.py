@@ -293,10 +293,14 @@ def test_there_is_one_tape_at_a_time(way: dict[str, Any], monkeypatch: pytest.Mo
 
 
 @every_engine
-def test_a_model_is_gone_when_nobody_holds_it(way: dict[str, Any]) -> None:
+@pytest.mark.parametrize("trained", [True, False], ids=["after a backward pass", "after a forward pass"])
+def test_a_model_is_gone_when_nobody_holds_it(way: dict[str, Any], trained: bool) -> None:
     """Without a garbage collection: its buffers may be most of the memory that there is."""
     processor = processor_of(CASE, way)
-    step(processor, 0)
+    if trained:
+        step(processor, 0)
+    else:
+        run(processor, 0)
     pool = weakref.ref(processor._pool)
     gc.collect()
     gc.disable()

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from energy_flow.ops import gru_gates
 from tests.core.test_invariants import cases
 from tests.core.ways import ENGINES, PLAIN, assert_identical, assert_same, everything, tape
 from tests.helpers import SMALLEST_MARGIN, Case, reference_of
@@ -128,6 +129,14 @@ def test_the_tape_is_plain_autograd(name: str, way: str, dtype: torch.dtype) -> 
 def test_what_is_chosen_by_itself_is_plain_autograd() -> None:
     for name in CASES:
         assert_same(everything(CASES[name], {}), expected_of(name, torch.float64), TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("compaction", [False, True])
+def test_gate_gradients_in_many_blocks(compaction: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gru_gates, "_BLOCK_BYTES", 256)
+    for name in CASES:
+        way = tape(recompute=True, compaction=compaction)
+        assert_same(everything(CASES[name], way), expected_of(name, torch.float64), TOLERANCES[torch.float64])
 
 
 @pytest.mark.slow
