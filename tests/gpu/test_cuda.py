@@ -171,6 +171,8 @@ def test_recorded_passes_write_to_no_memory_but_their_own() -> None:
 def test_deterministic_algorithms_give_the_same_bits(autocast: bool) -> None:
     """In a process of its own: cuBLAS reads its setting once."""
     code = f"""
+import faulthandler
+faulthandler.dump_traceback_later(180, exit=True)
 import torch
 from tests.gpu.test_cuda import LIVELY_CASE, run
 
@@ -194,6 +196,8 @@ print(len(processor._tape._recordings), "recorded")
 def test_a_pass_that_cannot_be_recorded_is_an_error_with_a_remedy(waiting: str) -> None:
     """In a process of its own: torch isn't fit for much afterwards."""
     code = f"""
+import faulthandler
+faulthandler.dump_traceback_later(180, exit=True)
 import torch
 from energy_flow.core.rollout import Rollout
 from energy_flow.core.tape import Tape
