@@ -1,5 +1,6 @@
 """Measure the framework on this machine: python -m energy_flow.benchmark benchmark=NAME [key=value ...]"""
 
+import logging
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,8 @@ from energy_flow.benchmarks.registry import read_benchmark
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, read
 from energy_flow.training.run import PathSettings
+
+log = logging.getLogger(__name__)
 
 
 class BenchmarkSettings(Settings):
@@ -37,7 +40,12 @@ def measure(config: dict[str, Any]) -> None:
     machine = describe_machine(device, _command())
     try:
         with console.status("measuring") as status:
-            findings = benchmark.run(own, device, settings.seed, lambda what: status.update(f"measuring: {what}"))
+
+            def say(what: str) -> None:
+                status.update(f"measuring: {what}")
+                log.info("measuring: %s", what)  # the log file says what took how long
+
+            findings = benchmark.run(own, device, settings.seed, say)
         output.write(folder, machine, findings)
         benchmark.picture(findings.rows).savefig(folder / "benchmark.png")
         output.show(console, machine, findings)

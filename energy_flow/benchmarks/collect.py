@@ -3,6 +3,7 @@
 Letters: N landings, K cells that one landing touches, G groups (samples x cells).
 """
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
-from energy_flow.benchmarks.figures import SECONDS, Panel, figure_of_panels
+from energy_flow.benchmarks.figures import AS_GRAPH, SECONDS, Panel, figure_of_panels
 from energy_flow.benchmarks.findings import Findings, Grid, Row, find, rows_of, sizes
 from energy_flow.benchmarks.measure import compare, copy_rate, peak_memory
 from energy_flow.core.geometry import Deposit, cell_centres, deposit_cells, fold
@@ -24,6 +25,7 @@ from energy_flow.settings import Settings
 OURS, BOUNDED = "group_softmax_deposit", "group_softmax_deposit, bound"
 UNIQUE, SEGMENTS, PYG = "unique + scatter", "sorted + segment_reduce", "torch_geometric"
 COPY = "copy of the same bytes"
+RECORDABLE = (OURS, BOUNDED, PYG)  # they wait for nothing, so a CUDA graph can hold them
 DEPOSITS: tuple[Deposit, ...] = ("nearest", "bilinear")
 LARGEST_SCORE = 3.0  # |energy| <= 1, as tanh gives it, times what 20 steps make of it
 SPREAD = 2.0  # standard deviation of a landing's distance from where its flow began, in cells
@@ -91,6 +93,11 @@ def run(settings: CollectSettings, device: torch.device, seed: int, say: Callabl
         f"copy rate, measured in this run: {rate / 1e9:,.1f} GB/s (bytes read and bytes written); the copy moves as "
         "many bytes as forward and backward move at least",
     ]
+    if device.type == "cuda":
+        notes.append(
+            "as a CUDA graph: the same work without what Python and the driver add to every kernel; the ways "
+            "that wait for the device can't be recorded"
+        )
     if PYG not in collectors("nearest"):
         notes.append("torch_geometric is not installed: its softmax was not measured")
     return Findings(rows, [share_grid(rows)], notes)
@@ -197,6 +204,17 @@ def forward_backward(way: Collector, problem: Problem) -> tuple[Tensor, ...]:
     return (out.detach(), *torch.autograd.grad(out, problem.leaves, problem.grad))
 
 
+def recorded(work: Callable[[], Any]) -> Callable[[], None]:
+    """The same work as a CUDA graph, to be run as often as one likes; what it gives is overwritten each time."""
+    with torch.cuda.stream(torch.cuda.Stream()):  # libraries set themselves up outside of the recording
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 def require_same(name: str, expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
     """Raises RuntimeError if values or gradients differ by more than rounding."""
     for what, left, right in zip(("values", "scores", "energies", "weights"), expected, found, strict=False):
@@ -213,9 +231,13 @@ def _measure(
     for name, way in ways.items():
         require_same(name, expected, forward_backward(way, problem))
     del expected
-    work = {name: (lambda way=way: forward_backward(way, problem)) for name, way in ways.items()}
-    seconds: dict[str, float | None] = dict(compare(work, device, **options))
+    work: dict[str, Callable[[], Any]] = {
+        name: functools.partial(forward_backward, way, problem) for name, way in ways.items()
+    }
     peaks = {name: peak_memory(one, device) for name, one in work.items()}
+    if device.type == "cuda":
+        work |= {name + AS_GRAPH: recorded(work[name]) for name in RECORDABLE if name in work}
+    seconds: dict[str, float | None] = dict(compare(work, device, **options))
     seconds[COPY] = problem.bytes_moved / rate
     case = f"{deposit}; ratio to {UNIQUE}"
     return rows_of("collect", case, len(problem.scores), seconds, UNIQUE, peaks)

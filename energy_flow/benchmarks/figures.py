@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ COLOURS = (VERMILION, BLUE, GREEN, ORANGE, INK, GREY)
 MARKERS = ("s", "o", "^", "D", "v", "P")
 LETTERS_PER_INCH = 12  # of the legend, the line before each entry counted as 6 letters
 SECONDS, BYTES = "seconds", "peak_bytes"
+AS_GRAPH = ", CUDA graph"  # what the name of a variant ends with that is another one in a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def figure_of_panels(rows: Sequence[Row], panels: Sequence[Panel], title: str, c
     lines = math.ceil(len(panels) / columns)
     figure = new_figure(4.1 * columns + 0.3, 3.1 * lines + 0.9)
     variants = list(dict.fromkeys(row.variant for row in rows if row.seconds is not None or row.peak_bytes is not None))
-    looks = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(variants)}
+    plain = list(dict.fromkeys(name.removesuffix(AS_GRAPH) for name in variants))
+    looks = {name: _look(plain.index(name.removesuffix(AS_GRAPH)), name.endswith(AS_GRAPH)) for name in variants}
     axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
     for panel, one in zip(panels, axes, strict=False):
         _draw(one, panel, rows, looks)
@@ -53,7 +56,15 @@ def figure_of_panels(rows: Sequence[Row], panels: Sequence[Panel], title: str, c
     return figure
 
 
-def _draw(axes: Axes, panel: Panel, rows: Sequence[Row], looks: dict[str, tuple[str, str]]) -> None:
+def _look(index: int, dashed: bool) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": "--" if dashed else "-",
+    }
+
+
+def _draw(axes: Axes, panel: Panel, rows: Sequence[Row], looks: dict[str, dict[str, Any]]) -> None:
     own = [row for row in rows if row.case.startswith(panel.case) and getattr(row, panel.value) is not None]
     axes.set_title(panel.title, fontsize=10)
     if not own:
@@ -61,13 +72,11 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[Row], looks: dict[str, tuple[
         return
     scale, unit = _unit([getattr(row, panel.value) for row in own], panel.value)
     ends: dict[str, float] = {}
-    for name, (colour, marker) in looks.items():
+    for name, look in looks.items():
         points = sorted((row.size, getattr(row, panel.value) * scale) for row in own if row.variant == name)
         if points:
-            axes.plot(
-                *zip(*points, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.8, label=name,
-                linestyle="-" if len(points) > 1 else "none",
-            )  # fmt: skip
+            look = look if len(points) > 1 else look | {"linestyle": "none"}
+            axes.plot(*zip(*points, strict=True), **look, markersize=5, linewidth=1.8, label=name)
             ends[name] = points[-1][1]
     _axes(axes, panel, sorted({row.size for row in own}), unit)
     if len(ends) == 2:

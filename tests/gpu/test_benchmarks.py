@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from energy_flow.benchmarks import stability, step
+from energy_flow.benchmarks import collect, stability, step
 from energy_flow.benchmarks.measure import compare, peak_memory
 from energy_flow.benchmarks.report import EndOfBatch, ReportSettings
 from energy_flow.benchmarks.stability import StabilitySettings
@@ -56,6 +56,19 @@ def test_both_sides_give_the_same() -> None:
     rows = batch.rows()  # raises where they don't
     assert {row.variant for row in rows} == {"before", "now"}
     assert all(row.peak_bytes for row in rows if row.case == "peak memory")
+
+
+def test_ways_to_collect_do_the_same_as_graphs() -> None:
+    problem = collect.make_problem(3000, "nearest", 20, CUDA, seed=3)
+    expected = collect.forward_backward(collect.ours, problem)
+    for name, way in collect.collectors("nearest").items():
+        if name in collect.RECORDABLE:
+            done: list[tuple[torch.Tensor, ...]] = []
+            replay = collect.recorded(lambda way=way, done=done: done.append(collect.forward_backward(way, problem)))
+            for tensor in done[-1]:
+                tensor.fill_(torch.nan)
+            replay()
+            collect.require_same(name, expected, done[-1])
 
 
 def test_all_ways_to_train_agree() -> None:
