@@ -90,7 +90,7 @@ def run_baselines(
     _check_shapes(splits)
     report = report or _say_nothing
     mlp = _MlpTraining(_hidden_size(test[0].shape[1], num_parameters), loss, epochs, seed, "mlp", report)
-    cosine = LossSettings(cosine=1.0, mse=0.0, surface=0.0, contrastive=0.0, temperature=loss.temperature)
+    cosine = loss.model_copy(update={"cosine": 1.0, "mse": 0.0, "contrastive": 0.0})
     fits: dict[str, Fit] = {
         "identity": _fit_identity,
         "mean": _fit_mean,

@@ -1,10 +1,11 @@
 """What a flow lattice is trained on: the distance of its output embedding, and of its surface, to the target's.
 
-B samples of this process, B_total samples of all processes, D embedding dimension, S cells, E energy dimension
+B samples of this process, G candidates, D embedding dimension, S cells, E energy dimension
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,15 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class LossSettings(Settings):
-    """Weights of the terms of the loss (0 = only reported) and the temperature of the contrastive one."""
+    """Weights of the terms of the loss (0 = only reported), candidates and temperature of the contrastive one."""
 
     cosine: Weight
     mse: Weight
     surface: Weight
     contrastive: Weight
+    candidates: Literal["batch", "bank"]
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    learn_temperature: bool
 
     @model_validator(mode="after")
     def _trains_the_whole_model(self) -> Self:
@@ -39,30 +42,62 @@ class LossSettings(Settings):
             f"loss.cosine, loss.mse, loss.surface and loss.contrastive are all 0: nothing is trained; {remedy}"
         )
 
+    @model_validator(mode="after")
+    def _trains_the_temperature(self) -> Self:
+        if self.learn_temperature and not self.contrastive:
+            raise ValueError(
+                "loss.learn_temperature = true, with loss.contrastive = 0: no term has a temperature; "
+                "set loss.learn_temperature=false"
+            )
+        return self
+
     def weights(self) -> dict[str, float]:
         """The weight of each term, by its name."""
         return {"cosine": self.cosine, "mse": self.mse, "surface": self.surface, "contrastive": self.contrastive}
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Targets among which the contrastive loss tells a prediction's own from the others."""
+
+    directions: Tensor  # [G, D], of unit length
+    own: Tensor  # int64 [B]: which one is a prediction's own
+
+    def __post_init__(self) -> None:
+        if self.directions.dim() != 2 or self.own.dim() != 1:
+            raise ValueError(f"directions {list(self.directions.shape)} must be [G, D], own {list(self.own.shape)} [B]")
+
+    @classmethod
+    def of_rows(cls, targets: Tensor, start: int, count: int) -> Self:
+        """Of `count` predictions whose own targets are those from row `start` on.
+
+        Raises:
+            ValueError: there are no such rows.
+        """
+        if not 0 <= start <= len(targets) - count:
+            raise ValueError(f"rows {start} to {start + count - 1} aren't within {len(targets)} targets")
+        return cls(directions(targets), torch.arange(start, start + count, device=targets.device))
+
+
+def directions(embeddings: Tensor) -> Tensor:
+    """Embeddings [N, D] at unit length, in float32 at least; zero rows stay zero."""
+    return F.normalize(_full(embeddings), dim=-1)
+
+
 def embedding_losses(
-    prediction: Tensor,
-    target: Tensor,
-    temperature: float,
-    *,
-    all_targets: Tensor | None = None,
-    offset: int = 0,
+    prediction: Tensor, target: Tensor, temperature: float | Tensor, candidates: Candidates | None = None
 ) -> dict[str, Tensor]:
     """The terms of the loss that compare embeddings, each the mean over this process's samples.
 
     - `cosine`: 1 - cos(prediction, target).
     - `mse`: the mean squared error over all B * D numbers.
-    - `contrastive`: in-batch InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): cross entropy of
-      softmax_j(cos(prediction_i, target_j) / temperature) against j = i, over all targets of the (joined) batch.
-      A batch of one sample has no negatives: its loss and gradient are 0.
+    - `contrastive`: InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): cross entropy of
+      softmax_j(cos(prediction_i, candidate_j) / temperature) against the prediction's own candidate.
+      A batch of one sample that has no other candidates has no negatives: its loss and gradient are 0.
 
-    A target that occurs twice in a batch stays in the denominator twice, as is standard. It raises the loss (to no less
-    than log 2 for two) but not the optimum: both copies pull the same way, so the gradient vanishes where the
-    probability lies on the copies together.
+    A target that occurs twice among the candidates stays in the denominator twice, as is standard. It raises the loss
+    (to no less than log 2 for two) but not the optimum: both copies pull the same way, so the gradient vanishes where
+    the probability lies on the copies together.
 
     All terms are computed in float32 also under autocast (float64 inputs stay float64).
 
@@ -70,27 +105,28 @@ def embedding_losses(
         prediction: [B, D]
         target: [B, D]
         temperature: of the contrastive term, > 0.
-        all_targets: [B_total, D], the targets of all processes, where there are several; default: `target`. The mean
-            over equally large processes of this term and of its gradients is that of one process with the joined batch.
-        offset: the row of `all_targets` at which this process's B targets begin.
+        candidates: of the contrastive term; default: the batch's targets. Where they are the joined targets of several
+            equally large processes, the mean over these of the term and of its gradients is that of one process.
 
     Raises:
-        ValueError: the shapes don't fit, or the B rows from `offset` lie outside of `all_targets`.
+        ValueError: the shapes don't fit.
     """
     if prediction.shape != target.shape or prediction.dim() != 2:
         raise ValueError(f"prediction {list(prediction.shape)} and target {list(target.shape)} must both be [B, D]")
-    candidates = target if all_targets is None else all_targets
-    if not 0 <= offset <= len(candidates) - len(target):
-        raise ValueError(f"rows {offset} to {offset + len(target) - 1} aren't within {len(candidates)} joined targets")
+    if candidates is None:
+        candidates = Candidates.of_rows(target, 0, len(target))
+    if candidates.own.shape != target.shape[:1] or candidates.directions.shape[1] != target.shape[1]:
+        raise ValueError(
+            f"candidates {list(candidates.directions.shape)}, own {list(candidates.own.shape)}: must be [G, D] and [B] "
+            f"beside targets {list(target.shape)}"
+        )
     with torch.autocast(prediction.device.type, enabled=False):
-        prediction, target, candidates = _full(prediction), _full(target), _full(candidates)
-        direction = F.normalize(prediction, dim=-1)  # [B, D]
-        logits = direction @ F.normalize(candidates, dim=-1).T / temperature  # [B, B_total]
-        own = torch.arange(offset, offset + len(target), device=target.device)
+        direction = directions(prediction)
+        logits = direction @ candidates.directions.to(direction.dtype).T / temperature  # [B, G]
         return {
-            "cosine": 1 - (direction * F.normalize(target, dim=-1)).sum(-1).mean(),
-            "mse": F.mse_loss(prediction, target),
-            "contrastive": F.cross_entropy(logits, own),
+            "cosine": 1 - (direction * directions(target)).sum(-1).mean(),
+            "mse": F.mse_loss(_full(prediction), _full(target)),
+            "contrastive": F.cross_entropy(logits, candidates.own),
         }
 
 

@@ -8,23 +8,32 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
 from energy_flow.core.host_copy import DelayedScalars
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
+from energy_flow.data.pairs import PairDataset
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
 from energy_flow.training.faults import FaultQueue
-from energy_flow.training.losses import LossSettings, embedding_losses, surface_loss, weighted
+from energy_flow.training.losses import (
+    Candidates,
+    LossSettings,
+    directions,
+    embedding_losses,
+    surface_loss,
+    weighted,
+)
 from energy_flow.training.retrieval import retrieval_metrics
 
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
 _CHUNK = 1024  # rows of an evaluation whose scores stand at a time
+_LOWEST_TEMPERATURE = 0.01  # of a learnt one, as in CLIP (Radford et al. 2021, arXiv 2103.00020): below, steps explode
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -70,6 +79,10 @@ class EnergyFlowModule(pl.LightningModule):
         # Plain containers only, so that checkpoints load with `weights_only=True`.
         self.save_hyperparameters(logger=False, ignore=["rollout"])
         self.loss = read(LossSettings, loss, "loss")
+        self.log_temperature = (
+            nn.Parameter(torch.tensor(math.log(self.loss.temperature))) if self.loss.learn_temperature else None
+        )
+        self._bank: Tensor | None = None  # directions of all training targets, where they are the candidates
         self.optimizer_settings = read(OptimizerSettings, optimizer, "optimizer")
         lattice_settings = read(LatticeSettings, lattice, "lattice")
         self.processor = FlowProcessor(
@@ -97,6 +110,13 @@ class EnergyFlowModule(pl.LightningModule):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def temperature(self) -> float | Tensor:
+        """Of the contrastive loss; a tensor where it is learnt."""
+        if self.log_temperature is None:
+            return self.loss.temperature
+        return self.log_temperature.exp().clamp(min=_LOWEST_TEMPERATURE)
+
     def forward(self, source: Tensor, rows: Tensor | None = None, *, record_trajectories: bool = False) -> FlowOutput:
         """Embeddings [B, D] -> the flow lattice's output; `rows` and trajectories as in `FlowProcessor.forward`."""
         output: FlowOutput = self.processor(
@@ -108,18 +128,26 @@ class EnergyFlowModule(pl.LightningModule):
         source, target, rows = self._unpack(batch)
         output = self(source, rows)
         self._faults.put(output.faults)
-        losses = self._losses(output, target)
+        losses = self._losses(output, target, rows)
         loss = weighted(losses, self.loss)
         # For callbacks, such as one that watches it. The loggers get theirs below: Lightning would wait for the device.
         self.log("train/loss", loss, logger=False)
         if is_logging_batch(self.trainer):
             trained = {f"train/{name}": losses[name] for name, weight in self.loss.weights().items() if weight > 0}
             statistics = {f"flows/{name}": value for name, value in output.statistics.items()}
+            if isinstance(self.temperature, Tensor):
+                trained["train/temperature"] = self.temperature
             self._scalars.put(logging_step(self.trainer), {"train/loss": loss, **trained, **statistics})
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._faults.raise_all()
+
+    def on_fit_start(self) -> None:
+        self._bank = self._all_targets() if self.loss.candidates == "bank" else None
+
+    def on_fit_end(self) -> None:
+        self._bank = None
 
     def on_train_start(self) -> None:
         self.processor.optimizer_step.fill_(self.trainer.global_step)
@@ -205,18 +233,36 @@ class EnergyFlowModule(pl.LightningModule):
         progress = min(1.0, (step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
         return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def _losses(self, output: FlowOutput, target: Tensor) -> dict[str, Tensor]:
-        """All losses that training or evaluation needs; the contrastive one runs over all processes' targets."""
-        all_targets, offset = None, 0
-        if self.trainer.world_size > 1:
-            all_targets = self._gather(target)
-            offset = self.global_rank * len(target)
-        losses = embedding_losses(
-            output.embedding, target, self.loss.temperature, all_targets=all_targets, offset=offset
-        )
+    def _losses(self, output: FlowOutput, target: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+        """All losses of a training batch."""
+        candidates = self._candidates(target, rows)
+        losses = embedding_losses(output.embedding, target, self.temperature, candidates)
         if self.loss.surface > 0:
             losses["surface"] = surface_loss(output.surface, self._target_surface(target))
         return losses
+
+    def _candidates(self, target: Tensor, rows: Tensor | None) -> Candidates | None:
+        """Of the contrastive loss: all training targets, or those of the batch, joined over all processes."""
+        if self._bank is not None:
+            if rows is None:
+                raise ConfigError(
+                    "loss.candidates = bank: batches have no 'row', which says which training target is a sample's "
+                    "own; give dicts with 'source', 'target' and 'row', or set loss.candidates=batch"
+                )
+            return Candidates(self._bank, rows)
+        if self.trainer.world_size > 1:
+            return Candidates.of_rows(self._gather(target), self.global_rank * len(target), len(target))
+        return None
+
+    def _all_targets(self) -> Tensor:
+        """Directions of all training targets on the module's device, [N, D]."""
+        train = getattr(self.trainer.datamodule, "train", None)  # type: ignore[attr-defined]
+        if not isinstance(train, PairDataset):
+            raise ConfigError(
+                "loss.candidates = bank: needs the training targets of an EnergyDataModule; "
+                "train with trainer.fit(module, datamodule=...), or set loss.candidates=batch"
+            )
+        return directions(train.all()[1].to(self.device, self.processor.map_in.cell_value.dtype))
 
     def _target_surface(self, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -261,9 +307,8 @@ class EnergyFlowModule(pl.LightningModule):
         total: dict[str, Tensor] = {}
         for start in range(0, len(target), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            losses = embedding_losses(
-                prediction[rows], target[rows], self.loss.temperature, all_targets=target, offset=start
-            )
+            candidates = Candidates.of_rows(target, start, len(target[rows]))
+            losses = embedding_losses(prediction[rows], target[rows], self.temperature, candidates)
             for name, loss in losses.items():
                 share = len(target[rows]) / len(target)
                 total[name] = total.get(name, target.new_zeros(())) + share * loss

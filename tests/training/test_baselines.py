@@ -10,7 +10,9 @@ from energy_flow.training.baselines import NEEDS, BaselineResults, Pairs, run_ba
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.retrieval import retrieval_metrics
 
-LOSS = LossSettings(cosine=0.0, mse=0.0, surface=0.0, contrastive=1.0, temperature=0.05)
+LOSS = LossSettings(
+    cosine=0.0, mse=0.0, surface=0.0, contrastive=1.0, candidates="batch", temperature=0.05, learn_temperature=False
+)
 SETTINGS: dict[str, Any] = {"num_parameters": 500, "loss": LOSS, "seed": 3, "epochs": 2}
 
 

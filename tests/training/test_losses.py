@@ -12,10 +12,20 @@ from torch import Tensor
 
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
-from energy_flow.training.losses import LossSettings, embedding_losses, surface_loss, weighted
+from energy_flow.training.losses import (
+    Candidates,
+    LossSettings,
+    directions,
+    embedding_losses,
+    surface_loss,
+    weighted,
+)
 
 CONF = Path(__file__).parents[2] / "conf"
-SECTION = {"cosine": 0.0, "mse": 0.0, "surface": 0.0, "contrastive": 1.0, "temperature": 0.05}
+SECTION = {
+    **{"cosine": 0.0, "mse": 0.0, "surface": 0.0, "contrastive": 1.0},
+    **{"candidates": "batch", "temperature": 0.05, "learn_temperature": False},
+}
 TOLERANCE = 1e-12  # float64 rounding of sums of a few dozen terms of order 10
 
 
@@ -75,7 +85,7 @@ def test_contrastive_gradient_with_joined_targets() -> None:
     prediction, targets = numbers(2, 3, seed=5).requires_grad_(), numbers(5, 3, seed=6)
 
     def contrastive(p: Tensor) -> Tensor:
-        return embedding_losses(p, targets[3:5], 0.3, all_targets=targets, offset=3)["contrastive"]
+        return embedding_losses(p, targets[3:5], 0.3, Candidates.of_rows(targets, 3, 2))["contrastive"]
 
     torch.autograd.gradcheck(contrastive, (prediction,))
 
@@ -86,7 +96,7 @@ def test_processes_together_are_one_process_with_the_joined_batch() -> None:
     target = numbers(processes * own, 6, seed=8)
     joined = embedding_losses(prediction, target, 0.1)
     parts = [
-        embedding_losses(prediction[i : i + own], target[i : i + own], 0.1, all_targets=target, offset=i)
+        embedding_losses(prediction[i : i + own], target[i : i + own], 0.1, Candidates.of_rows(target, i, own))
         for i in range(0, processes * own, own)
     ]
     for name, whole in joined.items():
@@ -100,18 +110,41 @@ def test_processes_together_are_one_process_with_the_joined_batch() -> None:
     assert alone.item() < parts[0]["contrastive"].item() - 0.1  # the others' targets are negatives
 
 
-@pytest.mark.parametrize("offset", [-1, 3])
-def test_own_rows_outside_of_the_joined_targets(offset: int) -> None:
-    targets = numbers(4, 3, seed=9)
-    with pytest.raises(ValueError, match="4 joined targets"):
-        embedding_losses(targets[:2], targets[:2], 0.1, all_targets=targets, offset=offset)
+def test_candidates_in_any_order_and_number() -> None:
+    """Cross entropy against the row that is a prediction's own, also where two predictions share one."""
+    prediction, bank, own = numbers(3, 4, seed=14), numbers(7, 4, seed=15), torch.tensor([5, 0, 5])
+    loss = embedding_losses(prediction, bank[own], 0.2, Candidates(directions(bank), own))["contrastive"]
+    one_by_one = []
+    for row, index in zip(prediction.tolist(), own.tolist(), strict=True):
+        cosines = [dot(row, other) / math.sqrt(dot(row, row) * dot(other, other)) for other in bank.tolist()]
+        one_by_one.append(math.log(sum(math.exp(c / 0.2) for c in cosines)) - cosines[index] / 0.2)
+    assert loss.item() == pytest.approx(sum(one_by_one) / 3, rel=TOLERANCE)
+
+
+def test_the_temperature_gets_a_gradient() -> None:
+    prediction, target = numbers(4, 3, seed=16), numbers(4, 3, seed=17)
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda t: embedding_losses(prediction, target, t)["contrastive"], (temperature,))
+
+
+@pytest.mark.parametrize("start", [-1, 3])
+def test_own_rows_outside_of_the_targets(start: int) -> None:
+    with pytest.raises(ValueError, match="4 targets"):
+        Candidates.of_rows(numbers(4, 3, seed=9), start, 2)
+
+
+def test_candidates_that_do_not_fit() -> None:
+    target = numbers(4, 3, seed=9)
+    for candidates in (Candidates.of_rows(target, 0, 3), Candidates.of_rows(numbers(4, 2, seed=9), 0, 4)):
+        with pytest.raises(ValueError, match=r"must be \[G, D\] and \[B\]"):
+            embedding_losses(target, target, 0.1, candidates)
 
 
 def test_a_target_that_occurs_twice_moves_no_optimum() -> None:
     """Where all probability lies on the two copies, the loss is log 2 and its gradient 0."""
     target = torch.eye(3, dtype=torch.float64)[[0, 0, 1]]
     prediction = target.clone().requires_grad_()
-    loss = embedding_losses(prediction[:1], target[:1], 0.01, all_targets=target)["contrastive"]
+    loss = embedding_losses(prediction[:1], target[:1], 0.01, Candidates.of_rows(target, 0, 1))["contrastive"]
     assert loss.item() == pytest.approx(math.log(2), rel=TOLERANCE)
     loss.backward()
     assert prediction.grad is not None
@@ -166,6 +199,11 @@ def test_weighted_sums_what_has_a_weight() -> None:
         ({"contrastive": math.nan}, r"loss\.contrastive = nan: "),
         ({"contrastive": 0.0}, r"loss\.cosine, .*all 0.*loss\.contrastive=1\.0"),
         ({"contrastive": 0.0, "surface": 2.0}, r"loss\.surface = 2\.0.*never trains the map out.*loss\.contrastive=1"),
+        ({"candidates": "all"}, r"loss\.candidates = 'all': .*'batch' or 'bank'"),
+        (
+            {"contrastive": 0.0, "cosine": 1.0, "learn_temperature": True},
+            r"loss\.learn_temperature = true.*no term has a temperature.*loss\.learn_temperature=false",
+        ),
         ({"contrastiv": 1.0}, r"loss\.contrastiv: unknown key; did you mean contrastive"),
     ],
 )
