@@ -146,6 +146,55 @@ def test_the_printed_command_survives_special_characters(program: Program) -> No
     assert again.folder == folder
 
 
+class Press(Callback):
+    """Ctrl-C in the middle of a step, so many times."""
+
+    def __init__(self, step: int, times: int) -> None:
+        self.step, self.times = step, times
+
+    def on_before_backward(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+def pressed(program: Program, step: int, times: int) -> Outcome:
+    """The same run with Ctrl-C; in the folder "broken"."""
+    build = train.build_trainer
+
+    def build_and_press(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, Press(step, times)], **kwargs)
+
+    with program.patch.context() as patch:
+        patch.setattr(train, "build_trainer", build_and_press)
+        return program.train(*BUSY, f"hydra.run.dir={program.folder}/broken")
+
+
+@pytest.mark.parametrize("step", [9, 11])
+def test_ctrl_c_finishes_the_step(program: Program, through: Path, step: int) -> None:
+    """In the middle of an epoch, and in its last batch, after which comes a validation."""
+    before = signal.getsignal(signal.SIGINT)
+    outcome = pressed(program, step, times=1)
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on, as the program ends
+    assert outcome.code == 130
+    assert "ending after this batch; again to end at once" in outcome.err
+    last = program.folder / "broken" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == (10 if step == 9 else 8)
+    outcome = program.train(*BUSY, f"hydra.run.dir={program.folder}/broken", f"ckpt_path={last}")
+    assert outcome.code == 0, outcome.err
+    found = differences(checkpoint(through), checkpoint(outcome.folder))
+    assert [path for path in found if not path.startswith("/loops/")] == []  # Lightning counts the batch that was begun
+    assert signal.getsignal(signal.SIGINT) is before, "a run that ends gives the handler back"
+
+
+def test_a_second_ctrl_c_does_not_wait(program: Program) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    outcome = pressed(program, 9, times=2)
+    signal.signal(signal.SIGINT, before)
+    assert outcome.code == 130
+    assert "interrupted at step 9\nto go on from step 9:" in outcome.err
+
+
 @pytest.mark.parametrize(("step", "kind"), [(8, RuntimeError), (10, RuntimeError), (10, KeyboardInterrupt)])
 def test_resumed_equals_straight(program: Program, through: Path, step: int, kind: type[BaseException]) -> None:
     """An error loses the epoch that it ends; Ctrl-C saves what was done of it."""
