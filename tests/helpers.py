@@ -44,6 +44,7 @@ MODEL: dict[str, Any] = {
     "hidden_size": 5,
     "num_layers": 1,
     "map_hidden": None,
+    "skip": False,
 }
 
 

@@ -96,7 +96,7 @@ class Reference:
             self.project(sample.active())
         surface = torch.stack([self.collect(sample) for sample in samples])
         return ReferenceOutput(
-            embedding=self.map_out(surface),
+            embedding=self.map_out(surface) + self.skip(embedding),
             surface=surface,
             samples=samples,
             by_step=self.by_step,
@@ -320,6 +320,10 @@ class Reference:
         """Divided by sqrt(D), as the map in multiplies by it."""
         embedding = self.processor.lattice.map_out.network(surface.reshape(surface.shape[0], -1))
         return embedding / math.sqrt(embedding.shape[1])
+
+    def skip(self, embedding: Tensor) -> Tensor:
+        gain = self.processor.skip_gain
+        return torch.zeros_like(embedding) if gain is None else gain * embedding
 
     def record(self, samples: list[Sample]) -> None:
         self.by_step["created"].append(sum(len(sample.flows) for sample in samples))

@@ -45,10 +45,10 @@ class MapOut(nn.Module):
         return self.network(surface.flatten(1)) * self.output_scale
 
     @torch.no_grad()
-    def start_as_inverse(self, map_in: MapIn) -> None:
-        """Begin as the (pseudo-)inverse of a linear map in, so that flows that stay put give the input back."""
+    def start_as_inverse(self, map_in: MapIn, share: float = 1.0) -> None:
+        """Begin as `share` times the (pseudo-)inverse of a linear map in: flows that stay put give the input back."""
         weight, linear = _only_linear(map_in).weight, _only_linear(self)
-        linear.weight.copy_(weight.T * (min(weight.shape) / weight.square().sum()))
+        linear.weight.copy_(weight.T * (share * min(weight.shape) / weight.square().sum()))
         linear.bias.zero_()
 
 

@@ -248,7 +248,7 @@ class EnergyLattice(nn.Module):
         return self.aggregate(self.collect(landings), landings.landed.shape[0])[0]
 
     def collect_completed_flows_direct(self, landings: Landings) -> Tensor:
-        """Collect all landings of a batch and read them back as embeddings [B, D].
+        """Collect all landings of a batch and read them back as embeddings [B, D]; a skip from the input isn't in it.
 
         Raises:
             NoLandingError: samples without a single landing.

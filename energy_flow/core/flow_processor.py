@@ -21,6 +21,9 @@ from energy_flow.core.timing import PhaseTimer
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings
 
+# How much of the input the surface gives back at first where the input is added to the output anyway.
+SKIP_SHARE = 0.1
+
 
 class ModelSettings(Settings):
     """The networks (config group `model`)."""
@@ -31,6 +34,7 @@ class ModelSettings(Settings):
     hidden_size: Count
     num_layers: Count
     map_hidden: Count | None
+    skip: bool
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,8 @@ class FlowProcessor(nn.Module):
         self.carrier = EnergyCarrier(model.features, energy, model.hidden_size, model.num_layers)
         map_out = MapOut(dim, cells, energy, model.map_hidden)
         if model.map_hidden is None:
-            map_out.start_as_inverse(self.map_in)
+            map_out.start_as_inverse(self.map_in, SKIP_SHARE if model.skip else 1.0)
+        self.skip_gain = nn.Parameter(torch.ones(())) if model.skip else None
         self.lattice = EnergyLattice(lattice, energy, map_out, bounded_energy=not model.residual_energy)
         # On the device and in the checkpoint: noise and displacement schedule follow it, also in evaluation.
         self.register_buffer("optimizer_step", torch.zeros((), dtype=torch.int64))
@@ -148,6 +153,8 @@ class FlowProcessor(nn.Module):
         with _phase(timer, "aggregate"):
             output_surface, mass = self.lattice.aggregate(deposits, batch)
             output_embedding = self.lattice.map_out(output_surface)
+            if self.skip_gain is not None:
+                output_embedding = output_embedding + self.skip_gain * embedding
         output = FlowOutput(
             embedding=output_embedding,
             surface=output_surface,

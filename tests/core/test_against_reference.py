@@ -23,6 +23,7 @@ CASES = {
     "two layers, three energies": Case(model=TWO_LAYERS, expect=BOTH_PLANES),
     "residual energy": Case(model={"residual_energy": True}, seed=8, expect=("projected", "reached_z0")),
     "residual energy, three of them": Case(model={"residual_energy": True, **TWO_LAYERS}, expect=("projected",)),
+    "skip from the input": Case(model={"skip": True}, expect=BOTH_PLANES),
     "hidden layer in the maps": Case(model={"map_hidden": 4}, expect=("projected",)),
     "larger lattice": Case(
         {"width": 4, "height": 4, "depth": 8}, TWO_LAYERS, batch=2, expect=(*BOTH_PLANES, "reflected", "shared_cells")

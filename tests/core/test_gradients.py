@@ -17,7 +17,13 @@ def initial_gradients(**model: object) -> tuple[FlowProcessor, dict[str, Tensor]
 
 @pytest.mark.parametrize(
     "model",
-    [{}, {"residual_energy": True}, {"num_layers": 2, "energy_dim": 3}, {"map_hidden": 4, "residual_energy": True}],
+    [
+        {},
+        {"residual_energy": True},
+        {"num_layers": 2, "energy_dim": 3},
+        {"map_hidden": 4, "residual_energy": True},
+        {"skip": True},
+    ],
     ids=str,
 )
 def test_every_parameter_gets_a_gradient(model: dict[str, object]) -> None:
