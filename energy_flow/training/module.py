@@ -155,15 +155,16 @@ class EnergyFlowModule(pl.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Output embeddings [B, D] of a batch; one without targets (a tensor, or a dict with `source`) will do."""
         source = batch if isinstance(batch, Tensor) else batch["source"] if isinstance(batch, Mapping) else batch[0]
-        output = self(source.to(self.processor.map_in.cell_value.dtype))
+        output = self(source.to(self.processor.dtype))
         self._faults.put(output.faults)
         self._faults.raise_all()
         return output.embedding
 
     def configure_optimizers(self) -> Any:
         settings = self.optimizer_settings
-        decayed = [p for p in self.parameters() if p.ndim > 1 and p is not self.processor.map_in.cell_value]
-        rest = [p for p in self.parameters() if p.ndim <= 1 or p is self.processor.map_in.cell_value]
+        decays = {name: p.ndim > 1 and not name.endswith("cell_value") for name, p in self.named_parameters()}
+        decayed = [p for name, p in self.named_parameters() if decays[name]]
+        rest = [p for name, p in self.named_parameters() if not decays[name]]
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=settings.lr,
@@ -252,9 +253,10 @@ class EnergyFlowModule(pl.LightningModule):
             # The cosine itself is a metric already.
             metrics["cosine_loss" if name == "cosine" else name] = loss.item()
         metrics["loss"] = weighted(losses, self.loss).item()
+        picking = getattr(self.trainer.checkpoint_callback, "monitor", None) or "val/mrr"
         for name, value in metrics.items():
             # The same on every process: `sync_dist` changes nothing, and Lightning need not ask for it.
-            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name == "mrr", sync_dist=True)
+            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == picking, sync_dist=True)
 
     def _losses_of_all(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Losses over a whole split, every target a candidate; in chunks of rows, so that N x N never stands."""
@@ -271,7 +273,7 @@ class EnergyFlowModule(pl.LightningModule):
 
     def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Source and target in the model's dtype (NumPy's float64 is common in users' own loaders), and rows."""
-        dtype = self.processor.map_in.cell_value.dtype
+        dtype = self.processor.dtype
         if isinstance(batch, Mapping) and {"source", "target"} <= batch.keys():
             return batch["source"].to(dtype), batch["target"].to(dtype), batch.get("row")
         if isinstance(batch, tuple | list) and len(batch) == 2:
