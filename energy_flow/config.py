@@ -7,6 +7,11 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
+from energy_flow.training.task import direction
+
+# For conf/callbacks: what watches a metric has to know where it is best.
+OmegaConf.register_new_resolver("direction", direction, replace=True)
+
 SECTIONS = ("seed", "lattice", "model", "data", "loss", "optimizer", "rollout", "trainer")
 
 

@@ -7,28 +7,26 @@ from rich.console import Console
 
 from energy_flow import cli
 from energy_flow.data import EnergyDataModule
-from energy_flow.errors import CheckpointError, ConfigError
+from energy_flow.errors import ConfigError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.building import build_trainer
 from energy_flow.training.callbacks.progress_bar import ProgressBar
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import EvaluateSettings, finish, say_whose_data, test
+from energy_flow.training.task import task_of
 
 
 def evaluate(config: dict[str, Any]) -> float:
-    """Test a checkpoint beside the baselines; returns its MRR."""
+    """Test a checkpoint beside the baselines; returns the test metric of the name of `optimized_metric`."""
     settings = read(EvaluateSettings, config, "")
+    task_of(settings.optimized_metric)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     checkpoint = checkpoints.load(settings.ckpt_path)
     data = EnergyDataModule.from_config(config)
     data.setup("test")
-    dim = checkpoint[checkpoints.KEY]["embedding_dim"]
-    if data.dim != dim:
-        raise CheckpointError(
-            f"ckpt_path = {settings.ckpt_path}: takes embeddings of dimension {dim}, the data have {data.dim}. "
-            "Give data made with the same encoder as the training data"
-        )
+    size = settings.lattice
+    checkpoint = checkpoints.on_lattice(checkpoint, size.width, size.height, data.dim, settings.ckpt_path)
     trainer = build_trainer(
         settings.trainer,
         callbacks=[ProgressBar(leave=False)],
@@ -42,7 +40,7 @@ def evaluate(config: dict[str, Any]) -> float:
     metrics = {**test(trainer, module, data, None), "params": float(module.num_parameters)}
     finish(settings, trainer, module, data, metrics, console)
     console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
-    return metrics["test/mrr"]
+    return metrics[settings.optimized_metric.replace("val/", "test/")]
 
 
 def _check_normalisation(module: EnergyFlowModule, data: EnergyDataModule) -> None:

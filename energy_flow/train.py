@@ -23,13 +23,13 @@ from energy_flow.training.callbacks.interrupt import SaveOnInterrupt
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
     TrainSettings,
-    check_optimized_metric,
     finish,
     hyper_parameters,
     refuse_processes,
     say_whose_data,
     test,
 )
+from energy_flow.training.task import task_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def train(config: dict[str, Any]) -> float | None:
         The best value of `optimized_metric`, None for a run without a checkpoint callback.
     """
     settings = read(TrainSettings, config, "")
-    check_optimized_metric(settings.optimized_metric)
+    task_of(settings.optimized_metric)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     data = EnergyDataModule.from_config(config)
     data.setup("fit")

@@ -43,6 +43,7 @@ MODEL: dict[str, Any] = {
     "features": 4,
     "hidden_size": 5,
     "num_layers": 1,
+    "maps": "learned",
     "map_hidden": None,
     "skip": False,
 }

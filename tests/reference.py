@@ -113,6 +113,8 @@ class Reference:
         """Rows of unit length enter with entries of size one."""
         mapper = self.processor.map_in
         batch, dim = embedding.shape
+        if self.processor.model.maps == "identity":
+            return embedding.reshape(batch, self.num_cells, self.processor.model.energy_dim)
         spread = mapper.network(embedding * math.sqrt(dim)).reshape(batch, self.num_cells, -1)
         return spread + mapper.cell_value
 
@@ -318,6 +320,8 @@ class Reference:
 
     def map_out(self, surface: Tensor) -> Tensor:
         """Divided by sqrt(D), as the map in multiplies by it."""
+        if self.processor.model.maps == "identity":
+            return surface.reshape(surface.shape[0], -1)
         embedding = self.processor.lattice.map_out.network(surface.reshape(surface.shape[0], -1))
         return embedding / math.sqrt(embedding.shape[1])
 

@@ -44,8 +44,7 @@ class UserModel(nn.Module):
     def forward(self, embedding: Tensor) -> Tensor:
         lattice, carrier = self.processor.lattice, self.processor.carrier
         settings = lattice.settings
-        map_in = self.processor.map_in
-        surface = map_in(embedding).to(map_in.cell_value.dtype)  # autocast or not
+        surface = self.processor.map_in(embedding).to(self.processor.dtype)  # autocast or not
         batch, num_cells, energy_dim = surface.shape
         centres = cell_centres(settings.width, settings.height, surface.dtype, surface.device)
 

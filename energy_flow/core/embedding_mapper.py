@@ -1,4 +1,7 @@
-"""The two ends of a flow lattice: embedding to surface energies, surface energies to embedding."""
+"""The two ends of a flow lattice: embedding to surface energies, surface energies to embedding.
+
+They are learned, or, where the embedding is a surface already, the identity.
+"""
 
 import math
 
@@ -50,6 +53,28 @@ class MapOut(nn.Module):
         weight, linear = _only_linear(map_in).weight, _only_linear(self)
         linear.weight.copy_(weight.T * (share * min(weight.shape) / weight.square().sum()))
         linear.bias.zero_()
+
+
+class IdentityIn(nn.Module):
+    """A surface [B, S * E] is its own input surface [B, S, E].
+
+    Nothing is learned here, no value per cell either: what a cell holds is given, and weights that belong to no
+    cell run on a lattice of any width and height.
+    """
+
+    def __init__(self, num_cells: int, energy_dim: int) -> None:
+        super().__init__()
+        self.num_cells, self.energy_dim = num_cells, energy_dim
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return embedding.reshape(-1, self.num_cells, self.energy_dim)
+
+
+class IdentityOut(nn.Module):
+    """The output surface [B, S, E], flattened to [B, S * E]."""
+
+    def forward(self, surface: Tensor) -> Tensor:
+        return surface.flatten(1)
 
 
 def _only_linear(mapper: MapIn | MapOut) -> nn.Linear:

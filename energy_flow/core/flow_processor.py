@@ -3,12 +3,13 @@
 import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from energy_flow.core.embedding_mapper import MapIn, MapOut
+from energy_flow.core.embedding_mapper import IdentityIn, IdentityOut, MapIn, MapOut
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.energy_lattice import Count, EnergyLattice, Landings, LatticeSettings
 from energy_flow.core.flow_step import MoveRule
@@ -33,8 +34,18 @@ class ModelSettings(Settings):
     features: Count
     hidden_size: Count
     num_layers: Count
+    maps: Literal["learned", "identity"]
     map_hidden: Count | None
     skip: bool
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.maps == "identity" and self.map_hidden is not None:
+            raise ValueError(
+                f"model.map_hidden = {self.map_hidden}: model.maps = identity has no hidden layer. "
+                "Set model.map_hidden=null, or model.maps=learned"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,9 @@ class FlowProcessor(nn.Module):
         model: sizes of the networks.
         seed: of the exploration noise.
         rollout: how rollouts are computed; None: chosen from the device and the size.
+
+    Raises:
+        ConfigError: the maps are the identity, and `dim` isn't that of a surface of the lattice or there is no step.
     """
 
     optimizer_step: Tensor
@@ -88,14 +102,12 @@ class FlowProcessor(nn.Module):
         rollout: RolloutSettings | None = None,
     ) -> None:
         super().__init__()
-        cells, energy = lattice.num_cells, model.energy_dim
+        energy = model.energy_dim
         self.settings, self.model, self.seed, self.dim = lattice, model, seed, dim
-        self.map_in = MapIn(dim, cells, energy, model.map_hidden)
+        self.map_in = _map_in(dim, lattice, model)
         self.neuron = SimpleNeuron(energy, model.features)
         self.carrier = EnergyCarrier(model.features, energy, model.hidden_size, model.num_layers)
-        map_out = MapOut(dim, cells, energy, model.map_hidden)
-        if model.map_hidden is None:
-            map_out.start_as_inverse(self.map_in, SKIP_SHARE if model.skip else 1.0)
+        map_out = _map_out(dim, self.map_in, model)
         self.skip_gain = nn.Parameter(torch.ones(())) if model.skip else None
         self.lattice = EnergyLattice(lattice, energy, map_out, bounded_energy=not model.residual_energy)
         # On the device and in the checkpoint: noise and displacement schedule follow it, also in evaluation.
@@ -201,8 +213,40 @@ class FlowProcessor(nn.Module):
         return self._rules.run(surface, AutogradStepper(self.neuron, self.carrier, rule), call)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.carrier.energy_head.weight.dtype
+
+    @property
     def _geometry_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.map_in.cell_value.dtype, torch.float32)
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+def _map_in(dim: int, lattice: LatticeSettings, model: ModelSettings) -> MapIn | IdentityIn:
+    cells, energy = lattice.num_cells, model.energy_dim
+    if model.maps == "learned":
+        return MapIn(dim, cells, energy, model.map_hidden)
+    if dim != cells * energy:
+        raise ConfigError(
+            f"model.maps = identity: embeddings of dimension {dim} must be surfaces of lattice.width x lattice.height "
+            f"x model.energy_dim = {lattice.width} x {lattice.height} x {energy} = {cells * energy} numbers. "
+            "Give a lattice of the data's size, or model.maps=learned"
+        )
+    if lattice.num_steps == 0:
+        raise ConfigError(
+            "lattice.max_steps = 0 (or lattice.depth = 1): with model.maps = identity only flows that take steps have "
+            "anything to learn. Give it a step, or model.maps=learned"
+        )
+    return IdentityIn(cells, energy)
+
+
+def _map_out(dim: int, map_in: MapIn | IdentityIn, model: ModelSettings) -> MapOut | IdentityOut:
+    if isinstance(map_in, IdentityIn):
+        return IdentityOut()
+    map_out = MapOut(dim, map_in.num_cells, map_in.energy_dim, model.map_hidden)
+    if model.map_hidden is None:
+        map_out.start_as_inverse(map_in, SKIP_SHARE if model.skip else 1.0)
+    return map_out
 
 
 def _uses_tape(settings: RolloutSettings, num_steps: int) -> bool:

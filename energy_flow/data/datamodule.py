@@ -1,4 +1,4 @@
-"""The data of a run: settings, files of the three splits, loaders."""
+"""The data of a run: settings, the three splits, loaders."""
 
 import logging
 from collections.abc import Mapping
@@ -11,15 +11,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field, model_validator
 from torch.utils.data import DataLoader
 
-from energy_flow.data.pairs import Batch, PairDataset
+from energy_flow.data.pairs import PairDataset
+from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.sampling import ResumableLoader, epoch_sampler
+from energy_flow.data.settings import SPLITS, DataSettings
+from energy_flow.data.transport import TransportSettings
 from energy_flow.errors import ConfigError, DataError
-from energy_flow.settings import Settings, read
+from energy_flow.settings import read
 
 log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "reverse_dictionary"
-SPLITS = ("train", "val", "test")
 
 # What Lightning is about to do -> the splits it can't do without.
 _NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
@@ -27,19 +29,14 @@ _NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pr
 NpyPair = Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
-class DataSettings(Settings):
-    """Config group `data`. A split is a file or two .npy [source, target]; null: none, or the embedded file."""
+class FileSettings(DataSettings):
+    """Pairs from files. A split is a file or two .npy [source, target]; null: none, or the embedded file."""
 
     name: Literal["reverse_dictionary", "files"]
     train: str | NpyPair | None
     val: str | NpyPair | None
     test: str | NpyPair | None
-    normalize: bool
     dimension: Annotated[int, Field(ge=1)] | None
-    batch_size: int = Field(ge=1)
-    eval_batch_size: int = Field(ge=1)
-    num_workers: int = Field(ge=0)
-    seed: int = Field(ge=0)
 
     @model_validator(mode="after")
     def _check_splits(self) -> Self:
@@ -56,11 +53,45 @@ class DataSettings(Settings):
             )
         return self
 
-    def path(self, split: str) -> str | list[str] | None:
+    def has(self, split: str) -> bool:
+        return self._path(split) is not None
+
+    def open(self, split: str) -> PairDataset:
+        path = self._path(split)
+        assert path is not None
+        dataset = PairDataset(path, self.normalize, f"data.{split}")
+        if self.dimension not in (None, dataset.dim):
+            raise DataError(
+                f"data.{split}: {dataset.where}: dimension {dataset.dim}, but data.dimension = {self.dimension}; "
+                f"set data.dimension={dataset.dim} or give other files"
+            )
+        return dataset
+
+    def _path(self, split: str) -> str | list[str] | None:
         """The file or files of a split, None where there is none."""
         if self.name == "reverse_dictionary":
             return str(EMBEDDED / f"{split}.safetensors")
         return getattr(self, split)
+
+
+# `data.name` -> the class that reads the section.
+KINDS: dict[str, type[DataSettings]] = {
+    "reverse_dictionary": FileSettings,
+    "files": FileSettings,
+    "transport": TransportSettings,
+}
+
+
+def read_data_settings(section: Any) -> DataSettings:
+    """The settings of a config section `data`, of the class that its `name` asks for.
+
+    Raises:
+        ConfigError: no such name, an unknown key, or a value that can't work.
+    """
+    name = section.get("name") if isinstance(section, Mapping) else "files"
+    if not isinstance(name, str) or name not in KINDS:
+        raise ConfigError(f"data.name = {name!r}: must be one of {', '.join(KINDS)}")
+    return read(KINDS[name], section, "data")
 
 
 class EnergyDataModule(LightningDataModule):
@@ -71,29 +102,29 @@ class EnergyDataModule(LightningDataModule):
     the only one, because in-batch negatives of a few rows are mostly noise.
 
     Attributes:
-        train, val, test: the data sets after `setup`; None where no file is given.
+        train, val, test: the data sets after `setup`; None where there is none.
         fingerprint: sha256 (hex) of every split, after `setup`.
     """
 
     def __init__(self, settings: DataSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.train: PairDataset | None = None
-        self.val: PairDataset | None = None
-        self.test: PairDataset | None = None
+        self.train: Samples | None = None
+        self.val: Samples | None = None
+        self.test: Samples | None = None
         self.fingerprint: dict[str, str] = {}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """The data of a config, such as `energy_flow.config.compose()` gives."""
-        return cls(read(DataSettings, config["data"], "data"))
+        return cls(read_data_settings(config["data"]))
 
     @property
     def dim(self) -> int:
         """D, the embedding dimension of all splits; after `setup`."""
         return next(iter(self.splits().values())).dim
 
-    def splits(self) -> dict[str, PairDataset]:
+    def splits(self) -> dict[str, Samples]:
         """The data sets that there are, by split; after `setup`."""
         loaded = {split: dataset for split in SPLITS if (dataset := getattr(self, split)) is not None}
         if not loaded:
@@ -101,23 +132,22 @@ class EnergyDataModule(LightningDataModule):
         return loaded
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens and checks every split that has a file.
+        """Opens and checks every split that there is.
 
         Raises:
-            ConfigError: a split that the stage needs has no file.
-            DataError: a file that can't be used, or splits that don't belong together.
+            ConfigError: a split that the stage needs isn't there.
+            DataError: a split that can't be used, or splits that don't belong together.
         """
         for split in _NEEDED.get(stage or "", ()):
-            if self.settings.path(split) is None:
+            if not self.settings.has(split):
                 raise ConfigError(f"data.{split} = null: {stage} needs it; give data.{split}=PATH")
         for split in SPLITS:
-            path = self.settings.path(split)
-            if path is None or getattr(self, split) is not None:
+            if not self.settings.has(split) or getattr(self, split) is not None:
                 continue
-            dataset = PairDataset(path, self.settings.normalize, f"data.{split}")
+            dataset = self.settings.open(split)
             self._check_dimension(split, dataset)
             if len(dataset) < 2:
-                raise DataError(f"data.{split}: {dataset.files[0]}: 1 row; retrieval needs at least 2 candidates")
+                raise DataError(f"data.{split}: {dataset.where}: 1 row; retrieval needs at least 2 candidates")
             setattr(self, split, dataset)
             self.fingerprint[split] = dataset.fingerprint
             _log_split(split, dataset)
@@ -165,23 +195,20 @@ class EnergyDataModule(LightningDataModule):
             "generator": torch.Generator().manual_seed(self.settings.seed),
         }
 
-    def _dataset(self, split: str) -> PairDataset:
+    def _dataset(self, split: str) -> Samples:
         loaded = self.splits()
         if split not in loaded:
             raise ConfigError(f"data.{split} = null: nothing to load; give data.{split}=PATH")
         return loaded[split]
 
-    def _check_dimension(self, split: str, dataset: PairDataset) -> None:
-        where = f"data.{split}: {dataset.files[0]}: dimension {dataset.dim}"
-        if self.settings.dimension not in (None, dataset.dim):
-            raise DataError(
-                f"{where}, but data.dimension = {self.settings.dimension}; set data.dimension={dataset.dim} or give "
-                "other files"
-            )
+    def _check_dimension(self, split: str, dataset: Samples) -> None:
         for other in SPLITS[: SPLITS.index(split)]:
             known = getattr(self, other)
             if known is not None and known.dim != dataset.dim:
-                raise DataError(f"{where}, but data.{other} has {known.dim}; all splits must have the same")
+                raise DataError(
+                    f"data.{split}: {dataset.where}: dimension {dataset.dim}, but data.{other} has {known.dim}; "
+                    "all splits must have the same"
+                )
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -189,14 +216,6 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 @rank_zero_only
-def _log_split(split: str, dataset: PairDataset) -> None:
-    log.info(
-        "data.%s: %s: %s pairs of dimension %d, stored as %s, %s, %s",
-        split,
-        ", ".join(map(str, dataset.files)),
-        f"{len(dataset):,}",
-        dataset.dim,
-        dataset.storage,
-        "L2-normalised" if dataset.normalize else "not normalised",
-        "named" if dataset.names else "without names",
-    )
+def _log_split(split: str, dataset: Samples) -> None:
+    pairs = f"{len(dataset):,} pairs of dimension {dataset.dim}"
+    log.info("data.%s: %s: %s, %s", split, dataset.where, pairs, dataset.description)

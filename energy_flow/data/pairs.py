@@ -10,18 +10,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from energy_flow.data.columns import Column
 from energy_flow.data.files import StoredArray, read_npy, read_pair
 from energy_flow.data.names import read_names
+from energy_flow.data.samples import Batch, Samples
 from energy_flow.errors import DataError
 
-Batch = dict[str, Tensor]
 PathLike = str | Path
 
 
-class PairDataset(Dataset):
+class PairDataset(Samples):
     """Rows (source, target) of a file, memory-mapped where the format allows it.
 
     Opening it reads the file once, in chunks, and refuses what can't be trained on. It can be sent to worker processes,
@@ -63,6 +62,15 @@ class PairDataset(Dataset):
         return self._source.dim
 
     @property
+    def where(self) -> str:
+        return ", ".join(map(str, self.files))
+
+    @property
+    def description(self) -> str:
+        normalised = "L2-normalised" if self.normalize else "not normalised"
+        return f"stored as {self.storage}, {normalised}, {'named' if self.names else 'without names'}"
+
+    @property
     def storage(self) -> str:
         """How the numbers are stored, for people: "int8 with row scales", "float32"."""
         kinds = dict.fromkeys(
@@ -73,10 +81,6 @@ class PairDataset(Dataset):
 
     def __len__(self) -> int:
         return self._source.num_rows
-
-    def __getitem__(self, row: int) -> Batch:
-        """One pair: source and target float32 [D], row int64 []."""
-        return {name: values[0] for name, values in self.__getitems__([range(len(self))[row]]).items()}
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         """A batch in one read per side: source and target float32 [B, D], row int64 [B]; rows in 0 <= row < N."""

@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
-from energy_flow.data.pairs import PairDataset
+from energy_flow.data.samples import Samples
 
 
-def epoch_sampler(
-    dataset: PairDataset, seed: int, batch_size: int, num_processes: int, process: int
-) -> DistributedSampler:
+def epoch_sampler(dataset: Samples, seed: int, batch_size: int, num_processes: int, process: int) -> DistributedSampler:
     """Rows shuffled by (seed, epoch) alone; every process takes its share of one common order.
 
     So the joined batch i of P processes is batch i of one process with P times the batch size. Lightning calls

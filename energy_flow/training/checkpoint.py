@@ -147,6 +147,34 @@ def restore(
     return module
 
 
+def on_lattice(
+    checkpoint: Mapping[str, Any], width: int | None, height: int | None, dim: int, path: str | Path
+) -> dict[str, Any]:
+    """A loaded checkpoint's weights on a lattice of another width or height (None: its own), for embeddings of `dim`.
+
+    Raises:
+        CheckpointError: embeddings of another dimension, or maps that belong to the cells they were trained on.
+    """
+    size = {name: value for name, value in (("width", width), ("height", height)) if value is not None}
+    parameters, info = checkpoint["hyper_parameters"], checkpoint[KEY]
+    identity = parameters["model"].get("maps") == "identity"
+    if size and not identity:
+        named = ", ".join(f"lattice.{name} = {value}" for name, value in size.items())
+        raise CheckpointError(
+            f"{named}: ckpt_path = {path} has learned maps, which belong to their cells. Only a model "
+            "trained with model.maps=identity runs on another lattice; leave lattice.width and lattice.height null"
+        )
+    if not size and dim != info["embedding_dim"]:
+        remedy = "Give data made with the same encoder as the training data"
+        if identity:
+            remedy = "Give data of that size, or a lattice of theirs: lattice.width=W lattice.height=H"
+        raise CheckpointError(
+            f"ckpt_path = {path}: takes embeddings of dimension {info['embedding_dim']}, the data have {dim}. {remedy}"
+        )
+    parameters = {**parameters, "dim": dim, "lattice": {**parameters["lattice"], **size}}
+    return {**checkpoint, "hyper_parameters": parameters, KEY: {**info, "embedding_dim": dim}}
+
+
 def check_weights(state_dict: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
     """See that weights are those of a module: no name more, none less, every shape the same.
 

@@ -15,7 +15,7 @@ from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSett
 from energy_flow.core.host_copy import DelayedScalars
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
-from energy_flow.data.pairs import PairDataset
+from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, read
 from energy_flow.training import checkpoint as checkpoints
@@ -183,15 +183,16 @@ class EnergyFlowModule(pl.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Output embeddings [B, D] of a batch; one without targets (a tensor, or a dict with `source`) will do."""
         source = batch if isinstance(batch, Tensor) else batch["source"] if isinstance(batch, Mapping) else batch[0]
-        output = self(source.to(self.processor.map_in.cell_value.dtype))
+        output = self(source.to(self.processor.dtype))
         self._faults.put(output.faults)
         self._faults.raise_all()
         return output.embedding
 
     def configure_optimizers(self) -> Any:
         settings = self.optimizer_settings
-        decayed = [p for p in self.parameters() if p.ndim > 1 and p is not self.processor.map_in.cell_value]
-        rest = [p for p in self.parameters() if p.ndim <= 1 or p is self.processor.map_in.cell_value]
+        decays = {name: p.ndim > 1 and not name.endswith("cell_value") for name, p in self.named_parameters()}
+        decayed = [p for name, p in self.named_parameters() if decays[name]]
+        rest = [p for name, p in self.named_parameters() if not decays[name]]
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=settings.lr,
@@ -257,12 +258,12 @@ class EnergyFlowModule(pl.LightningModule):
     def _all_targets(self) -> Tensor:
         """Directions of all training targets on the module's device, [N, D]."""
         train = getattr(self.trainer.datamodule, "train", None)  # type: ignore[attr-defined]
-        if not isinstance(train, PairDataset):
+        if not isinstance(train, Samples):
             raise ConfigError(
                 "loss.candidates = bank: needs the training targets of an EnergyDataModule; "
                 "train with trainer.fit(module, datamodule=...), or set loss.candidates=batch"
             )
-        return directions(train.all()[1].to(self.device, self.processor.map_in.cell_value.dtype))
+        return directions(train.all()[1].to(self.device, self.processor.dtype))
 
     def _target_surface(self, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -298,9 +299,10 @@ class EnergyFlowModule(pl.LightningModule):
             # The cosine itself is a metric already.
             metrics["cosine_loss" if name == "cosine" else name] = loss.item()
         metrics["loss"] = weighted(losses, self.loss).item()
+        picking = getattr(self.trainer.checkpoint_callback, "monitor", None) or "val/mrr"
         for name, value in metrics.items():
             # The same on every process: `sync_dist` changes nothing, and Lightning need not ask for it.
-            self.log(f"{stage}/{name}", value, prog_bar=stage == "val" and name == "mrr", sync_dist=True)
+            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == picking, sync_dist=True)
 
     def _losses_of_all(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Losses over a whole split, every target a candidate; in chunks of rows, so that N x N never stands."""
@@ -316,7 +318,7 @@ class EnergyFlowModule(pl.LightningModule):
 
     def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Source and target in the model's dtype (NumPy's float64 is common in users' own loaders), and rows."""
-        dtype = self.processor.map_in.cell_value.dtype
+        dtype = self.processor.dtype
         if isinstance(batch, Mapping) and {"source", "target"} <= batch.keys():
             return batch["source"].to(dtype), batch["target"].to(dtype), batch.get("row")
         if isinstance(batch, tuple | list) and len(batch) == 2:

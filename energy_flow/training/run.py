@@ -19,32 +19,15 @@ from torch.nn import functional
 
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.data import EnergyDataModule
-from energy_flow.data.pairs import PairDataset
+from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings
-from energy_flow.training.baselines import BaselineResults, Pairs, run_baselines
+from energy_flow.training.baselines import BaselineResults, BaselineSettings, run_baselines
+from energy_flow.training.mlp_baseline import Pairs
 from energy_flow.training.module import EnergyFlowModule
+from energy_flow.training.task import RETRIEVAL, Task, task_of
 
-HEADINGS = {
-    "median_rank": "median rank",
-    "recall@1": "R@1",
-    "recall@10": "R@10",
-    "recall@100": "R@100",
-    "mrr": "MRR",
-    "cosine": "cosine",
-}
-COLUMNS = tuple(HEADINGS)
 EXAMPLES = 5
-
-
-OPTIMIZED = ("val/mrr", "val/recall@1", "val/recall@10", "val/recall@100", "val/cosine")  # higher is better
-
-
-class BaselineSettings(Settings):
-    """Config section `baselines`."""
-
-    enabled: bool
-    epochs: Annotated[int, Field(ge=1)]
 
 
 class PathSettings(Settings):
@@ -78,12 +61,21 @@ class TrainSettings(Settings):
     paths: PathSettings
 
 
+class SizeSettings(Settings):
+    """Cells of a lattice to evaluate on; None: as many as in the checkpoint."""
+
+    width: Annotated[int, Field(ge=1)] | None
+    height: Annotated[int, Field(ge=1)] | None
+
+
 class EvaluateSettings(Settings):
     """The whole config of an evaluation."""
 
     task_name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     ckpt_path: str
+    optimized_metric: str
+    lattice: SizeSettings
     baselines: BaselineSettings
     data: Section
     rollout: Section
@@ -95,27 +87,19 @@ class EvaluateSettings(Settings):
 class Results:
     """What a run found: metrics of the model's test, and the baselines beside it."""
 
+    task: Task
     metrics: dict[str, float]  # flat: test/mrr, params, fit_seconds, ...
     baselines: BaselineResults
 
     def headlines(self) -> dict[str, float]:
         """The few numbers by which runs are compared."""
-        names = [f"test/{column}" for column in COLUMNS] + [*OPTIMIZED, "params", "fit_seconds"]
+        tested = [f"test/{metric}" for metric in self.task.headings]
+        names = [*tested, *self.task.optimized, "params", "fit_seconds"]
         return {name: self.metrics[name] for name in names if name in self.metrics}
 
     def flat(self) -> dict[str, float]:
         beside = {f"baseline/{b}/{m}": v for b, row in self.baselines.metrics.items() for m, v in row.items()}
         return {**self.metrics, **beside}
-
-
-def check_optimized_metric(name: str) -> None:
-    """Find a wrong name before training, not at the end of its first epoch.
-
-    Raises:
-        ConfigError: no metric of that name, or one that should be low.
-    """
-    if name not in OPTIMIZED:
-        raise ConfigError(f"optimized_metric = {name!r}: must be one of {', '.join(OPTIMIZED)}")
 
 
 def hyper_parameters(settings: TrainSettings) -> dict[str, Any]:
@@ -145,7 +129,7 @@ def fit_baselines(
     if not settings.baselines.enabled or data.test is None:
         return BaselineResults()
 
-    def pairs(dataset: PairDataset | None) -> Pairs | None:
+    def pairs(dataset: Samples | None) -> Pairs | None:
         return None if dataset is None else dataset.all()
 
     with console.status("baselines") as status:
@@ -153,9 +137,10 @@ def fit_baselines(
             pairs(data.train),
             pairs(data.val),
             data.test.all(),
+            task=task_of(settings.optimized_metric),
+            settings=settings.baselines,
             num_parameters=module.num_parameters,
             loss=module.loss,
-            epochs=settings.baselines.epochs,
             seed=settings.seed,
             device=device,
             report=lambda what: status.update(f"baselines: {what}"),
@@ -202,16 +187,18 @@ def finish(
     console: Console,
 ) -> Results:
     """Write what the model reached, then fit the baselines, write and show them beside it; on the first process."""
-    results = Results(metrics, BaselineResults())
+    task = task_of(settings.optimized_metric)
+    results = Results(task, metrics, BaselineResults())
     if not trainer.is_global_zero:
         return results
     write_metrics(results, settings.paths.output_dir)  # whatever happens to the baselines
-    if "test/mrr" not in metrics:
+    if f"test/{task.headline}" not in metrics:
         return results
-    results = Results(metrics, fit_baselines(settings, data, module, trainer.strategy.root_device, console))
+    results = Results(task, metrics, fit_baselines(settings, data, module, trainer.strategy.root_device, console))
     write_metrics(results, settings.paths.output_dir)
     show_results(results, console)
-    show_examples(module, data, console)
+    if task is RETRIEVAL:
+        show_examples(module, data, console)
     return results
 
 
@@ -227,17 +214,22 @@ def write_metrics(results: Results, output_dir: str | Path) -> None:
 
 
 def show_results(results: Results, console: Console) -> None:
-    """The table: the model beside the baselines, best MRR in bold."""
-    model = {column: results.metrics[f"test/{column}"] for column in COLUMNS if f"test/{column}" in results.metrics}
+    """The table: the model beside the baselines, the best in bold."""
+    task = results.task
+    tested = {metric: results.metrics.get(f"test/{metric}") for metric in task.headings}
+    model = {metric: value for metric, value in tested.items() if value is not None}
     rows = {"flow lattice": model, **results.baselines.metrics}
-    best = max(row.get("mrr", -math.inf) for row in rows.values())
-    table = Table(title="Test: find the target among all targets of the split", title_justify="left")
+    best = math.nan
+    for row in rows.values():
+        found = row.get(task.headline, math.nan)
+        best = found if task.improves(found, best) else best
+    table = Table(title=task.title, title_justify="left")
     table.add_column("method", no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(HEADINGS[column], justify="right", no_wrap=True)
+    for heading in task.headings.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
-        cells = [_cell(column, row.get(column)) for column in COLUMNS]
-        table.add_row(name, *cells, style="bold" if row.get("mrr") == best else "")
+        cells = [task.shown(metric, row[metric]) if metric in row else "-" for metric in task.headings]
+        table.add_row(name, *cells, style="bold" if row.get(task.headline) == best else "")
     console.print(table)
     for name, reason in results.baselines.skipped.items():
         console.print(f"{name}: left out, {reason}")
@@ -268,9 +260,3 @@ def say_whose_data(trained_on: dict[str, str], data: EnergyDataModule, console: 
         console.print(
             f"not the data that the checkpoint was trained with: {', '.join(differing)} differ", soft_wrap=True
         )
-
-
-def _cell(column: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if column == "median_rank" else f"{value:.3f}"

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-SHOWN = ("val/mrr", "test/mrr", "test/recall@1", "test/recall@10", "fit_seconds")
+from energy_flow.training.task import TASKS
 
 
 class SweepSummary(Callback):
@@ -40,11 +40,18 @@ class SweepSummary(Callback):
 def _summarise(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Write both files; returns the jobs and the columns that are shown of them."""
     jobs = [_read(path) for path in sorted(folder.glob("**/.hydra/overrides.yaml"), key=_job_number)]
-    columns = [name for name in SHOWN if any(name in job for job in jobs)]
+    columns = [name for name in _shown(jobs) if any(name in job for job in jobs)]
     _write_csv(folder / "summary.csv", jobs)
     jobs = _without_common_overrides(jobs)
     _write_markdown(folder / "summary.md", jobs, columns)
     return jobs, columns
+
+
+def _shown(jobs: list[dict[str, Any]]) -> list[str]:
+    """The columns of the tasks that jobs were measured by: those whose `optimized_metric` they have."""
+    tasks = [task for task in TASKS if any(name in job for name in task.optimized for job in jobs)]
+    headlines = [f"val/{task.headline}" for task in tasks]
+    return [*headlines, *(f"test/{metric}" for task in tasks for metric in task.summary), "fit_seconds"]
 
 
 def _job_number(overrides: Path) -> tuple[int, str]:

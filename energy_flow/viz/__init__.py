@@ -1,5 +1,6 @@
 """Figures of what the flows do; TensorBoard and the notebooks draw with the same functions."""
 
+from energy_flow.viz.field import field_figure
 from energy_flow.viz.landings import group_figure, landing_figure
 from energy_flow.viz.population import population_figure
 from energy_flow.viz.style import render
@@ -7,6 +8,7 @@ from energy_flow.viz.surfaces import surface_figure
 from energy_flow.viz.trajectories import trajectory_figure
 
 __all__ = [
+    "field_figure",
     "group_figure",
     "landing_figure",
     "population_figure",

@@ -25,6 +25,9 @@ CASES = {
     "residual energy, three of them": Case(model={"residual_energy": True, **TWO_LAYERS}, expect=("projected",)),
     "skip from the input": Case(model={"skip": True}, expect=BOTH_PLANES),
     "hidden layer in the maps": Case(model={"map_hidden": 4}, expect=("projected",)),
+    "identity maps": Case(
+        {"width": 5, "height": 1}, {"maps": "identity", "residual_energy": True}, expect=("projected",)
+    ),
     "larger lattice": Case(
         {"width": 4, "height": 4, "depth": 8}, TWO_LAYERS, batch=2, expect=(*BOTH_PLANES, "reflected", "shared_cells")
     ),

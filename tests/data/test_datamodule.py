@@ -11,10 +11,9 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 
-from energy_flow.data import DataSettings, EnergyDataModule
+from energy_flow.data import EnergyDataModule, read_data_settings
 from energy_flow.data.sampling import epoch_sampler
 from energy_flow.errors import ConfigError, DataError
-from energy_flow.settings import read
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -23,7 +22,7 @@ def config(group="files", **changes):
     """The settings that `data=<group>` gives, changed."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose(overrides=["+seed=3", f"+data={group}"])
-    return read(DataSettings, {**OmegaConf.to_container(composed, resolve=True)["data"], **changes}, "data")
+    return read_data_settings({**OmegaConf.to_container(composed, resolve=True)["data"], **changes})
 
 
 def pairs(path, rows=45, dim=4, seed=0):

@@ -14,10 +14,12 @@ from pydantic import field_validator
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from energy_flow.core.flow_processor import FlowOutput
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.core.geometry import Deposit
+from energy_flow.data import TransportSettings
 from energy_flow.settings import Settings, read
 from energy_flow.viz import (
+    field_figure,
     group_figure,
     landing_figure,
     population_figure,
@@ -50,8 +52,8 @@ class FlowMonitor(Callback):
     At the end of a validation, in every `every_n_epochs`-th epoch, and once more at the end of training, the processor
     runs the first `samples` rows of the first validation batch in evaluation mode, without gradient. Every TensorBoard
     logger gets histograms (`flow_values/*`) and pictures (`surfaces/*`, `landings/*`, `groups/*`, `trajectories/*`,
-    `population`) at the trainer's global step. Without a TensorBoard logger, in the sanity check and on processes other
-    than the first it does nothing.
+    `population`, and `field/*` where the data know where energies should go) at the trainer's global step. Without a
+    TensorBoard logger, in the sanity check and on processes other than the first it does nothing.
 
     Args:
         every_n_epochs: at least 1.
@@ -102,15 +104,25 @@ class FlowMonitor(Callback):
             output = processor(source, rows, record_trajectories=True)
         histograms = _histograms(output)
         lattice = processor.settings
-        images = {
-            tag: render(figure)
-            for tag, figure in _figures(output, lattice.width, lattice.height, lattice.deposit, self._max_flows)
-        }
+        figures = _figures(output, lattice.width, lattice.height, lattice.deposit, self._max_flows)
+        images = {tag: render(figure) for tag, figure in figures}
+        images |= {tag: render(figure) for tag, figure in self._fields(trainer, processor, output)}
         for writer in writers:
             for tag, values in histograms.items():
                 writer.add_histogram(tag, values, self._drawn_step)
             for tag, image in images.items():
                 writer.add_image(tag, image, self._drawn_step, dataformats="HWC")
+
+    def _fields(self, trainer: Trainer, processor: FlowProcessor, output: FlowOutput) -> Iterator[tuple[str, Figure]]:
+        """Where the energies of cells should have gone, where the data know it and every flow is that of a cell."""
+        data = getattr(trainer.datamodule, "settings", None)  # type: ignore[attr-defined]
+        if not isinstance(data, TransportSettings) or processor.model.maps != "identity":
+            return
+        if output.trajectories is None or processor.settings.spawn.enabled:
+            return
+        landings = data.landings(output.input_surface.flatten(1))
+        for sample in range(len(landings)):
+            yield f"field/{sample}", field_figure(output.trajectories, landings, sample, self._max_flows)
 
 
 def _writers(trainer: Trainer) -> list[SummaryWriter]:

@@ -1,0 +1,54 @@
+"""What a data set of pairs offers, wherever its rows come from.
+
+B rows of a batch, N rows of the data set, D embedding dimension.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Batch = dict[str, Tensor]
+
+
+class Samples(Dataset):
+    """Rows (source, target) of one split.
+
+    Attributes:
+        fingerprint: sha256 (hex) of what decides the rows.
+        names: what the rows are called, or None.
+    """
+
+    fingerprint: str
+    names: list[str] | None = None
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """D."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """Where the rows come from, for messages."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """How they are stored or made, for the log."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        """A batch: source and target float32 [B, D], row int64 [B]; rows in 0 <= row < N."""
+
+    @abstractmethod
+    def all(self) -> tuple[Tensor, Tensor]:
+        """All rows at once: source and target, float32 [N, D]."""
+
+    def __getitem__(self, row: int) -> Batch:
+        """One pair: source and target float32 [D], row int64 []."""
+        return {name: values[0] for name, values in self.__getitems__([range(len(self))[row]]).items()}

@@ -1,0 +1,32 @@
+"""Config group `data`: what all kinds of data have in common, and what a kind has to tell."""
+
+from abc import abstractmethod
+
+from pydantic import Field
+
+from energy_flow.data.samples import Samples
+from energy_flow.settings import Settings
+
+SPLITS = ("train", "val", "test")
+
+
+class DataSettings(Settings):
+    """What every kind of data has; `seed` is that of the shuffling."""
+
+    normalize: bool
+    batch_size: int = Field(ge=1)
+    eval_batch_size: int = Field(ge=1)
+    num_workers: int = Field(ge=0)
+    seed: int = Field(ge=0)
+
+    @abstractmethod
+    def has(self, split: str) -> bool:
+        """Whether there is such a split."""
+
+    @abstractmethod
+    def open(self, split: str) -> Samples:
+        """The data set of a split that there is, checked.
+
+        Raises:
+            DataError: it can't be used.
+        """
