@@ -1,10 +1,10 @@
 """What simpler methods reach on the same data: a flow lattice has to be seen beside them.
 
-N samples, D embedding dimension, h hidden size of the MLP
+N samples, D embedding dimension, h hidden size of an MLP
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -13,8 +13,17 @@ from torch import Tensor
 
 from energy_flow.settings import Settings
 from energy_flow.training.losses import LossSettings
-from energy_flow.training.mlp_baseline import LargeMlpSettings, MlpTraining, Pairs, Report, fit_tuned
 from energy_flow.training.task import RETRIEVAL, Task
+from energy_flow.training.trained_baselines import (
+    Build,
+    Pairs,
+    Report,
+    TrainedBaseline,
+    TrainingSettings,
+    linear,
+    mlp,
+    residual_mlp,
+)
 
 Predict = Callable[[Tensor], Tensor]  # source [N, D] -> prediction [N, D]
 Fit = Callable[[dict[str, Pairs]], tuple[Predict, str]]  # splits -> how to predict, what was chosen
@@ -24,12 +33,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "mean": ("train",),
     "ridge": ("train", "val"),
     "procrustes": ("train",),
-    "mlp": ("train", "val"),
-    "mlp_cosine": ("train", "val"),
-    "mlp_large": ("train", "val"),
+    **dict.fromkeys(("linear", "mlp", "residual_mlp", "mlp_cosine", "mlp_large"), ("train", "val")),
 }
 USED_FOR = {"train": "data.train to be fitted", "val": "data.val to choose {choice} by {headline}"}
-CHOICE = {"ridge": "λ", "mlp": "the best epoch", "mlp_cosine": "the best epoch", "mlp_large": "the best of several"}
+CHOICE = {"ridge": "λ"}  # others: the best epoch
 
 # λ of the ridge regression relative to the mean eigenvalue of XᵀX, so that one grid fits any number of samples.
 RIDGE_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 7))
@@ -40,8 +47,8 @@ class BaselineSettings(Settings):
     """Config group `baselines`."""
 
     enabled: bool
-    epochs: Annotated[int, Field(ge=1)]
-    large: LargeMlpSettings
+    training: TrainingSettings
+    large: Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,12 @@ def run_baselines(
     - `ridge`: the linear map (XᵀX + λ)⁻¹XᵀY; λ chosen on `val`. Where errors count with an intercept (X and Y are
       centred); for ranks without (it is common to all predictions and says nothing about which is which).
     - `procrustes`: the orthogonal map UVᵀ with UΣVᵀ = XᵀY (Schönemann 1966, Psychometrika 31).
-    - `mlp`: Linear(D, h), GELU, Linear(h, D) with as many parameters as the model and the model's loss of embeddings
-      (an MLP has no surface); the best epoch chosen on `val`.
-    - `mlp_cosine`: the same MLP with the cosine loss.
-    - `mlp_large`: that MLP with many times the parameters; learning rate and weight decay chosen on `val`, too.
+    - `linear`: a linear map with bias that begins as the identity, trained with the model's loss of embeddings (it has
+      no surface); here and below learning rate, weight decay and epoch are chosen on `val`.
+    - `mlp`: Linear(D, h), GELU, Linear(h, D) with as many parameters as the model, same loss.
+    - `residual_mlp`: the same beside a skip from the input.
+    - `mlp_cosine`: that MLP with the cosine loss.
+    - `mlp_large`: that MLP with many times the parameters.
 
     The global random state is neither read nor changed; on one device, the same arguments give the same results.
 
@@ -85,10 +94,10 @@ def run_baselines(
         train, val, test: (source [N, D], target [N, D]) float32. Without `train` only the identity can be measured;
             without `val` neither λ nor the best epoch can be chosen. What is left out for that stands in `skipped`.
         task: which baselines, and how they are measured.
-        settings: of the MLPs; whether baselines are `enabled` is the caller's business.
+        settings: of those that are trained; whether baselines are `enabled` is the caller's business.
         num_parameters: how many the model has beside which the baselines stand.
         loss: that model's loss.
-        seed: of the MLPs' initial weights and order of samples.
+        seed: of initial weights and order of samples.
         device: where to compute.
         report: is told what is being done, e.g. "mlp epoch 3/20".
 
@@ -99,20 +108,25 @@ def run_baselines(
     splits = {name: (pairs[0].to(device), pairs[1].to(device)) for name, pairs in given.items() if pairs is not None}
     _check_shapes(splits)
     report = report or _say_nothing
-    mlp = MlpTraining(num_parameters, task, loss, settings.epochs, seed, "mlp", report)
     cosine = loss.model_copy(update={"cosine": 1.0, "mse": 0.0, "contrastive": 0.0, "learn_temperature": False})
+
+    def trained(name: str, build: Build, its_loss: LossSettings = loss) -> Fit:
+        return _trained(TrainedBaseline(name, build, task, its_loss, settings.training, seed, report))
+
     fits: dict[str, Fit] = {
         "identity": _fit_identity,
         "mean": _fit_mean,
         "ridge": lambda splits: _fit_ridge(splits, task),
         "procrustes": _fit_procrustes,
-        "mlp": lambda splits: _fit_mlp(splits, mlp),
-        "mlp_cosine": lambda splits: _fit_mlp(splits, replace(mlp, loss=cosine, name="mlp_cosine")),
-        "mlp_large": lambda splits: _fit_large(splits, replace(mlp, name="mlp_large"), settings.large),
+        "linear": trained("linear", linear),
+        "mlp": trained("mlp", mlp(num_parameters)),
+        "residual_mlp": trained("residual_mlp", residual_mlp(num_parameters)),
+        "mlp_cosine": trained("mlp_cosine", mlp(num_parameters), cosine),
+        "mlp_large": trained("mlp_large", mlp(settings.large * num_parameters)),
     }
     results = BaselineResults()
     for name in task.baselines:
-        words = {"choice": CHOICE.get(name), "headline": task.headings[task.headline]}
+        words = {"choice": CHOICE.get(name, "the best epoch"), "headline": task.headings[task.headline]}
         missing = [USED_FOR[split].format(**words) for split in NEEDS[name] if split not in splits]
         if missing:
             results.skipped[name] = "needs " + " and ".join(missing)
@@ -179,14 +193,12 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def _fit_mlp(splits: dict[str, Pairs], mlp: MlpTraining) -> tuple[Predict, str]:
-    fitted = mlp.fit(splits["train"], splits["val"])
-    return fitted.network, fitted.detail
+def _trained(baseline: TrainedBaseline) -> Fit:
+    def fit(splits: dict[str, Pairs]) -> tuple[Predict, str]:
+        fitted = baseline.fit(splits["train"], splits["val"])
+        return fitted.network, fitted.detail
 
-
-def _fit_large(splits: dict[str, Pairs], mlp: MlpTraining, settings: LargeMlpSettings) -> tuple[Predict, str]:
-    fitted = fit_tuned(mlp, settings, splits["train"], splits["val"])
-    return fitted.network, fitted.detail
+    return fit
 
 
 def _check_shapes(splits: dict[str, Pairs]) -> None:

@@ -3,6 +3,7 @@
 B samples of this process, G candidates, D embedding dimension, S cells, E energy dimension
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
@@ -10,7 +11,7 @@ from typing import Annotated, Literal, Self
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from energy_flow.settings import Settings
 
@@ -54,6 +55,20 @@ class LossSettings(Settings):
     def weights(self) -> dict[str, float]:
         """The weight of each term, by its name."""
         return {"cosine": self.cosine, "mse": self.mse, "surface": self.surface, "contrastive": self.contrastive}
+
+
+class Temperature(nn.Module):
+    """The temperature of the contrastive loss: a number, or a parameter where it is learnt."""
+
+    lowest = 0.01  # of a learnt one, as in CLIP (Radford et al. 2021, arXiv 2103.00020): below, steps explode
+
+    def __init__(self, settings: LossSettings) -> None:
+        super().__init__()
+        self.start = settings.temperature
+        self.log = nn.Parameter(torch.tensor(math.log(self.start))) if settings.learn_temperature else None
+
+    def forward(self) -> float | Tensor:
+        return self.start if self.log is None else self.log.exp().clamp(min=self.lowest)
 
 
 @dataclass(frozen=True)

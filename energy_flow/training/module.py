@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
@@ -24,6 +24,7 @@ from energy_flow.training.faults import FaultQueue
 from energy_flow.training.losses import (
     Candidates,
     LossSettings,
+    Temperature,
     directions,
     embedding_losses,
     surface_loss,
@@ -33,7 +34,6 @@ from energy_flow.training.retrieval import retrieval_metrics
 
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
 _CHUNK = 1024  # rows of an evaluation whose scores stand at a time
-_LOWEST_TEMPERATURE = 0.01  # of a learnt one, as in CLIP (Radford et al. 2021, arXiv 2103.00020): below, steps explode
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -79,9 +79,7 @@ class EnergyFlowModule(pl.LightningModule):
         # Plain containers only, so that checkpoints load with `weights_only=True`.
         self.save_hyperparameters(logger=False, ignore=["rollout"])
         self.loss = read(LossSettings, loss, "loss")
-        self.log_temperature = (
-            nn.Parameter(torch.tensor(math.log(self.loss.temperature))) if self.loss.learn_temperature else None
-        )
+        self.temperature = Temperature(self.loss)
         self._bank: Tensor | None = None  # directions of all training targets, where they are the candidates
         self.optimizer_settings = read(OptimizerSettings, optimizer, "optimizer")
         lattice_settings = read(LatticeSettings, lattice, "lattice")
@@ -110,13 +108,6 @@ class EnergyFlowModule(pl.LightningModule):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    @property
-    def temperature(self) -> float | Tensor:
-        """Of the contrastive loss; a tensor where it is learnt."""
-        if self.log_temperature is None:
-            return self.loss.temperature
-        return self.log_temperature.exp().clamp(min=_LOWEST_TEMPERATURE)
-
     def forward(self, source: Tensor, rows: Tensor | None = None, *, record_trajectories: bool = False) -> FlowOutput:
         """Embeddings [B, D] -> the flow lattice's output; `rows` and trajectories as in `FlowProcessor.forward`."""
         output: FlowOutput = self.processor(
@@ -135,8 +126,8 @@ class EnergyFlowModule(pl.LightningModule):
         if is_logging_batch(self.trainer):
             trained = {f"train/{name}": losses[name] for name, weight in self.loss.weights().items() if weight > 0}
             statistics = {f"flows/{name}": value for name, value in output.statistics.items()}
-            if isinstance(self.temperature, Tensor):
-                trained["train/temperature"] = self.temperature
+            if self.loss.learn_temperature:
+                trained["train/temperature"] = torch.as_tensor(self.temperature())
             self._scalars.put(logging_step(self.trainer), {"train/loss": loss, **trained, **statistics})
         return loss
 
@@ -237,7 +228,7 @@ class EnergyFlowModule(pl.LightningModule):
     def _losses(self, output: FlowOutput, target: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
         """All losses of a training batch."""
         candidates = self._candidates(target, rows)
-        losses = embedding_losses(output.embedding, target, self.temperature, candidates)
+        losses = embedding_losses(output.embedding, target, self.temperature(), candidates)
         if self.loss.surface > 0:
             losses["surface"] = surface_loss(output.surface, self._target_surface(target))
         return losses
@@ -310,7 +301,7 @@ class EnergyFlowModule(pl.LightningModule):
         for start in range(0, len(target), _CHUNK):
             rows = slice(start, start + _CHUNK)
             candidates = Candidates.of_rows(target, start, len(target[rows]))
-            losses = embedding_losses(prediction[rows], target[rows], self.temperature, candidates)
+            losses = embedding_losses(prediction[rows], target[rows], self.temperature(), candidates)
             for name, loss in losses.items():
                 share = len(target[rows]) / len(target)
                 total[name] = total.get(name, target.new_zeros(())) + share * loss

@@ -23,9 +23,9 @@ from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings
 from energy_flow.training.baselines import BaselineResults, BaselineSettings, run_baselines
-from energy_flow.training.mlp_baseline import Pairs
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.task import RETRIEVAL, Task, task_of
+from energy_flow.training.trained_baselines import Pairs
 
 EXAMPLES = 5
 

@@ -78,7 +78,7 @@ RETRIEVAL = Task(
     summary=("mrr", "recall@1", "recall@10"),
     lower_is_better=False,
     optimized=("val/mrr", "val/recall@1", "val/recall@10", "val/recall@100", "val/cosine"),
-    baselines=("identity", "mean", "ridge", "procrustes", "mlp", "mlp_cosine"),
+    baselines=("identity", "mean", "ridge", "procrustes", "linear", "mlp", "residual_mlp", "mlp_cosine"),
     measure=retrieval_metrics,
 )
 
@@ -89,7 +89,7 @@ REGRESSION = Task(
     summary=("mse", "cosine"),
     lower_is_better=True,
     optimized=("val/mse",),
-    baselines=("identity", "mean", "ridge", "mlp", "mlp_large"),
+    baselines=("identity", "mean", "ridge", "mlp", "residual_mlp", "mlp_large"),
     measure=regression_metrics,
 )
 

@@ -26,5 +26,10 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(trained_folder: Path) -> Outcome:
     """One finished run with everything on, in a process of its own."""
-    overrides = ("trainer.max_epochs=2", "baselines.enabled=true", "baselines.epochs=1", "logger=[tensorboard,csv]")
+    overrides = (
+        "trainer.max_epochs=2",
+        "baselines.enabled=true",
+        "baselines.training.epochs=1",
+        "logger=[tensorboard,csv]",
+    )
     return spawn("train", trained_folder, *overrides, check=True)

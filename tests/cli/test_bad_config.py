@@ -75,7 +75,7 @@ VALUES = [
     ("loss.temperature=0", "loss.temperature = 0", "greater than 0"),
     ("loss.contrastive=0", "loss.contrastive are all 0", "loss.contrastive=1.0"),
     ("baselines=3", "a group is set to", "name one of its options"),
-    ("baselines.epochs=0", "baselines.epochs = 0", "greater than or equal to 1"),
+    ("baselines.training.epochs=0", "baselines.training.epochs = 0", "greater than or equal to 1"),
     ("test=maybe", "test = 'maybe'", "boolean"),
     ("callbacks.memory_cleanup.threshold=2", "callbacks.memory_cleanup.threshold = 2", "(0, 2/3]"),
     ("callbacks.early_stopping.patience=abc", "callbacks.early_stopping.patience = 'abc'", "integer"),

@@ -91,7 +91,7 @@ def test_evaluation_finds_the_same(program: Program, trained: Outcome, trained_f
     best, path = trained.metrics(), trained_folder / "test.safetensors"
     ckpt = f"ckpt_path={trained.folder}/checkpoints/best.ckpt"
     splits = [f"data.{split}={trained_folder / split}.safetensors" for split in ("train", "val", "test")]
-    outcome = program.evaluate(ckpt, *splits, "baselines.enabled=true", "baselines.epochs=1")
+    outcome = program.evaluate(ckpt, *splits, "baselines.enabled=true", "baselines.training.epochs=1")
     assert (outcome.code, outcome.err) == (0, "")
     found = outcome.metrics()
     same = {name for name in best if name.startswith(("test/", "baseline/", "params"))}

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from energy_flow.settings import read
+from energy_flow.training import trained_baselines
 from energy_flow.training.baselines import BaselineResults, BaselineSettings, run_baselines
 from energy_flow.training.losses import LossSettings
-from energy_flow.training.mlp_baseline import Pairs
 from energy_flow.training.retrieval import retrieval_metrics
 from energy_flow.training.task import REGRESSION, RETRIEVAL
+from energy_flow.training.trained_baselines import Pairs, TrainedBaseline, linear, mlp, residual_mlp
 
 LOSS = LossSettings(
     cosine=0.0, mse=0.0, surface=0.0, contrastive=1.0, candidates="batch", temperature=0.05, learn_temperature=False
@@ -19,10 +20,13 @@ LOSS = LossSettings(
 MSE = LOSS.model_copy(update={"contrastive": 0.0, "mse": 1.0})
 
 
-def epochs(number: int, **large: Any) -> BaselineSettings:
-    """Settings with so many epochs for all MLPs."""
-    large = {"times": 3, "epochs": number, "learning_rates": [1e-3, 1e-2], "weight_decays": [0.0], **large}
-    return read(BaselineSettings, {"enabled": True, "epochs": number, "large": large}, "baselines")
+TRAINED = ("linear", "mlp", "residual_mlp", "mlp_cosine")
+
+
+def epochs(number: int, large: int = 3, **grid: Any) -> BaselineSettings:
+    """Settings with so many epochs for all baselines that are trained."""
+    training = {"epochs": number, "learning_rates": [1e-2], "weight_decays": [0.0], **grid}
+    return read(BaselineSettings, {"enabled": True, "training": training, "large": large}, "baselines")
 
 
 SETTINGS: dict[str, Any] = {
@@ -125,17 +129,25 @@ def test_mlp_learns_and_its_loss_is_the_models() -> None:
 
 
 def test_mlp_keeps_the_best_epoch() -> None:
-    """Targets without any pattern: training longer only overfits, so one epoch more never lowers the MRR on val."""
-    splits = [(numbers(n, 6, seed=n), numbers(n, 6, seed=n + 1)) for n in (40, 30, 30)]
-    chosen = []
-    for number in range(1, 7):
-        results = run_baselines(
-            *splits[:2], splits[1], **{**SETTINGS, "settings": epochs(number)}
-        )  # measured on val itself
-        chosen.append(results.metrics["mlp"]["mrr"])
-        assert f"(val MRR {chosen[-1]:.3f})" in results.details["mlp"]
-    assert chosen == sorted(chosen)
-    assert f"epoch {chosen.index(chosen[-1]) + 1} of 6" in results.details["mlp"]
+    """Targets without any pattern: what is named is what the weights that were kept reach, and not the last epoch."""
+    splits = [(numbers(n, 6, seed=n), numbers(n, 6, seed=n + 1)) for n in (40, 30)]
+    results = run_baselines(*splits, splits[1], **{**SETTINGS, "settings": epochs(12)})  # measured on val itself
+    for name in ("linear", "mlp", "residual_mlp"):
+        assert f"(val MRR {results.metrics[name]['mrr']:.3f})" in results.details[name]
+    assert "epoch 12 of 12" not in results.details["mlp"]
+
+
+def test_the_linear_map_and_the_skip_begin_as_the_identity() -> None:
+    source = numbers(5, 8, seed=1)
+    assert torch.equal(linear(8)(source), source)
+    assert torch.equal(residual_mlp(300)(8)(source), source)
+    assert not torch.allclose(mlp(300)(8)(source), source)
+
+
+def test_the_linear_map_learns_a_rotation() -> None:
+    results = run_baselines(*three_splits(rotation(8)), **{**SETTINGS, "settings": epochs(40, learning_rates=[0.05])})
+    assert results.metrics["linear"]["mrr"] > 0.9
+    assert results.metrics["identity"]["mrr"] < 0.3
 
 
 @pytest.mark.parametrize(("dim", "num_parameters", "hidden"), [(8, 500, 29), (8, 1, 1), (3, 100, 14), (8, 1708, 100)])
@@ -143,7 +155,9 @@ def test_mlp_has_as_many_parameters(dim: int, num_parameters: int, hidden: int) 
     splits = three_splits(rotation(dim))
     results = run_baselines(*splits, **{**SETTINGS, "num_parameters": num_parameters, "settings": epochs(1)})
     count = hidden * dim + hidden + dim * hidden + dim
-    assert results.details["mlp"].startswith(f"hidden size {hidden}, {count:,} parameters")
+    assert results.details["mlp"].startswith(f"{count:,} parameters")
+    assert results.details["residual_mlp"].startswith(f"{count:,} parameters")
+    assert results.details["linear"].startswith(f"{dim * dim + dim} parameters")
     assert abs(count - num_parameters) <= (2 * dim + 1) / 2 or hidden == 1
 
 
@@ -181,8 +195,7 @@ def test_without_val() -> None:
     assert list(results.metrics) == ["identity", "mean", "procrustes"]
     assert results.skipped == {
         "ridge": "needs data.val to choose λ by MRR",
-        "mlp": "needs data.val to choose the best epoch by MRR",
-        "mlp_cosine": "needs data.val to choose the best epoch by MRR",
+        **dict.fromkeys(TRAINED, "needs data.val to choose the best epoch by MRR"),
     }
 
 
@@ -204,10 +217,10 @@ def test_constant_data() -> None:
 
 
 def check_complete(results: BaselineResults) -> None:
-    assert list(results.metrics) == ["identity", "mean", "ridge", "procrustes", "mlp", "mlp_cosine"]
+    assert list(results.metrics) == ["identity", "mean", "ridge", "procrustes", *TRAINED]
     keys = {"mrr", "recall@1", "recall@10", "recall@100", "median_rank", "cosine"}
     assert all(metrics.keys() == keys for metrics in results.metrics.values())
-    assert results.details.keys() == {"ridge", "mlp", "mlp_cosine"}
+    assert results.details.keys() == {"ridge", *TRAINED}
     assert results.skipped == {}
 
 
@@ -215,7 +228,7 @@ def test_report() -> None:
     said: list[str] = []
     run_baselines(*three_splits(rotation(5)), **SETTINGS, report=said.append)
     assert said[:4] == ["identity", "mean", "ridge", "procrustes"]
-    assert said[4:7] == ["mlp", "mlp epoch 1/2", "mlp epoch 2/2"]
+    assert said[4:8] == ["linear", "linear epoch 1/2", "linear epoch 2/2", "mlp"]
 
 
 def test_what_does_not_fit() -> None:
@@ -224,6 +237,38 @@ def test_what_does_not_fit() -> None:
         run_baselines(train, (val[0], val[1][:-1]), test, **SETTINGS)
     with pytest.raises(ValueError, match=r"train: .*test split"):
         run_baselines(three_splits(rotation(4))[0], val, test, **SETTINGS)
+
+
+def curve(loss: LossSettings, splits: tuple[Pairs, ...], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Losses of all steps of the linear map."""
+    losses: list[float] = []
+    backward = Tensor.backward
+    monkeypatch.setattr(Tensor, "backward", lambda self: (losses.append(self.item()), backward(self))[0])
+    baseline = TrainedBaseline("linear", linear, RETRIEVAL, loss, epochs(30).training, 1, lambda _: None)
+    baseline.fit(splits[0], splits[1])
+    monkeypatch.undo()
+    return losses
+
+
+def test_the_loss_is_the_models_with_all_that_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All training targets as candidates where batches are smaller than the data, and a temperature that is learnt."""
+    monkeypatch.setattr(trained_baselines, "BATCH", 50)
+    splits = three_splits(rotation(8))
+    batch = curve(LOSS, splits, monkeypatch)
+    monkeypatch.setattr(trained_baselines, "BATCH", 50)
+    bank = curve(LOSS.model_copy(update={"candidates": "bank"}), splits, monkeypatch)
+    (source, target), rows = splits[0], torch.randperm(300, generator=torch.Generator().manual_seed(1))[:50]
+    functional = torch.nn.functional
+    logits = functional.normalize(source[rows]) @ functional.normalize(target).T / 0.05
+    assert len(batch) == len(bank) == 180
+    assert bank[0] == pytest.approx(
+        functional.cross_entropy(logits, rows).item(), rel=1e-5
+    )  # it begins as the identity
+    assert batch[0] < bank[0] - 0.5
+    monkeypatch.setattr(trained_baselines, "BATCH", 50)
+    learnt = curve(LOSS.model_copy(update={"learn_temperature": True}), splits, monkeypatch)
+    assert learnt[0] == batch[0]
+    assert learnt[-1] != batch[-1]
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """The task whose results are errors: its metrics, what asks for it, its baselines."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ import torch
 from energy_flow.config import compose
 from energy_flow.errors import ConfigError
 from energy_flow.training.baselines import run_baselines
-from energy_flow.training.mlp_baseline import MlpTraining, hidden_size
 from energy_flow.training.task import REGRESSION, RETRIEVAL, direction, regression_metrics, task_of
+from energy_flow.training.trained_baselines import TrainedBaseline, hidden_size, mlp
 from tests.training.test_baselines import ERRORS, MSE, SETTINGS, epochs, mapped, numbers, rotation, three_splits
 
 
@@ -48,7 +47,7 @@ def test_data_bring_their_metric() -> None:
 
 def test_the_baselines_of_errors() -> None:
     results = run_baselines(*three_splits(rotation(8)), **ERRORS)
-    assert list(results.metrics) == ["identity", "mean", "ridge", "mlp", "mlp_large"]
+    assert list(results.metrics) == ["identity", "mean", "ridge", "mlp", "residual_mlp", "mlp_large"]
     assert all(metrics.keys() == {"mse", "cosine"} for metrics in results.metrics.values())
     assert results.metrics["identity"] == regression_metrics(*three_splits(rotation(8))[2])
 
@@ -94,12 +93,12 @@ def test_the_large_mlp_is_the_best_pair_on_validation() -> None:
             errors[rate, decay] = alone.metrics["mlp_large"]["mse"]
     rate, decay = min(errors, key=lambda pair: errors[pair])
     assert len(set(errors.values())) == 6
-    assert f"lr {rate:g}, weight decay {decay:g}, the best of 6 pairs" in results.details["mlp_large"]
+    assert f"lr {rate:g}, weight decay {decay:g} (val" in results.details["mlp_large"]
     assert results.metrics["mlp_large"]["mse"] < results.metrics["mlp"]["mse"]
 
 
 def test_the_large_mlp_has_many_times_the_parameters() -> None:
-    results = run_baselines(*three_splits(rotation(8)), **{**ERRORS, "settings": epochs(1, times=10)})
+    results = run_baselines(*three_splits(rotation(8)), **{**ERRORS, "settings": epochs(1, large=10)})
     count = hidden_size(8, 5000) * 17 + 8
     assert f"{count:,} parameters" in results.details["mlp_large"]
     assert abs(count - 5000) <= 17 / 2
@@ -113,7 +112,7 @@ def test_a_pair_that_diverges_loses() -> None:
     assert math.isfinite(results.metrics["mlp_large"]["mse"])
 
 
-def test_only_the_large_one_decays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_learning_rate_falls_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     step = torch.optim.AdamW.step
 
@@ -123,11 +122,8 @@ def test_only_the_large_one_decays(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     train, val, _ = three_splits(rotation(6))
-    mlp = MlpTraining(500, REGRESSION, MSE, 30, 1, "mlp", lambda _: None, learning_rate=1e-2)
-    mlp.fit(train, val)
-    assert set(rates) == {1e-2}
-    rates.clear()
-    replace(mlp, decays=True).fit(train, val)
+    TrainedBaseline("mlp", mlp(500), REGRESSION, MSE, epochs(30).training, 1, lambda _: None).fit(train, val)
+    assert len(rates) == 30
     assert rates[0] == 1e-2
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 1e-4
@@ -138,8 +134,7 @@ def test_without_val_the_choice_is_named() -> None:
     skipped = run_baselines(train, None, test, **ERRORS).skipped
     assert skipped == {
         "ridge": "needs data.val to choose λ by MSE",
-        "mlp": "needs data.val to choose the best epoch by MSE",
-        "mlp_large": "needs data.val to choose the best of several by MSE",
+        **dict.fromkeys(("mlp", "residual_mlp", "mlp_large"), "needs data.val to choose the best epoch by MSE"),
     }
 
 
