@@ -28,7 +28,7 @@ from energy_flow.errors import CheckpointError, ConfigError
 from energy_flow.pretrained import SHIPPED, EnergyFlowModel
 from energy_flow.settings import Settings, read
 from energy_flow.training.retrieval import nearest, ranks
-from energy_flow.training.run import PathSettings, check_normalisation
+from energy_flow.training.run import PathSettings, check_normalisation, find_device
 
 _SHOWN = 5  # inputs of a file
 
@@ -74,7 +74,7 @@ class Inputs:
 def predict(config: dict[str, Any]) -> None:
     """One prediction from its config to its table or files."""
     settings = read(PredictSettings, config, "")
-    console, device = Console(), _device(settings.device)
+    console, device = Console(), find_device(settings.device)
     model = load_model(settings.ckpt_path)
     data = EnergyDataModule.from_config(config)
     if settings.row is not None:
@@ -83,7 +83,7 @@ def predict(config: dict[str, Any]) -> None:
         data.setup()
     gallery = Gallery.from_splits(data.splits()) if settings.gallery is None else Gallery.from_file(settings.gallery)
     _check_gallery(settings, model, gallery)
-    inputs = _inputs(settings, model, data, device)
+    inputs = _inputs(settings, model, data, device, console)
     embedding = _embed(model.to(device), inputs.source, data.settings.eval_batch_size, console)
     score, index = nearest(embedding, gallery.target, settings.k)
     if settings.input is not None:
@@ -121,12 +121,6 @@ def load_model(ckpt_path: str | None) -> EnergyFlowModel:
     return EnergyFlowModel.from_checkpoint(ckpt_path)
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=auto")
-    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
-
-
 def _check_gallery(settings: PredictSettings, model: EnergyFlowModel, gallery: Gallery) -> None:
     size, dim = gallery.target.shape
     if dim != model.card.dim:
@@ -138,10 +132,12 @@ def _check_gallery(settings: PredictSettings, model: EnergyFlowModel, gallery: G
         raise ConfigError(f"k = {settings.k}: there are {size:,} candidates. Set k={size} or less")
 
 
-def _inputs(settings: PredictSettings, model: EnergyFlowModel, data: EnergyDataModule, device: torch.device) -> Inputs:
+def _inputs(
+    settings: PredictSettings, model: EnergyFlowModel, data: EnergyDataModule, device: torch.device, console: Console
+) -> Inputs:
     if settings.text is not None:
         texts = [settings.text] if isinstance(settings.text, str) else settings.text
-        return Inputs(_encoded(texts, settings.encoder, model, device), texts)
+        return Inputs(_encoded(texts, settings.encoder, model, device, console), texts)
     if settings.input is not None:
         rows = Rows(settings.input, "source", model.card.normalize, "input")
         _check_source(f"input = {settings.input}", rows.dim, model)
@@ -171,7 +167,9 @@ def _check_source(what: str, dim: int, model: EnergyFlowModel) -> None:
         )
 
 
-def _encoded(texts: list[str], name: str | None, model: EnergyFlowModel, device: torch.device) -> Tensor:
+def _encoded(
+    texts: list[str], name: str | None, model: EnergyFlowModel, device: torch.device, console: Console
+) -> Tensor:
     name = name or model.card.encoder
     if name is None:
         raise ConfigError(
@@ -184,6 +182,8 @@ def _encoded(texts: list[str], name: str | None, model: EnergyFlowModel, device:
             f"encoder = {name}: gives embeddings of dimension {encoder.dim}, the model takes {model.card.dim}. Give "
             f"the encoder of the training data{f', {model.card.encoder}' if model.card.encoder else ''}"
         )
+    if cut := encoder.num_cut(texts):
+        console.print(f"{cut} of the texts are longer than the encoder reads: their ends are left out", soft_wrap=True)
     return torch.from_numpy(encoder.encode(texts))
 
 

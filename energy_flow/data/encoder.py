@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from energy_flow.errors import ConfigError, DataError
 
-BATCH_SIZE = 32
+_BATCH_SIZE = 32
+_COUNTED = 1024  # texts whose tokens stand at a time
 
 
 class TextEncoder:
@@ -32,14 +33,14 @@ class TextEncoder:
         self._model = _load(name, device)
         self.dim = self.encode(["dimension"]).shape[1]
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Rows of length 1, [len(texts), D].
+    def encode(self, texts: Sequence[str], batch_size: int = _BATCH_SIZE) -> NDArray[np.float32]:
+        """Rows of length 1, [len(texts), D]; the model sees `batch_size` texts at a time.
 
         Raises:
             DataError: the model gives NaN, Inf or a row of zeros.
         """
         found = self._model.encode(
-            list(texts), batch_size=BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False
+            list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
         )
         rows = np.asarray(found, dtype=np.float32)
         bad = np.flatnonzero(~(np.isfinite(rows).all(axis=1) & rows.any(axis=1)))
@@ -55,8 +56,11 @@ class TextEncoder:
         tokenizer, longest = self._model.tokenizer, self._model.max_seq_length
         if not (isinstance(longest, int) and hasattr(tokenizer, "model_max_length")):
             return 0  # not a tokenizer of the transformers library: such models read texts of any length
-        tokens = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        return sum(len(token_ids) > longest for token_ids in tokens)
+        count = 0
+        for start in range(0, len(texts), _COUNTED):
+            tokens = tokenizer(list(texts[start : start + _COUNTED]), truncation=False, verbose=False)["input_ids"]
+            count += sum(len(token_ids) > longest for token_ids in tokens)
+        return count
 
 
 def _load(name: str, device: str) -> Any:

@@ -261,6 +261,17 @@ def show_examples(module: EnergyFlowModule, data: EnergyDataModule, console: Con
         console.print(f"  {dataset.names[row]}: {names}", highlight=False, markup=False, soft_wrap=True)
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a config key `device`: cpu, cuda or auto.
+
+    Raises:
+        ConfigError: cuda, and there is no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=auto")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
 def check_normalisation(trained: bool, data: EnergyDataModule) -> None:
     """See that rows are prepared as those that a model was trained with.
 
