@@ -1,6 +1,7 @@
 """The nearest words of an input: python -m energy_flow.predict text=... | row=... | input=... [key=value ...]"""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -254,6 +255,7 @@ def _literal(word: str) -> str:
     key, _, value = word.partition("=")
     if key != "text" or value in ("", "null") or value[0] in "[\"'":
         return word
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # for OmegaConf, which reads ${...} as a reference
     return f"text={QuotedString(value, Quote.double).with_quotes()}"
 
 
