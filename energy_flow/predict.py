@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -87,21 +86,15 @@ def predict(config: dict[str, Any]) -> None:
     inputs = _inputs(settings, model, data, device, console)
     embedding = _embed(model.to(device), inputs.source, data.settings.eval_batch_size, console)
     score, index = nearest(embedding, gallery.target, settings.k)
-    if settings.input is not None:
-        _write(Path(settings.paths.output_dir), inputs, embedding, gallery, score, index)
-        shown = min(_SHOWN, len(inputs.labels))
-        _show(console, inputs.labels[:shown], gallery, score, index, None)
-        console.print(
-            f"the first {shown} of {len(inputs.labels):,}; all of them are in predictions.safetensors and "
-            "neighbours.jsonl",
-            highlight=False,
-            soft_wrap=True,
-        )
-        console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
+    if settings.input is None:
+        _show(console, inputs, gallery, score, index)
+        if inputs.true is not None:
+            _say(console, _place(inputs.true, embedding, gallery))
         return
-    _show(console, inputs.labels, gallery, score, index, inputs.true)
-    if inputs.true is not None:
-        console.print(_place(inputs.true, embedding, gallery), highlight=False, markup=False, soft_wrap=True)
+    _write(Path(settings.paths.output_dir), inputs, embedding, gallery, score, index)
+    _show(console, inputs, gallery, score[:_SHOWN], index[:_SHOWN])
+    _say(console, f"{len(inputs.labels):,} inputs, all of them in predictions.safetensors and neighbours.jsonl")
+    _say(console, f"run folder: {settings.paths.output_dir}")
 
 
 def load_model(ckpt_path: str | None) -> EnergyFlowModel:
@@ -184,7 +177,7 @@ def _encoded(
             f"the encoder of the training data{f', {model.card.encoder}' if model.card.encoder else ''}"
         )
     if cut := encoder.num_cut(texts):
-        console.print(f"{cut} of the texts are longer than the encoder reads: their ends are left out", soft_wrap=True)
+        _say(console, f"{cut} of the texts are longer than the encoder reads: their ends are left out")
     return torch.from_numpy(encoder.encode(texts))
 
 
@@ -197,11 +190,13 @@ def _embed(model: EnergyFlowModel, source: Tensor, batch_size: int, console: Con
     return torch.cat([model(block.to(device)).cpu() for block in watched])
 
 
-def _show(
-    console: Console, labels: Sequence[str], gallery: Gallery, score: Tensor, index: Tensor, true: str | None
-) -> None:
-    """A table per input; the true name is marked."""
-    for label, scores, found in zip(labels, score.tolist(), index.tolist(), strict=False):
+def _say(console: Console, what: str) -> None:
+    console.print(what, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(console: Console, inputs: Inputs, gallery: Gallery, score: Tensor, index: Tensor) -> None:
+    """A table per input, of the first ones that there are scores of; the true name is marked."""
+    for label, scores, found in zip(inputs.labels, score.tolist(), index.tolist(), strict=False):
         console.print(Text(label, style="bold"), soft_wrap=True)
         table = Table()
         table.add_column("", justify="right")
@@ -209,7 +204,7 @@ def _show(
         table.add_column("cosine", justify="right")
         for place, (value, candidate) in enumerate(zip(scores, found, strict=True), 1):
             name = gallery.names[candidate]
-            table.add_row(str(place), Text(f"{name}  <- the true one" if name == true else name), f"{value:.4f}")
+            table.add_row(str(place), Text(f"{name}  <- the true one" if name == inputs.true else name), f"{value:.4f}")
         console.print(table)
 
 

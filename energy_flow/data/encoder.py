@@ -70,8 +70,8 @@ def _load(name: str, device: str) -> Any:
         if error.name != "sentence_transformers":
             raise
         raise ConfigError(
-            f"encoder = {name}: encoding text needs sentence-transformers, which isn't installed. Install the extra: "
-            'python -m pip install "energy-flow[text]"'
+            f"encoder = {name}: encoding text needs sentence-transformers, which isn't installed. Install it, the "
+            "extra [text]: python -m pip install sentence-transformers"
         ) from error
     folder = Path(name).expanduser()
     if folder.is_absolute() or name.startswith((".", "~")):

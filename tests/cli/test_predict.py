@@ -205,4 +205,4 @@ def test_rows_and_candidates_of_another_dimension(program: Program, ckpt: str) -
 def test_text_without_the_library(program: Program, ckpt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     message = program.refused(ckpt, "text=x", "encoder=stand/in-16", program="predict")
-    assert 'Install the extra: python -m pip install "energy-flow[text]"' in message
+    assert "the extra [text]: python -m pip install sentence-transformers" in message
