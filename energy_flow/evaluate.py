@@ -7,13 +7,12 @@ from rich.console import Console
 
 from energy_flow import cli
 from energy_flow.data import EnergyDataModule
-from energy_flow.errors import ConfigError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.building import build_trainer
 from energy_flow.training.callbacks.progress_bar import ProgressBar
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.run import EvaluateSettings, finish, say_whose_data, test
+from energy_flow.training.run import EvaluateSettings, check_normalisation, finish, say_whose_data, test
 from energy_flow.training.task import task_of
 
 
@@ -35,22 +34,12 @@ def evaluate(config: dict[str, Any]) -> float:
     )
     console = Console(quiet=not trainer.is_global_zero)
     module = checkpoints.restore(EnergyFlowModule, checkpoint, settings.ckpt_path, settings.rollout)
-    _check_normalisation(module, data)
+    check_normalisation((module.run_config or {}).get("data", {}).get("normalize", data.settings.normalize), data)
     say_whose_data(module.fingerprint, data, console)
     metrics = {**test(trainer, module, data, None), "params": float(module.num_parameters)}
     finish(settings, trainer, module, data, metrics, console)
     console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
     return metrics[settings.optimized_metric.replace("val/", "test/")]
-
-
-def _check_normalisation(module: EnergyFlowModule, data: EnergyDataModule) -> None:
-    trained = (module.run_config or {}).get("data", {}).get("normalize", data.settings.normalize)
-    if trained != data.settings.normalize:
-        value = str(trained).lower()
-        raise ConfigError(
-            f"data.normalize = {str(data.settings.normalize).lower()}: the model was trained with {value}. "
-            f"Set data.normalize={value}"
-        )
 
 
 @cli.application("evaluate")

@@ -59,6 +59,13 @@ class Column:
         exact /= np.linalg.norm(exact, axis=1, keepdims=True)
         return exact.astype(np.float32)
 
+    def all(self) -> NDArray[np.float32]:
+        """All rows at once, [N, D]; read in chunks."""
+        rows = np.empty((self.num_rows, self.dim), np.float32)
+        for chunk in self.chunks():
+            rows[chunk] = self.read(chunk)
+        return rows
+
     def chunks(self) -> Iterator[slice]:
         """All rows in slices of bounded size, in order."""
         size = max(1, _CHUNK_BYTES // (8 * self.dim))

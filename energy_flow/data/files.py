@@ -12,7 +12,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
@@ -23,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from energy_flow.errors import DataError
 
-_REQUIRED = ("source", "target")
-_SCALES = ("source_scale", "target_scale")
+SIDES = ("source", "target")
 
 # Safetensors names; bfloat16 has no numpy dtype and is read as its bits.
 _SAFETENSORS_DTYPES = {"I8": "<i1", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
@@ -63,13 +62,14 @@ class StoredArray:
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape, order)
 
 
-def read_pair(path: Path) -> dict[str, StoredArray]:
-    """`source` and `target` of a .safetensors or .npz file, and `source_scale`, `target_scale` where they are there.
+def read_sides(path: Path, sides: Sequence[str] = SIDES) -> dict[str, StoredArray]:
+    """`source` and `target`, or one of them, of a .safetensors or .npz file; and `source_scale`, `target_scale` where
+    they are there.
 
     Raises:
         DataError: missing, empty or damaged file, an unknown suffix, a missing array, an array that isn't numeric.
     """
-    readers: dict[str, Callable[[Path], dict[str, StoredArray]]] = {".safetensors": _safetensors, ".npz": _npz}
+    readers = {".safetensors": _safetensors, ".npz": _npz}
     if path.suffix == ".npy":
         raise DataError(f"{path}: one .npy holds one array; give the pair as a list: [source.npy,target.npy]")
     if path.suffix not in readers:
@@ -78,7 +78,7 @@ def read_pair(path: Path) -> dict[str, StoredArray]:
             "[source.npy,target.npy]"
         )
     _check_file(path)
-    return readers[path.suffix](path)
+    return readers[path.suffix](path, sides)
 
 
 def read_npy(path: Path, name: str) -> StoredArray:
@@ -110,7 +110,7 @@ def _opened(path: Path) -> IO[bytes]:
         raise DataError(f"{path}: can't be opened: {error.strerror}") from error
 
 
-def _safetensors(path: Path) -> dict[str, StoredArray]:
+def _safetensors(path: Path, sides: Sequence[str]) -> dict[str, StoredArray]:
     with _opened(path) as file:
         try:
             # The library checks the header: every offset inside the file, no overlaps, sizes that fit shape and dtype.
@@ -121,7 +121,7 @@ def _safetensors(path: Path) -> dict[str, StoredArray]:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return {name: _safetensors_array(path, name, header[name], 8 + length) for name in _needed(path, header)}
+    return {name: _safetensors_array(path, name, header[name], 8 + length) for name in _needed(path, header, sides)}
 
 
 def _safetensors_array(path: Path, name: str, entry: dict, start: int) -> StoredArray:
@@ -133,13 +133,14 @@ def _safetensors_array(path: Path, name: str, entry: dict, start: int) -> Stored
     return StoredArray(path, name, kind, dtype, shape, start + entry["data_offsets"][0])
 
 
-def _npz(path: Path) -> dict[str, StoredArray]:
+def _npz(path: Path, sides: Sequence[str]) -> dict[str, StoredArray]:
     with _opened(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 entries = archive.infolist()
                 members = {info.filename[:-4]: info for info in entries if info.filename.endswith(".npy")}
-                return {name: _npz_array(archive, file, path, name, members[name]) for name in _needed(path, members)}
+                names = _needed(path, members, sides)
+                return {name: _npz_array(archive, file, path, name, members[name]) for name in names}
         except _ZIP_ERRORS as error:
             raise DataError(f"{path}: not an .npz file, or truncated: {error}; write it with numpy.savez") from error
 
@@ -211,14 +212,14 @@ def _decompress(stored: StoredArray) -> bytearray:
     return numbers
 
 
-def _needed(path: Path, there: Iterable[str]) -> list[str]:
+def _needed(path: Path, there: Iterable[str], sides: Sequence[str]) -> list[str]:
     there = sorted(there)
-    if missing := [name for name in _REQUIRED if name not in there]:
+    if missing := [name for name in sides if name not in there]:
         listed = ", ".join(there) or "nothing"
         raise DataError(
-            f"{path}: no {' and no '.join(missing)} in it; it holds {listed}; name the arrays source, target"
+            f"{path}: no {' and no '.join(missing)} in it; it holds {listed}; name the arrays {', '.join(sides)}"
         )
-    return [name for name in there if name in (*_REQUIRED, *_SCALES)]
+    return [name for name in there if name.removesuffix("_scale") in sides]
 
 
 def _wrong_dtype(path: Path, name: str, dtype: str) -> DataError:

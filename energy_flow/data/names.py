@@ -6,18 +6,20 @@ from typing import Any
 
 from energy_flow.errors import DataError
 
-_KEYS = ("headword", "name", "text", "word", "id")
+_KEYS = ("headword", "name", "text", "word", "target", "id")
+_SOURCE_KEYS = ("definition", "source")
 
 
 def read_names(files: tuple[Path, ...], num_rows: int) -> list[str] | None:
     """The names of `num_rows` rows from the .jsonl that has the stem of one of `files`; None where there is none.
 
-    A line is an object; its name is the value of the first key of headword, name, text, word, id that line 1 has.
+    A line is an object; its name is the value of the first key of headword, name, text, word, target,
+    id that line 1 has.
 
     Raises:
         DataError: another number of lines than rows, a line that isn't such an object, not UTF-8.
     """
-    path = next((path for file in files if (path := file.with_suffix(".jsonl")).is_file()), None)
+    path = _beside(files)
     if path is None:
         return None
     try:
@@ -36,6 +38,20 @@ def read_names(files: tuple[Path, ...], num_rows: int) -> list[str] | None:
             f"{path}: line 1 has the keys {', '.join(objects[0]) or 'none'}; one must be {', '.join(_KEYS)}"
         )
     return [_name(path, number, entry, key) for number, entry in enumerate(objects, 1)]
+
+
+def read_source_text(files: tuple[Path, ...], row: int) -> str | None:
+    """The text of a row's source, where the .jsonl that `read_names` reads says it: as `definition` or `source`."""
+    path = _beside(files)
+    if path is None:
+        return None
+    entry = json.loads(path.read_text(encoding="utf-8").split("\n")[row])
+    text = next((entry[key] for key in _SOURCE_KEYS if key in entry), None)
+    return text if isinstance(text, str) else None
+
+
+def _beside(files: tuple[Path, ...]) -> Path | None:
+    return next((path for file in files if (path := file.with_suffix(".jsonl")).is_file()), None)
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.data.columns import Column
-from energy_flow.data.files import StoredArray, read_npy, read_pair
+from energy_flow.data.files import SIDES, StoredArray, read_npy, read_sides
 from energy_flow.data.names import read_names
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.errors import DataError
@@ -93,20 +93,14 @@ class PairDataset(Samples):
 
     def all(self) -> tuple[Tensor, Tensor]:
         """All rows at once: source and target, float32 [N, D]."""
-        return self._all(self._source), self._all(self._target)
-
-    def _all(self, column: Column) -> Tensor:
-        rows = torch.empty(column.num_rows, column.dim)
-        for chunk in column.chunks():
-            rows[chunk] = torch.from_numpy(column.read(chunk))
-        return rows
+        return torch.from_numpy(self._source.all()), torch.from_numpy(self._target.all())
 
     def _find(self) -> dict[str, StoredArray]:
         if len(self.files) == 1:
-            return read_pair(self.files[0])
+            return read_sides(self.files[0])
         if len(self.files) != 2:
             raise DataError(f"{len(self.files)} files given; give one file or two .npy: [source.npy,target.npy]")
-        return {name: read_npy(path, name) for name, path in zip(("source", "target"), self.files, strict=True)}
+        return {name: read_npy(path, name) for name, path in zip(SIDES, self.files, strict=True)}
 
     def _check_alike(self) -> None:
         source, target = self._source, self._target

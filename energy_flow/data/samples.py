@@ -5,6 +5,7 @@ B rows of a batch, N rows of the data set, D embedding dimension.
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,10 +18,12 @@ class Samples(Dataset):
 
     Attributes:
         fingerprint: sha256 (hex) of what decides the rows.
+        files: where they are stored, absolute; empty where they are made.
         names: what the rows are called, or None.
     """
 
     fingerprint: str
+    files: tuple[Path, ...] = ()
     names: list[str] | None = None
 
     @property

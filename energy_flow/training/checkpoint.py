@@ -5,9 +5,8 @@ import platform
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import lightning.pytorch as pl
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
@@ -15,10 +14,13 @@ from torch import Tensor, nn
 from energy_flow.errors import CheckpointError, ConfigError
 from energy_flow.version import __version__
 
+if TYPE_CHECKING:  # a checkpoint can be read without Lightning
+    import lightning.pytorch as pl
+
 KEY = "energy_flow"
 Dimension = Annotated[int, Field(ge=1)]
 Section = dict[str, Any]
-Module = TypeVar("Module", bound=pl.LightningModule)
+Module = TypeVar("Module", bound="pl.LightningModule")
 _LISTED = 3  # weights that a message names
 _LATTICE_SIZE = ("width", "height", "depth")  # its rules, noise say, may change when a run goes on
 

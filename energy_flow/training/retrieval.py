@@ -33,9 +33,8 @@ def ranks(prediction: Tensor, gallery: Tensor, gold: Tensor | None = None) -> Te
         EnergyFlowError: predictions or candidates are not finite; names how many.
         ValueError: the shapes don't fit.
     """
-    _check_shapes(prediction, gallery, gold)
-    _check_finite(prediction, "predictions")
-    _check_finite(gallery, "candidates")
+    _check(prediction, gallery)
+    _check_gold(prediction, gallery, gold)
     if gold is None:
         gold = torch.arange(len(prediction), device=gallery.device)
     distinct, column, copies = torch.unique(gallery, dim=0, return_inverse=True, return_counts=True)
@@ -44,6 +43,34 @@ def ranks(prediction: Tensor, gallery: Tensor, gold: Tensor | None = None) -> Te
     rows = max(1, SCORE_BLOCK_BYTES // (8 * len(distinct)))
     blocks = zip(prediction.split(rows), own.split(rows), strict=True)
     return torch.cat([_block_ranks(block, candidates, gold_column, copies.double()) for block, gold_column in blocks])
+
+
+def nearest(prediction: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k candidates of the highest cosine for each prediction, best first; ties in the gallery's order.
+
+    Computed like `ranks`: in float64, copies of a candidate tie exactly.
+
+    Args:
+        prediction: [N, D]
+        gallery: [G, D]
+        k: at most G.
+
+    Returns:
+        float64 [N, k]: the cosines.
+        int64 [N, k]: the gallery rows.
+
+    Raises:
+        EnergyFlowError: predictions or candidates are not finite; names how many.
+        ValueError: the shapes don't fit, or there are fewer candidates.
+    """
+    _check(prediction, gallery)
+    if not 1 <= k <= len(gallery):
+        raise ValueError(f"k = {k}: must be between 1 and the {len(gallery)} candidates")
+    distinct, column = torch.unique(gallery, dim=0, return_inverse=True)
+    candidates = F.normalize(distinct.double(), dim=-1).T
+    rows = max(1, SCORE_BLOCK_BYTES // (8 * len(gallery)))
+    blocks = [_best((F.normalize(p.double(), dim=-1) @ candidates)[:, column], k) for p in prediction.split(rows)]
+    return torch.cat([scores for scores, _ in blocks]), torch.cat([index for _, index in blocks])
 
 
 def retrieval_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
@@ -83,9 +110,24 @@ def _block_ranks(prediction: Tensor, candidates: Tensor, own: Tensor, copies: Te
     return 1 + above - 0.5
 
 
-def _check_shapes(prediction: Tensor, gallery: Tensor, gold: Tensor | None) -> None:
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of each row, [B, k]; ties in order. `topk` leaves open which of them it takes, a sort is slow."""
+    values, index = scores.topk(k)
+    open_end = (scores >= values[:, -1:]).sum(1) > k  # more candidates share the last place than it has room for
+    index[open_end] = scores[open_end].sort(descending=True, stable=True).indices[:, :k]
+    index = index.sort().values
+    values, order = scores.gather(1, index).sort(descending=True, stable=True)
+    return values, index.gather(1, order)
+
+
+def _check(prediction: Tensor, gallery: Tensor) -> None:
     if prediction.dim() != 2 or gallery.dim() != 2 or prediction.shape[1] != gallery.shape[1]:
         raise ValueError(f"prediction {list(prediction.shape)} must be [N, D], gallery {list(gallery.shape)} [G, D]")
+    _check_finite(prediction, "predictions")
+    _check_finite(gallery, "candidates")
+
+
+def _check_gold(prediction: Tensor, gallery: Tensor, gold: Tensor | None) -> None:
     if gold is None and len(prediction) > len(gallery):
         raise ValueError(f"{len(prediction)} predictions, {len(gallery)} candidates: say which are gold")
     if gold is not None and gold.shape != prediction.shape[:1]:

@@ -253,6 +253,31 @@ def show_examples(module: EnergyFlowModule, data: EnergyDataModule, console: Con
         console.print(f"  {dataset.names[row]}: {names}", highlight=False, markup=False, soft_wrap=True)
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a config key `device`: cpu, cuda or auto.
+
+    Raises:
+        ConfigError: cuda, and there is no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=auto")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def check_normalisation(trained: bool, data: EnergyDataModule) -> None:
+    """See that rows are prepared as those that a model was trained with.
+
+    Raises:
+        ConfigError: they aren't.
+    """
+    if trained != data.settings.normalize:
+        value = str(trained).lower()
+        raise ConfigError(
+            f"data.normalize = {str(data.settings.normalize).lower()}: the model was trained with {value}. "
+            f"Set data.normalize={value}"
+        )
+
+
 def say_whose_data(trained_on: dict[str, str], data: EnergyDataModule, console: Console) -> None:
     """Say where data differ from those of the run that wrote a checkpoint."""
     differing = [split for split, digest in data.fingerprint.items() if digest != trained_on.get(split)]

@@ -1,9 +1,11 @@
 """Data and programs for the tests of the command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.cli import stand_in
 from tests.cli.helpers import Outcome, Program, spawn, write_pairs
 
 
@@ -13,6 +15,14 @@ def program(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.M
     write_pairs(tmp_path, seed=1)
     monkeypatch.chdir(tmp_path)
     return Program(tmp_path, capsys, monkeypatch)
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> stand_in.Library:
+    """Instead of sentence-transformers."""
+    library = stand_in.Library()
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    return library
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from energy_flow.encode import main as encode_main
 from energy_flow.evaluate import main as evaluate_main
+from energy_flow.predict import main as predict_main
 from energy_flow.train import main as train_main
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +45,14 @@ EVALUATE = {
     "trainer.enable_progress_bar": "false",
     "baselines.enabled": "false",
 }
-MODULES = {"train": (train_main, TINY), "evaluate": (evaluate_main, EVALUATE)}
+PREDICT = {"data": "files", "k": "3"}
+ENCODE = {"input": "pairs.jsonl", "output": "out.safetensors", "encoder": "stand/in-16"}
+MODULES = {
+    "train": (train_main, TINY),
+    "evaluate": (evaluate_main, EVALUATE),
+    "predict": (predict_main, PREDICT),
+    "encode": (encode_main, ENCODE),
+}
 
 
 @dataclass(frozen=True)
@@ -78,9 +87,12 @@ def write_pairs(folder: Path, sizes: dict[str, int] | None = None, dim: int = DI
 
 def words(program: str, folder: Path, overrides: tuple[str, ...]) -> list[str]:
     """The command line of a tiny run on the files of `folder`; `overrides` win over what they repeat."""
-    splits = {f"data.{split}": str(folder / f"{split}.safetensors") for split in SIZES}
+    own = MODULES[program][1]
+    splits = {f"data.{split}": str(folder / f"{split}.safetensors") for split in SIZES} if "data" in own else {}
     given = {word.split("=")[0].lstrip("+~") for word in overrides}
-    defaults = {**MODULES[program][1], **splits, "paths.log_dir": str(folder / "logs")}
+    if "data=reverse_dictionary" in overrides:
+        splits = {}
+    defaults = {**own, **splits, "paths.log_dir": str(folder / "logs")}
     return [*(f"{key}={value}" for key, value in defaults.items() if key not in given), *overrides]
 
 
@@ -97,6 +109,12 @@ class Program:
 
     def evaluate(self, *overrides: str) -> Outcome:
         return self._run("evaluate", overrides)
+
+    def predict(self, *overrides: str) -> Outcome:
+        return self._run("predict", overrides)
+
+    def encode(self, *overrides: str) -> Outcome:
+        return self._run("encode", overrides)
 
     def refused(self, *overrides: str, program: str = "train") -> str:
         """Must end before any training with a short message; returns it."""

@@ -87,6 +87,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert not any("/results/" in name for name in inside), "measurements stay in the repository"
     assert "energy_flow/py.typed" in inside
     assert "energy_flow/data/reverse_dictionary/train.safetensors" in inside
+    assert "energy_flow/pretrained/reverse_dictionary.safetensors" in inside
     assert all(name.startswith("energy_flow/") for name in inside)
     for licence in ("LICENSE", "LICENSE-WordNet.txt"):
         assert any(".dist-info/" in name and name.endswith(licence) for name in names), licence
@@ -110,4 +111,8 @@ def test_the_console_scripts(site: Path, tmp_path: Path) -> None:
     (best,) = tmp_path.rglob("best.ckpt")
     out = run([evaluate, f"ckpt_path={best}", *files, "baselines.enabled=false"], tmp_path, PYTHONPATH=str(site))
     assert "flow lattice" in out
+    predict, encode = site / "bin" / "energy-flow-predict", site / "bin" / "energy-flow-encode"
+    out = run([predict, "row=0", "k=3"], tmp_path, PYTHONPATH=str(site))
+    assert "true word: crapulous, rank " in out, "the weights and data of the package"
+    assert "input: ???" in run([encode, "--cfg", "job"], tmp_path, PYTHONPATH=str(site))
     assert "groups" in run([train, "--help"], tmp_path, PYTHONPATH=str(site)).lower()

@@ -1,0 +1,113 @@
+"""Pairs of texts from a .jsonl or .csv; a line that can't be used is found before anything is done with them."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from energy_flow.errors import DataError
+
+_LISTED = 3  # bad lines that a message names
+
+Line = tuple[int, dict[str, Any] | str]  # its number, and its fields or what is wrong with it
+
+
+@dataclass(frozen=True)
+class TextPairs:
+    """Row i of both is a pair; N rows."""
+
+    source: list[str]
+    target: list[str]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def digest(self) -> str:
+        """sha256 (hex) of all texts in their order."""
+        return hashlib.sha256(json.dumps([self.source, self.target]).encode()).hexdigest()
+
+
+def read_texts(path: Path, source_key: str, target_key: str) -> TextPairs:
+    """The pairs of a .jsonl (an object a line) or a .csv (with a header), UTF-8.
+
+    Args:
+        source_key, target_key: the names of the two texts.
+
+    Raises:
+        DataError: missing, empty, an unknown suffix, not UTF-8, or lines without both texts; names the first ones.
+    """
+    readers = {".jsonl": _jsonl, ".csv": _csv}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; give a .jsonl or a .csv with a header")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
+        raise DataError(f"{path}: can't be read ({reason}); give a UTF-8 text file") from error
+    keys, found, bad = (source_key, target_key), [], []
+    for number, fields in readers[path.suffix](content):
+        wrong = fields if isinstance(fields, str) else _wrong(fields, keys)
+        if wrong is not None:
+            bad.append(f"line {number} {wrong}")
+        elif not isinstance(fields, str):
+            found.append((fields[source_key], fields[target_key]))
+    if bad:
+        listed = "\n".join(f"  {line}" for line in bad[:_LISTED])
+        raise DataError(f"{path}: {len(bad):,} lines can't be used; mend or remove them:\n{listed}")
+    if not found:
+        raise DataError(f"{path}: no pairs in it; give at least one line with {source_key} and {target_key}")
+    return TextPairs([source for source, _ in found], [target for _, target in found])
+
+
+def _jsonl(content: str) -> Iterator[Line]:
+    lines = content.removesuffix("\n").split("\n") if content else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            yield number, "is empty"
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, f"isn't JSON: {error}"
+            continue
+        yield number, fields if isinstance(fields, dict) else f"is a {type(fields).__name__}, not an object {{...}}"
+
+
+def _csv(content: str) -> Iterator[Line]:
+    reader = csv.reader(io.StringIO(content), strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, f"isn't CSV: {error}"
+            return  # where the next line begins isn't known
+        if header is None:
+            header = fields
+        elif len(fields) != len(header):
+            yield number, f"has {len(fields)} fields, the header {len(header)}" if fields else "is empty"
+        else:
+            yield number, dict(zip(header, fields, strict=True))
+
+
+def _wrong(fields: dict[str, Any], keys: tuple[str, str]) -> str | None:
+    for key in keys:
+        if key not in fields:
+            return f"has no {key}; it has {', '.join(map(str, fields)) or 'nothing'}"
+        text = fields[key]
+        if not isinstance(text, str):
+            return f"has {key} = {json.dumps(text)}; it must be text"
+        if not text.strip():
+            return f"has an empty {key}"
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return f"has half a character (a lone surrogate) in {key}"
+    return None

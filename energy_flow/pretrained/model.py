@@ -1,0 +1,161 @@
+"""A trained flow lattice as a plain `nn.Module`: no Lightning, no Hydra."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.errors import CheckpointError, ConfigError, DataError
+from energy_flow.pretrained.card import FORMAT, ModelCard, read_model, write_model
+from energy_flow.settings import read
+from energy_flow.training import checkpoint as checkpoints
+from energy_flow.training.faults import FaultQueue
+from energy_flow.version import __version__
+
+SHIPPED = Path(__file__).parent / "reverse_dictionary.safetensors"
+
+# `data.name` -> what made these embeddings from text.
+_ENCODERS = {"reverse_dictionary": "sentence-transformers/all-mpnet-base-v2"}
+
+
+class EnergyFlowModel(nn.Module):
+    """Embeddings in, embeddings out.
+
+    Args:
+        card: what the model is; its weights start random.
+
+    Attributes:
+        card: as given.
+        processor: the flow lattice; called itself, it gives surfaces, landings and statistics as well.
+    """
+
+    def __init__(self, card: ModelCard) -> None:
+        super().__init__()
+        self.card = card
+        self.processor = FlowProcessor(card.dim, card.lattice, card.model, card.seed)
+        self._faults = FaultQueue(card.lattice.capacity)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path = SHIPPED) -> Self:
+        """The model of a file that `save_pretrained` wrote, on the CPU, in float32 and evaluation mode.
+
+        Args:
+            path: the file; default: the one that comes with the package, trained on the reverse dictionary.
+
+        Raises:
+            CheckpointError: missing, damaged, of a newer format, or with weights that aren't the model's.
+        """
+        path = Path(path).expanduser()
+        return cls._with_weights(*read_model(path), path)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, encoder: str | None = None) -> Self:
+        """The model of a training checkpoint, on the CPU, in float32 and evaluation mode.
+
+        Args:
+            path: such as `best.ckpt`.
+            encoder: what made the embeddings from text; None: known for the embedded data alone.
+
+        Raises:
+            CheckpointError: missing, damaged, not written by energy_flow, or with weights that aren't the model's.
+        """
+        checkpoint = checkpoints.load(path)
+        prefix = "processor."  # what the LightningModule calls it; a temperature that was learnt stays behind
+        saved = checkpoint["state_dict"].items()
+        weights = {name.removeprefix(prefix): value for name, value in saved if name.startswith(prefix)}
+        return cls._with_weights(_card_of(checkpoint, path, encoder), weights, path)
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write weights and card as one safetensors file.
+
+        Args:
+            path: the file, in a folder that is there; what stands in it is replaced.
+            dtype: of the weights in the file. float16 halves it and rounds them: `model.half().float()` before
+                measuring measures what will be written.
+            metrics: what these weights reached, for the card; None: what the card says already.
+
+        Raises:
+            CheckpointError: weights that aren't finite in `dtype`, or a path that can't be written.
+        """
+        path = Path(path).expanduser()
+        changes = {"format_version": FORMAT, "version": __version__}
+        card = self.card.model_dump() | changes | ({} if metrics is None else {"metrics": dict(metrics)})
+        weights = {name: value.detach().cpu() for name, value in self.processor.state_dict().items()}
+        weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+        write_model(path, read(ModelCard, card, ""), {name: value.contiguous() for name, value in weights.items()})
+
+    def forward(self, source: Tensor) -> Tensor:
+        """The output embedding, not normalised, of one source embedding or a batch of them.
+
+        Args:
+            source: [B, D] or [D], floats. Where the model takes rows of length 1 they are brought to it.
+
+        Returns:
+            [B, D] or [D]
+
+        Raises:
+            ConfigError: another shape.
+            DataError: a row of zeros, which has no direction, or one with NaN or Inf.
+            NoLandingError, NotFiniteError: an output that isn't one; names the rows.
+        """
+        rows = source.unsqueeze(0) if source.ndim == 1 else source
+        output = self.processor(self._prepared(rows) if rows.ndim == 2 else rows)
+        self._faults.put(output.faults)
+        self._faults.raise_all()
+        embedding: Tensor = output.embedding
+        return embedding[0] if source.ndim == 1 else embedding
+
+    def _prepared(self, rows: Tensor) -> Tensor:
+        """Rows as the model was trained on them."""
+        exact = rows.double()  # whose squares neither overflow nor vanish for any float32 value
+        length = exact.norm(dim=1, keepdim=True)
+        unfit = ~length.isfinite() | ((length == 0) & self.card.normalize)
+        if unfit.any():
+            index = unfit.flatten().nonzero().flatten().tolist()
+            raise DataError(
+                f"source row {index[0]} of {len(rows)} holds nothing but zeros, NaN or Inf; {len(index)} of them do: "
+                "mend or remove them"
+            )
+        dtype = self.processor.dtype
+        return (exact / length if self.card.normalize else exact).to(dtype)
+
+    @classmethod
+    def _with_weights(cls, card: ModelCard, weights: Mapping[str, Tensor], path: str | Path) -> Self:
+        try:
+            with torch.device("meta"):  # without memory: sizes that are wrong may be huge
+                checkpoints.check_weights(weights, cls(card).processor, path)
+        except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise CheckpointError(f"ckpt_path = {path}: its card describes no model: {reason}") from error
+        model = cls(card)
+        model.processor.load_state_dict(weights)
+        return model.eval()
+
+
+def _card_of(checkpoint: Mapping[str, Any], path: str | Path, encoder: str | None) -> ModelCard:
+    """What a training checkpoint says of its model."""
+    saved = checkpoint["hyper_parameters"]
+    config, fingerprint = checkpoints.origin(checkpoint)
+    # Without a config the rows came from a user's own loader, which prepared them.
+    data = (config or {}).get("data", {})
+    described = {
+        "format_version": FORMAT,
+        "version": __version__,
+        **{name: saved[name] for name in ("dim", "lattice", "model", "seed")},
+        "encoder": encoder or _ENCODERS.get(data.get("name")),
+        "normalize": data.get("normalize", False),
+        "metrics": {},
+        "data_fingerprint": fingerprint,
+    }
+    try:
+        return read(ModelCard, described, "")
+    except ConfigError as error:
+        raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {error}") from error

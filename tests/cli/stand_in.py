@@ -1,0 +1,60 @@
+"""What the programs use of sentence-transformers, without a model: embeddings depend on the text alone."""
+
+import types
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def embedding(text: str, dim: int = 16) -> NDArray[np.float32]:
+    """Of length 1."""
+    row = np.random.default_rng(zlib.crc32(text.encode())).normal(size=dim)
+    return (row / np.linalg.norm(row)).astype(np.float32)
+
+
+class Tokenizer:
+    """A token a word."""
+
+    model_max_length = 8
+
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        assert not options["truncation"]
+        return {"input_ids": [[0] * len(text.split()) for text in texts]}
+
+
+class Library(types.ModuleType):
+    """The module; models are called `stand/in-DIM`.
+
+    Attributes:
+        seen: every text that was encoded, in order.
+        stop_after: texts after which Ctrl-C is pressed.
+        change: added to all rows, before they are normalised.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("sentence_transformers")
+        self.seen: list[str] = []
+        self.stop_after: int | None = None
+        self.change = 0.0
+        library = self
+
+        class SentenceTransformer:
+            tokenizer = Tokenizer()
+            max_seq_length = Tokenizer.model_max_length
+
+            def __init__(self, name: str, device: str) -> None:
+                if not name.startswith("stand/in-"):
+                    raise OSError(f"{name} is not a valid model identifier\nand more")
+                self.dim = int(name.removeprefix("stand/in-"))
+
+            def encode(self, texts: list[str], *, batch_size: int, **options: Any) -> NDArray[np.float32]:
+                assert options == {"normalize_embeddings": True, "show_progress_bar": False}
+                library.seen += texts
+                if library.stop_after is not None and len(library.seen) > library.stop_after:
+                    raise KeyboardInterrupt
+                rows = np.stack([embedding(text, self.dim) for text in texts]) + library.change
+                return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+        self.SentenceTransformer = SentenceTransformer
