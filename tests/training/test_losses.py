@@ -217,6 +217,7 @@ def test_settings_that_cannot_work(changes: dict[str, float], message: str) -> N
     [
         ("default", {"cosine": 0.0, "mse": 0.0, "surface": 0.0, "contrastive": 1.0}),
         ("cosine", {"cosine": 1.0, "mse": 0.0, "surface": 0.0, "contrastive": 0.0}),
+        ("in_batch", {"cosine": 0.0, "mse": 0.0, "surface": 0.0, "contrastive": 1.0}),
         ("combined", {"cosine": 0.1, "mse": 0.1, "surface": 0.1, "contrastive": 1.0}),
     ],
 )
@@ -226,3 +227,4 @@ def test_configs(name: str, weights: dict[str, float]) -> None:
     loss = read(LossSettings, section, "loss")
     assert loss.weights() == weights
     assert loss.temperature == 0.05
+    assert loss.candidates == ("batch" if name == "in_batch" else "bank")

@@ -33,6 +33,9 @@ TINY = (
     "model.energy_dim=2",
     "model.features=6",
     "model.hidden_size=8",
+    "model.skip=false",
+    "loss.candidates=batch",  # the loaders here are lists of rows
+    "loss.learn_temperature=false",
     "data.batch_size=8",
     "optimizer.warmup_steps=3",
 )
@@ -125,7 +128,7 @@ class LiveTensors(Callback):
 @pytest.mark.parametrize("overrides", [(), ("lattice.spawn.enabled=true", "lattice.noise.std=0.05")])
 def test_memory_after_batch_50_is_memory_after_batch_3(overrides: tuple[str, ...]) -> None:
     seed_everything(0, verbose=False)
-    config = compose("size=debug", "model.hidden_size=16", *overrides)
+    config = compose("size=debug", "loss=in_batch", "model.hidden_size=16", *overrides)
     live = LiveTensors((2, 49))
     make_trainer(live, limit_train_batches=50, log_every_n_steps=1).fit(
         EnergyFlowModule.from_config(config, DIM), make_loader(400)
