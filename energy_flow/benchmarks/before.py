@@ -109,7 +109,7 @@ def forward(processor: FlowProcessor, embedding: Tensor) -> Tensor:
     groups = collect(flows, settings.width, settings.height)
     landed = aggregate(groups, len(embedding), settings.width, settings.height, torch.zeros_like(surface[0, 0]))
     cleanup(flows, embedding.device)
-    return processor.lattice.map_out(landed)
+    return processor.read_out(landed, embedding)
 
 
 def _place(surface: Tensor, processor: FlowProcessor) -> Flows:

@@ -69,7 +69,7 @@ class UserModel(nn.Module):
             overflow=torch.zeros(batch, dtype=torch.int64, device=surface.device),
         )
         deposits = lattice.collect(lattice.landings(flows))
-        return lattice.map_out(lattice.aggregate(deposits, batch)[0])
+        return self.processor.read_out(lattice.aggregate(deposits, batch)[0], embedding)
 
     def _step(
         self, position: Tensor, energy: Tensor, memory: Memory, active: Tensor, scale: Tensor

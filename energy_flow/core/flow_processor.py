@@ -164,9 +164,7 @@ class FlowProcessor(nn.Module):
             deposits = self.lattice.collect(landings)
         with _phase(timer, "aggregate"):
             output_surface, mass = self.lattice.aggregate(deposits, batch)
-            output_embedding = self.lattice.map_out(output_surface)
-            if self.skip_gain is not None:
-                output_embedding = output_embedding + self.skip_gain * embedding
+            output_embedding = self.read_out(output_surface, embedding)
         output = FlowOutput(
             embedding=output_embedding,
             surface=output_surface,
@@ -185,6 +183,11 @@ class FlowProcessor(nn.Module):
         )
         self.last_output = output.detached()
         return output
+
+    def read_out(self, surface: Tensor, embedding: Tensor) -> Tensor:
+        """Output surface [B, S, E] -> output embedding [B, D], with the skip from the input where there is one."""
+        output: Tensor = self.lattice.map_out(surface)
+        return output if self.skip_gain is None else output + self.skip_gain * embedding
 
     def cleanup_memory_safe(self) -> int:
         """Let go of what ended flows still hold, all in one go; returns the bytes given back.
