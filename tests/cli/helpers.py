@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,10 +174,15 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def spawn(program: str, folder: Path, *overrides: str, cwd: Path | None = None, check: bool = False) -> Outcome:
-    """Run `python -m energy_flow.<program>` to its end."""
+    """Run `python -m energy_flow.<program>` on the files of `folder` to its end."""
+    return run_alone(program, cwd or folder, words(program, folder, overrides), check=check)
+
+
+def run_alone(program: str, cwd: Path, arguments: Sequence[str], *, check: bool = False) -> Outcome:
+    """Run `python -m energy_flow.<program>` with these arguments and no others to its end."""
     done = subprocess.run(
-        [sys.executable, "-m", f"energy_flow.{program}", *words(program, folder, overrides)],
-        cwd=cwd or folder,
+        [sys.executable, "-m", f"energy_flow.{program}", *arguments],
+        cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,
