@@ -123,9 +123,8 @@ def test_mlp_learns_and_its_loss_is_the_models() -> None:
     assert results.metrics["mlp_cosine"]["cosine"] > 0.8
     assert results.metrics["mlp_cosine"]["cosine"] > results.metrics["mlp"]["cosine"]
     weight = LOSS.model_copy(update={"contrastive": 0.0, "cosine": 1.0, "surface": 5.0})
-    same = run_baselines(*splits, **{**SETTINGS, "num_parameters": 2000, "settings": epochs(60), "loss": weight})
+    same = run_baselines(*splits, **{**SETTINGS, "num_parameters": 2000, "settings": epochs(240), "loss": weight})
     assert same.metrics["mlp"] == results.metrics["mlp_cosine"]  # no surface, so only the cosine is left
-    assert same.metrics["mlp_cosine"] == results.metrics["mlp_cosine"]
 
 
 def test_mlp_keeps_the_best_epoch() -> None:
