@@ -25,12 +25,13 @@ TINY = (
     "model.hidden_size=6",
     "trainer.max_steps=9",
     "trainer.enable_progress_bar=false",
-    "baselines.epochs=2",
-    "baselines.large.epochs=1",
-    "baselines.large.times=10",
+    "baselines.training.epochs=2",
+    "baselines.training.learning_rates=[0.001,0.01]",
+    "baselines.training.weight_decays=[0.0]",
+    "baselines.large=10",
     "logger=[tensorboard,csv]",
 )
-BASELINES = ("identity", "mean", "ridge", "mlp", "mlp_large")
+BASELINES = ("identity", "mean", "ridge", "mlp", "residual_mlp", "mlp_large")
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def test_the_table_is_of_errors(transported: Outcome) -> None:
         assert float(cosine) == pytest.approx(metrics[f"{key}/cosine"], abs=5e-4)
     assert "R@1" not in transported.out
     assert "nearest targets" not in transported.out
-    for part in ("96 train, 20 val, 20 test pairs of dimension 30", "best of 4 pairs", "val MSE"):
+    for part in ("96 train, 20 val, 20 test pairs of dimension 30", "weight decay 0 (val MSE"):
         assert part in transported.out
 
 
@@ -121,9 +122,9 @@ REFUSED = [
     ("model.map_hidden=3", "model.map_hidden = 3", "model.map_hidden=null"),
     ("lattice.max_steps=0", "lattice.max_steps = 0", "Give it a step"),
     ("optimized_metric=val/mes", "optimized_metric = 'val/mes'", "val/mse"),
-    ("baselines.large.times=0", "baselines.large.times = 0", "greater than or equal to 1"),
-    ("baselines.large.learning_rates=[]", "baselines.large.learning_rates = []", "at least 1 item"),
-    ("+baselines.large.layers=2", "baselines.large.layers", "known: epochs"),
+    ("baselines.large=0", "baselines.large = 0", "greater than or equal to 1"),
+    ("baselines.training.learning_rates=[]", "baselines.training.learning_rates = []", "at least 1 item"),
+    ("+baselines.training.layers=2", "baselines.training.layers", "known: epochs"),
 ]
 
 
