@@ -156,7 +156,7 @@ WEIGHTS = {
     "missing": (lambda w: without(w, "cell_value"), ("map_in.cell_value: None in the checkpoint, [16, 4] here",)),
     "unexpected": (lambda w: {**w, "more": torch.ones(2)}, ("more: [2] in the checkpoint, None here",)),
     "shape": (lambda w: {**w, "processor.map_in.cell_value": torch.ones(9, 4)}, ("[9, 4] in the checkpoint",)),
-    "none": (lambda w: {}, ("processor.map_in", "and 15 more")),
+    "none": (lambda w: {}, ("processor.skip_gain", "and 17 more")),
 }
 
 

@@ -54,7 +54,7 @@ def test_nothing_on_stderr(trained: Outcome) -> None:
 
 
 def test_what_is_printed(trained: Outcome, trained_folder: Path) -> None:
-    for part in ("flow lattice", *BASELINES, "median rank", "R@10", "3,375 parameters", "64 train, 32 val, 32 test"):
+    for part in ("flow lattice", *BASELINES, "median rank", "R@10", "3,377 parameters", "64 train, 32 val, 32 test"):
         assert part in trained.out, part
     assert f"tensorboard --logdir {trained_folder / 'logs'}" in trained.out
     shown = f"{trained.metrics()['test/mrr']:.3f}"
@@ -227,6 +227,7 @@ def test_a_bad_job_does_not_end_the_sweep(program: Program) -> None:
 @NO_WARNINGS
 def test_a_users_own_trainer_and_loader(trained: Outcome, tmp_path: Path) -> None:
     module = EnergyFlowModule.load_from_checkpoint(trained.folder / "checkpoints" / "best.ckpt")
+    module.loss = module.loss.model_copy(update={"candidates": "batch"})  # pairs of its own know no rows
     before = {name: value.clone() for name, value in module.named_parameters()}
     pairs = TensorDataset(torch.randn(12, DIM), torch.randn(12, DIM))
     loader = DataLoader(pairs, batch_size=4)
@@ -246,6 +247,7 @@ def test_a_users_own_trainer_and_loader(trained: Outcome, tmp_path: Path) -> Non
 @NO_WARNINGS
 def test_a_batch_of_another_kind_is_refused(trained: Outcome, tmp_path: Path) -> None:
     module = EnergyFlowModule.load_from_checkpoint(trained.folder / "checkpoints" / "best.ckpt")
+    module.loss = module.loss.model_copy(update={"candidates": "batch"})
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(max_epochs=1, default_root_dir=tmp_path, enable_checkpointing=False, **options)
     with pytest.raises(ConfigError, match="a pair"):
