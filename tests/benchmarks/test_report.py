@@ -144,10 +144,10 @@ def test_the_list_version_is_a_flow_lattice(changes: dict[str, Any]) -> None:
 
 
 def test_the_loss_curves_are_equal_and_fall() -> None:
-    curves, seconds = loss_curves(("before", "now"), 12, CPU, seed=1)
+    curves, seconds = loss_curves(("before", "now"), 24, CPU, seed=1)
     assert torch.equal(curves["before"][:1], curves["before"][:1].abs()), "losses are positive"
     assert_near(curves["now"], curves["before"], report.CURVE_LIMIT, "loss curves")
-    assert curves["now"][-1] < 0.95 * curves["now"][0]
+    assert curves["now"][-1] < 0.9 * curves["now"][0]
     assert all(taken for taken in seconds.values())
 
 
