@@ -3,6 +3,7 @@
 S runs (seeds) of a method, N test rows, R draws
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,23 @@ def paired_difference(ours: Tensor, theirs: Tensor, *, seed: int = 0) -> Interva
         raise ValueError(f"{ours.shape[1]} and {theirs.shape[1]} rows: a pair has the same test rows")
     left, right = _drawn_means([ours, theirs], seed)
     return _interval(ours.mean() - theirs.mean(), left - right)
+
+
+def compared(methods: Sequence[Tensor], *, seed: int = 0) -> list[tuple[Interval, Interval]]:
+    """Of every method [S, N] (or [N]): its mean, and its `paired_difference` to the first one, all from the same draws.
+
+    Raises:
+        ValueError: the rows aren't as many, or there is nothing to draw from.
+    """
+    runs = [_runs(values) for values in methods]
+    lengths = {values.shape[1] for values in runs}
+    if len(lengths) != 1:
+        raise ValueError(f"{sorted(lengths)} rows: methods that are compared have the same test rows")
+    drawn, means = _drawn_means(runs, seed), [values.mean() for values in runs]
+    return [
+        (_interval(mean, draws), _interval(mean - means[0], draws - drawn[0]))
+        for mean, draws in zip(means, drawn, strict=True)
+    ]
 
 
 def _runs(values: Tensor) -> Tensor:

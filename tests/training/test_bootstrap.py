@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.training import bootstrap
-from energy_flow.training.bootstrap import Interval, mean_interval, paired_difference
+from energy_flow.training.bootstrap import Interval, compared, mean_interval, paired_difference
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -69,6 +69,19 @@ def test_blocks_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) ->
     parts = mean_interval(values)
     assert parts.mean == whole.mean
     assert parts.low == pytest.approx(whole.low, abs=0.02)
+
+
+def test_methods_that_are_compared_share_their_draws() -> None:
+    rows = numbers(3, 100, seed=7)
+    first, second, third = compared([rows, rows + 0.5, numbers(100, seed=8)])
+    assert first[1] == Interval(0.0, 0.0, 0.0)
+    assert first[0].mean == pytest.approx(rows.mean().item())
+    assert second[0].mean - first[0].mean == pytest.approx(second[1].mean)
+    apart = paired_difference(numbers(100, seed=8), rows)
+    assert third[1].mean == pytest.approx(apart.mean)
+    assert (third[1].low, third[1].high) == pytest.approx((apart.low, apart.high), abs=0.05 * (apart.high - apart.low))
+    with pytest.raises(ValueError, match=r"\[4, 5\] rows: methods that are compared have the same"):
+        compared([torch.ones(4), torch.ones(5)])
 
 
 def test_what_is_no_pair() -> None:
