@@ -36,7 +36,7 @@ def evaluate(config: dict[str, Any]) -> float:
     module = checkpoints.restore(EnergyFlowModule, checkpoint, settings.ckpt_path, settings.rollout)
     check_normalisation((module.run_config or {}).get("data", {}).get("normalize", data.settings.normalize), data)
     say_whose_data(module.fingerprint, data, console)
-    metrics = {**test(trainer, module, data, None), "params": float(module.num_parameters)}
+    metrics = {**test(settings, trainer, module, data, None), "params": float(module.num_parameters)}
     finish(settings, trainer, module, data, metrics, console)
     console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
     return metrics[settings.optimized_metric.replace("val/", "test/")]

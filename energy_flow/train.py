@@ -127,7 +127,7 @@ def _finish(
     if score is not None:
         metrics[settings.optimized_metric] = float(score)
     if settings.test and data.test is not None:
-        metrics |= test(trainer, module, data, best_path or None)
+        metrics |= test(settings, trainer, module, data, best_path or None)
     else:
         console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
     results = finish(settings, trainer, module, data, metrics, console)

@@ -1,6 +1,5 @@
 """One safetensors file per model: its weights, and in the metadata a card that says what they are."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import digest, write_whole
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.flow_processor import ModelSettings
 from energy_flow.errors import CheckpointError, ConfigError
@@ -65,7 +64,7 @@ def write_model(path: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> N
         )
     text = card.model_dump_json()
     try:
-        write_whole(path, save(dict(weights), {_CARD: text, _DIGEST: _digest(text, weights)}))
+        write_whole(path, save(dict(weights), {_CARD: text, _DIGEST: digest(text, weights)}))
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written ({error.strerror}). Give another path") from error
 
@@ -96,7 +95,7 @@ def _read(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"damaged, or no safetensors file ({error}). Fetch it anew") from error
-    if metadata.get(_DIGEST) != _digest(metadata[_CARD], weights):
+    if metadata.get(_DIGEST) != digest(metadata[_CARD], weights):
         raise CheckpointError("damaged: its content has another sha256 than it says. Fetch it anew")
     _check_dtypes(weights)
     return _card(described), weights
@@ -133,12 +132,3 @@ def _check_dtypes(weights: Mapping[str, Tensor]) -> None:
         if value.dtype not in _DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise CheckpointError(f"{name} is {value.dtype}; weights are {known}. Write it anew")
-
-
-def _digest(text: str, weights: Mapping[str, Tensor]) -> str:
-    """sha256 of all that a file says: safetensors has no checksum, and damaged weights would load as other weights."""
-    digest = hashlib.sha256(text.encode())
-    for name, value in sorted(weights.items()):
-        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -57,6 +57,8 @@ class BaselineResults:
     """Metrics of the baselines that ran, why the others didn't, and what was chosen for those that have a choice."""
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    # What the task measures of each test row, float64 [N]; tensors can't be compared as a whole.
+    rows: dict[str, Tensor] = field(default_factory=dict, compare=False)
     skipped: dict[str, str] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
 
@@ -145,7 +147,9 @@ def _measure(name: str, fit: Fit, splits: dict[str, Pairs], task: Task, results:
         predict, detail = fit(splits)
     source, target = splits["test"]
     with torch.no_grad():
-        results.metrics[name] = task.measure(predict(source), target)
+        prediction = predict(source)
+        results.rows[name] = task.rows(prediction, target).cpu()
+        results.metrics[name] = task.metrics(prediction, target, results.rows[name])
     if detail:
         results.details[name] = detail
 

@@ -30,7 +30,8 @@ from energy_flow.training.losses import (
     surface_loss,
     weighted,
 )
-from energy_flow.training.retrieval import retrieval_metrics
+from energy_flow.training.retrieval import ranks, retrieval_metrics
+from energy_flow.training.task import squared_errors
 
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
 _CHUNK = 1024  # rows of an evaluation whose scores stand at a time
@@ -97,6 +98,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.latest_loss: float | None = None  # for the progress bar, a few steps old
         self._scalars = DelayedScalars()
         self._seen: list[dict[str, Tensor]] = []
+        self.test_rows: dict[str, Tensor] = {}  # of the last test: rank and mse of every row in order, float64 [N]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
@@ -283,8 +285,11 @@ class EnergyFlowModule(pl.LightningModule):
         kept = _in_order(kept)
         prediction, target = kept["prediction"], kept["target"]
         with torch.autocast(prediction.device.type, enabled=False):
-            metrics = retrieval_metrics(prediction, target)
+            rank = ranks(prediction, target)
+            metrics = retrieval_metrics(prediction, target, rank)
             losses = self._losses_of_all(prediction, target)
+        if stage == "test":
+            self.test_rows = {"rank": rank.cpu(), "mse": squared_errors(prediction, target).cpu()}
         losses["surface"] = kept["surface"].mean()
         for name, loss in losses.items():
             # The cosine itself is a metric already.

@@ -73,7 +73,7 @@ def nearest(prediction: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor
     return torch.cat([scores for scores, _ in blocks]), torch.cat([index for _, index in blocks])
 
 
-def retrieval_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
+def retrieval_metrics(prediction: Tensor, target: Tensor, rank: Tensor | None = None) -> dict[str, float]:
     """Retrieval of each target among all N targets, and the mean cosine.
 
     MRR is the mean of 1 / rank, recall@k the share of ranks <= k; a rank with a half (ties) counts as it is.
@@ -81,6 +81,7 @@ def retrieval_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
     Args:
         prediction: [N, D]
         target: [N, D]
+        rank: [N], their `ranks` where they are known already.
 
     Returns:
         mrr, recall@1, recall@10, recall@100, median_rank, cosine
@@ -91,7 +92,7 @@ def retrieval_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
     """
     if prediction.shape != target.shape or len(prediction) == 0:
         raise ValueError(f"prediction {list(prediction.shape)}, target {list(target.shape)}: must both be [N > 0, D]")
-    rank = ranks(prediction, target)
+    rank = ranks(prediction, target) if rank is None else rank
     middle = rank.sort().values[[(len(rank) - 1) // 2, len(rank) // 2]]
     return {
         "mrr": rank.reciprocal().mean().item(),

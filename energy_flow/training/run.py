@@ -25,6 +25,7 @@ from energy_flow.settings import Settings
 from energy_flow.training.baselines import BaselineResults, BaselineSettings, run_baselines
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.task import RETRIEVAL, Task, task_of
+from energy_flow.training.test_rows import FILE, KeepTestRows, read_rows, write_rows
 from energy_flow.training.trained_baselines import Pairs
 
 EXAMPLES = 5
@@ -167,8 +168,19 @@ def refuse_processes(trainer: Trainer, lattice: LatticeSettings, multirun: bool)
         )
 
 
-def test(trainer: Trainer, module: EnergyFlowModule, data: EnergyDataModule, ckpt_path: str | None) -> dict[str, float]:
-    """Test metrics of the module, or of a checkpoint of it. Ctrl-C ends the program with 130."""
+def test(
+    settings: TrainSettings | EvaluateSettings,
+    trainer: Trainer,
+    module: EnergyFlowModule,
+    data: EnergyDataModule,
+    ckpt_path: str | None,
+) -> dict[str, float]:
+    """Test metrics of the module, or of a checkpoint of it; its test rows are kept in the run folder.
+
+    Ctrl-C ends the program with 130.
+    """
+    measure = task_of(settings.optimized_metric).row_measure
+    trainer.callbacks.append(KeepTestRows(Path(settings.paths.output_dir, FILE), measure))  # type: ignore[attr-defined]
     try:
         trainer.test(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
     except SystemExit:  # how Lightning ends on Ctrl-C
@@ -196,6 +208,7 @@ def finish(
         return results
     results = Results(task, metrics, fit_baselines(settings, data, module, trainer.strategy.root_device, console))
     write_metrics(results, settings.paths.output_dir)
+    _write_baseline_rows(results, Path(settings.paths.output_dir, FILE), console)
     show_results(results, console)
     if task is RETRIEVAL:
         show_examples(module, data, console)
@@ -211,6 +224,14 @@ def write_metrics(results: Results, output_dir: str | Path) -> None:
     bad = [key for key, value in finite.items() if value is None]
     if bad:
         Console(stderr=True).print(f"not finite, null in {path}: {', '.join(bad)}", style="bold red")
+
+
+def _write_baseline_rows(results: Results, path: Path, console: Console) -> None:
+    """Put the test rows of the baselines beside those of the model, where these were kept."""
+    if path.is_file():
+        write_rows(path, read_rows(path).beside(results.baselines.rows))
+    else:
+        console.print(f"no {path.name}: the test was limited to some of its rows (trainer.limit_test_batches)")
 
 
 def show_results(results: Results, console: Console) -> None:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from energy_flow.errors import ConfigError
-from energy_flow.training.retrieval import retrieval_metrics
+from energy_flow.training.retrieval import ranks, retrieval_metrics
 
-Measure = Callable[[Tensor, Tensor], dict[str, float]]  # prediction, target, both [N, D]
+Rows = Callable[[Tensor, Tensor], Tensor]  # prediction, target, both [N, D] -> float64 [N]
+Metrics = Callable[[Tensor, Tensor, Tensor], dict[str, float]]  # prediction, target, and what `Rows` gave for them
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,13 @@ class Task:
     lower_is_better: bool
     optimized: tuple[str, ...]  # values of `optimized_metric` that ask for this task
     baselines: tuple[str, ...]
-    measure: Measure
+    row_measure: str  # what `rows` finds for each row
+    rows: Rows
+    metrics: Metrics
+
+    def measure(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
+        """All metrics of predictions for their targets, both [N, D]."""
+        return self.metrics(prediction, target, self.rows(prediction, target))
 
     def improves(self, new: float, old: float) -> bool:
         """Whether a value of the headline is better than another; any is better than NaN."""
@@ -42,26 +49,39 @@ class Task:
         return f"{self.headings[self.headline]} {self.shown(self.headline, value)}"
 
 
-def regression_metrics(prediction: Tensor, target: Tensor) -> dict[str, float]:
-    """Mean squared error over all N * D numbers, and the mean cosine; in float64.
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each row, float64 [N].
 
     Args:
         prediction: [N, D]
         target: [N, D]
-
-    Returns:
-        mse, cosine
 
     Raises:
         ValueError: the shapes don't fit, or there is no sample.
     """
     if prediction.shape != target.shape or len(prediction) == 0:
         raise ValueError(f"prediction {list(prediction.shape)}, target {list(target.shape)}: must both be [N > 0, D]")
+    return (prediction.to(torch.float64) - target.to(torch.float64)).square().mean(-1)
+
+
+def regression_metrics(prediction: Tensor, target: Tensor, errors: Tensor | None = None) -> dict[str, float]:
+    """Mean squared error over all N * D numbers, and the mean cosine; in float64.
+
+    Args:
+        prediction: [N, D]
+        target: [N, D]
+        errors: [N], their `squared_errors` where they are known already.
+
+    Returns:
+        mse, cosine
+
+    Raises:
+        ValueError: as `squared_errors`.
+    """
+    errors = squared_errors(prediction, target) if errors is None else errors
     prediction, target = prediction.to(torch.float64), target.to(torch.float64)
-    return {
-        "mse": F.mse_loss(prediction, target).item(),
-        "cosine": F.cosine_similarity(prediction, target, dim=-1).mean().item(),
-    }
+    cosine = F.cosine_similarity(prediction, target, dim=-1)
+    return {"mse": errors.mean().item(), "cosine": cosine.mean().item()}
 
 
 RETRIEVAL = Task(
@@ -79,7 +99,9 @@ RETRIEVAL = Task(
     lower_is_better=False,
     optimized=("val/mrr", "val/recall@1", "val/recall@10", "val/recall@100", "val/cosine"),
     baselines=("identity", "mean", "ridge", "procrustes", "linear", "mlp", "residual_mlp", "mlp_cosine"),
-    measure=retrieval_metrics,
+    row_measure="rank",
+    rows=ranks,
+    metrics=retrieval_metrics,
 )
 
 REGRESSION = Task(
@@ -90,7 +112,9 @@ REGRESSION = Task(
     lower_is_better=True,
     optimized=("val/mse",),
     baselines=("identity", "mean", "ridge", "mlp", "residual_mlp", "mlp_large"),
-    measure=regression_metrics,
+    row_measure="mse",
+    rows=squared_errors,
+    metrics=regression_metrics,
 )
 
 TASKS = (RETRIEVAL, REGRESSION)

@@ -16,6 +16,7 @@ from energy_flow import train
 from energy_flow.errors import ConfigError
 from energy_flow.training.building import VALIDATED
 from energy_flow.training.module import EnergyFlowModule
+from energy_flow.training.test_rows import read_rows
 from tests.cli.helpers import DIM, Outcome, Program
 from tests.training.runs import NO_WARNINGS, scalars
 
@@ -41,6 +42,38 @@ def test_metrics_are_flat_finite_and_complete(trained: Outcome) -> None:
     expected |= {"params", "fit_seconds", "val/mrr", "test/flows/coverage", "test/flows/share_projected"}
     assert expected <= metrics.keys()
     assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
+
+
+def test_the_rows_behind_the_metrics(program: Program, trained: Outcome, trained_folder: Path) -> None:
+    found, metrics = read_rows(trained.folder / "test_rows.safetensors"), trained.metrics()
+    assert next(iter(found.values)) == "model"
+    assert set(found.values) == {"model", *(name.split("/")[1] for name in metrics if name.startswith("baseline/"))}
+    for name, rank in found.values.items():
+        mrr = metrics["test/mrr" if name == "model" else f"baseline/{name}/mrr"]
+        assert (1 / rank).mean().item() == pytest.approx(mrr), name
+    checkpoint = torch.load(trained.folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert found.fingerprint == checkpoint["energy_flow"]["data_fingerprint"]["test"]
+    outcome = program.evaluate(
+        f"ckpt_path={trained.folder}/checkpoints/best.ckpt", f"data.test={trained_folder}/test.safetensors"
+    )
+    again = read_rows(outcome.folder / "test_rows.safetensors")
+    assert torch.equal(again.values["model"], found.values["model"])
+
+
+def test_a_limited_test_says_that_rows_are_missing(program: Program) -> None:
+    outcome = program.train("+trainer.limit_test_batches=2", "data.eval_batch_size=5")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "no test_rows.safetensors: the test was limited" in outcome.out
+
+
+def test_errors_have_rows_too(program: Program) -> None:
+    outcome = program.train(
+        "optimized_metric=val/mse", "loss=mse", "baselines.enabled=true", "baselines.training.epochs=1"
+    )
+    found, metrics = read_rows(outcome.folder / "test_rows.safetensors"), outcome.metrics()
+    assert found.measure == "mse"
+    assert found.values["model"].mean().item() == pytest.approx(metrics["test/mse"], rel=1e-5)
+    assert found.values["ridge"].mean().item() == pytest.approx(metrics["baseline/ridge/mse"])
 
 
 def test_what_callbacks_may_watch_is_measured(trained: Outcome) -> None:

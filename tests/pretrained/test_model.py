@@ -55,7 +55,7 @@ def saved(tmp_path: Path) -> Path:
 def rewrite(path: Path, described: dict[str, Any] | str, weights: dict[str, Tensor]) -> None:
     """A file that somebody else wrote, with the right digest."""
     text = described if isinstance(described, str) else json.dumps(described)
-    save_file(weights, path, {"energy_flow": text, "sha256": card._digest(text, weights)})
+    save_file(weights, path, {"energy_flow": text, "sha256": card.digest(text, weights)})
 
 
 def refused(path: Path, *parts: str) -> None:
