@@ -226,7 +226,7 @@ class Evaluation:
         titles, headings = [self.task.title], [self.task.headings[self.task.headline]]
         if self.all_targets is not None:
             number = f"{len(self.all_targets.target):,}"
-            titles.append(f"Test: find the target among all {number} targets of {', '.join(self.data.splits())}")
+            titles.append(f"Test: among all {number} targets ({', '.join(self.data.splits())})")
             headings.append(f"among {number}")
         for comparison, title in zip(comparisons, titles, strict=False):
             rows = {labels.get(key, key): found.metrics for key, found in comparison.methods.items()}

@@ -3,6 +3,7 @@
 S models, N test rows
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def short_names(paths: list[Path], taken: set[str]) -> list[str]:
     """What tells files apart: no more of their folders than that needs, no file name that all of them have.
 
     Args:
-        paths: different ones, absolute.
+        paths: different ones, absolute. One whose folders can't tell it apart is called by its number.
         taken: names that stand for something else.
     """
     full = [(*path.parent.parts, path.name) for path in paths]
@@ -125,15 +126,12 @@ def short_names(paths: list[Path], taken: set[str]) -> list[str]:
     parts = short if len(set(short)) == len(paths) else full
     if len(parts) > 1 and len({own[-1] for own in parts}) == 1:
         parts = [own[:-1] for own in parts]
-    return [_ending(own, [other for other in parts if other != own], taken) for own in parts]
-
-
-def _ending(own: tuple[str, ...], others: list[tuple[str, ...]], taken: set[str]) -> str:
-    for length in range(1, len(own)):
-        name = "-".join(own[-length:])
-        if name not in taken and all("-".join(other[-length:]) != name for other in others):
-            return name
-    return "-".join(own[1:])  # own[0] is the root
+    endings = [["-".join(own[-length:]) for length in range(1, len(own))] for own in parts]
+    counts = Counter(name for names in endings for name in names)
+    return [
+        next((name for name in names if counts[name] == 1 and name not in taken), str(number))
+        for number, names in enumerate(endings, 1)
+    ]
 
 
 def show_how_sure(comparisons: Mapping[str, Comparison], labels: Mapping[str, str], console: Console) -> None:
@@ -172,8 +170,8 @@ def show_how_sure(comparisons: Mapping[str, Comparison], labels: Mapping[str, st
 
 def _section_title(comparison: Comparison, label: str, key: str) -> str:
     if not comparison.several:
-        return f"{label} less"
-    return f"less {label}, the {'best baseline' if key in comparison.baselines else 'first'}"
+        return f"{label} minus"
+    return f"minus {label}, the {'best baseline' if key in comparison.baselines else 'first'}"
 
 
 def _cells(task: Task, interval: Interval, sign: str) -> tuple[str, str]:

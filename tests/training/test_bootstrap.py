@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.training import bootstrap
-from energy_flow.training.bootstrap import Interval, mean_interval, paired_difference
+from energy_flow.training.bootstrap import Draws, Interval, mean_interval, paired_difference
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -81,3 +81,11 @@ def test_what_is_no_pair() -> None:
 
 def test_shown_with_its_bounds() -> None:
     assert str(Interval(0.51234, 0.5, 0.525)) == "0.5123 [0.5000, 0.5250]"
+
+
+def test_methods_of_one_set_of_draws_see_the_same_rows() -> None:
+    hard, gain = numbers(400, seed=2) * 10, numbers(400, seed=3) * 0.1 + 0.05
+    draws = Draws({"ours": hard + gain, "theirs": hard, "third": torch.stack([hard, hard])})
+    assert draws.difference("ours", "theirs") == paired_difference(hard + gain, hard)
+    assert draws.difference("third", "theirs") == Interval(0.0, pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    assert draws.interval("theirs").high - draws.interval("theirs").low > 1
