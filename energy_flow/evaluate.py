@@ -233,9 +233,9 @@ class Evaluation:
             show_table(self.task, title, rows, self.console)
         show_how_sure(dict(zip(headings, comparisons, strict=False)), labels, self.console)
         show_notes(baselines, self.console)
-        if len(self.models) > 1:
+        if len(self.models) > 1 and baselines.metrics:
             self.console.print(f"baselines: as many parameters as {self.models[0].key}, and its loss", soft_wrap=True)
-        elif self.task is RETRIEVAL:
+        if len(self.models) == 1 and self.task is RETRIEVAL:
             show_examples(self.models[0].module, self.data, self.console)
 
 

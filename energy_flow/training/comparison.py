@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from energy_flow.training.bootstrap import LEVEL, Draws, Interval
@@ -146,15 +147,15 @@ def show_how_sure(comparisons: Mapping[str, Comparison], labels: Mapping[str, st
     if shares is None:
         return
     pairs = main.pairs()
-    over = f"{shares.shape[1]:,} test rows" + ("; of the mean over models as well" if main.several else "")
-    table = Table(title=f"How sure: {LEVEL:.0%} intervals (bootstrap over {over})", title_justify="left")
+    over = f"{shares.shape[1]:,} test rows" + (", of the mean also over models" if main.several else "")
+    table = Table(title=f"How sure: {LEVEL:.0%} bootstrap intervals over {over}", title_justify="left")
     table.add_column("method", overflow="fold")
     for heading in comparisons:
         table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("interval", justify="right", no_wrap=True)
     for key in main.methods:
         cells = (_cells(comparison.task, comparison.intervals[key], "") for comparison in comparisons.values())
-        table.add_row(labels.get(key, key), *(cell for found in cells for cell in found))
+        table.add_row(Text(labels.get(key, key)), *(cell for found in cells for cell in found))
     differences = [comparison.differences(pairs) for comparison in comparisons.values()]
     side, other = (1, 0) if main.several else (0, 1)  # what all pairs of a section share, and what they don't
     section = None
@@ -162,9 +163,9 @@ def show_how_sure(comparisons: Mapping[str, Comparison], labels: Mapping[str, st
         if pair[side] != section:
             section = pair[side]
             table.add_section()
-            table.add_row(_section_title(main, labels.get(section, section), section), style="italic")
+            table.add_row(Text(_section_title(main, labels.get(section, section), section)), style="italic")
         cells = (_cells(main.task, found[pair], "+") for found in differences)
-        table.add_row(f"  {labels.get(pair[other], pair[other])}", *(cell for found in cells for cell in found))
+        table.add_row(Text(f"  {labels.get(pair[other], pair[other])}"), *(cell for found in cells for cell in found))
     console.print(table)
 
 

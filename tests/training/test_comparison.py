@@ -139,7 +139,7 @@ def test_the_table_shows_intervals_and_differences() -> None:
     difference = comparison.differences([(MEAN, "mlp")])[MEAN, "mlp"]
     assert f"{difference.low:+.3f} to {difference.high:+.3f}" in lines[1]
     for part in (
-        "bootstrap over 50 test rows; of the mean over models as well",
+        "95% bootstrap intervals over 50 test rows, of the mean also over models",
         "minus mlp, the best",
         "minus a, the first",
     ):
