@@ -19,7 +19,6 @@ from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.baselines import NEEDS, BaselineResults
 from energy_flow.training.building import build_trainer
 from energy_flow.training.callbacks.progress_bar import ProgressBar
-from energy_flow.training.side_by_side import MEAN, SideBySide, Method, short_names, show_how_sure
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.retrieval import AllTargets, rank_metrics
@@ -35,6 +34,7 @@ from energy_flow.training.run import (
     write_baseline_rows,
     write_metrics,
 )
+from energy_flow.training.side_by_side import MEAN, Method, SideBySide, short_names, show_how_sure
 from energy_flow.training.task import RETRIEVAL, task_of
 from energy_flow.training.test_rows import MODEL, read_rows
 
@@ -208,7 +208,7 @@ class Evaluation:
 
     def _comparison(self, suffix: str, tested: Mapping[str, Tested], baselines: BaselineResults) -> SideBySide:
         def method(metrics: Mapping[str, float], rows: Tensor | None) -> Method:
-            shares = None if rows is None else self.task.headline_of_rows(rows).unsqueeze(0)
+            shares = None if rows is None else self.task.shares(rows).unsqueeze(0)
             return Method(dict(metrics) if not suffix or rows is None else rank_metrics(rows), shares)
 
         models = {}

@@ -76,11 +76,12 @@ def _introduce(
     console: Console, settings: TrainSettings, module: EnergyFlowModule, data: EnergyDataModule, trainer: pl.Trainer
 ) -> None:
     lattice, model = module.processor.settings, module.processor.model
+    frozen = f", {module.num_frozen:,} of them frozen" if module.num_frozen else ""
     pairs = ", ".join(f"{len(split):,} {name}" for name, split in data.splits().items())
     console.print(
         f"flow lattice {lattice.width} x {lattice.height} x {lattice.depth}, energy dimension {model.energy_dim}, "
         f"{lattice.num_steps} steps, GRU {model.num_layers} x {model.hidden_size}: "
-        f"{module.num_parameters:,} parameters\n"
+        f"{module.num_parameters:,} parameters{frozen}\n"
         f"data {settings.data['name']}: {pairs} pairs of dimension {data.dim}\n"
         f"device {trainer.strategy.root_device}, precision {trainer.precision}, seed {settings.seed}",
         highlight=False,

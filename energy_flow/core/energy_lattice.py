@@ -24,7 +24,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 class MovementSettings(Settings):
     """How far flows move; lengths in normalised units. The scale follows a schedule over optimiser steps."""
 
-    scale: Positive
+    scale: NonNegative
     warmup_steps: NonNegativeInt
     decay_steps: NonNegativeInt
     final_scale: Share

@@ -121,6 +121,16 @@ class FlowProcessor(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last_output": None}  # a copy, for averages say, has had no batch
 
+    def trained_parts(self) -> dict[str, nn.Module]:
+        """The networks by name, but for maps without parameters."""
+        parts = {
+            "map_in": self.map_in,
+            "neuron": self.neuron,
+            "carrier": self.carrier,
+            "map_out": self.lattice.map_out,
+        }
+        return {name: part for name, part in parts.items() if any(True for _ in part.parameters())}
+
     def displacement_scale(self) -> Tensor:
         """`movement.scale` times its schedule at the current optimiser step, a scalar in the geometry's dtype."""
         rule = self.settings.movement

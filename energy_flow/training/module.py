@@ -17,7 +17,7 @@ from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
-from energy_flow.settings import Settings, read
+from energy_flow.settings import Settings, did_you_mean, read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
 from energy_flow.training.faults import FaultQueue
@@ -47,6 +47,7 @@ class OptimizerSettings(Settings):
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     warmup_steps: Annotated[int, Field(ge=0)]
     final_lr: Annotated[float, Field(ge=0, le=1)]
+    freeze: list[str]
 
 
 class EnergyFlowModule(pl.LightningModule):
@@ -64,7 +65,8 @@ class EnergyFlowModule(pl.LightningModule):
             saved with it. None: chosen from the device and the size.
 
     Raises:
-        ConfigError: a section with an unknown key, or a value out of range.
+        ConfigError: a section with an unknown key, a value out of range, or parts to freeze that aren't there or leave
+            nothing to train.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class EnergyFlowModule(pl.LightningModule):
             seed,
             None if rollout is None else read(RolloutSettings, rollout, "rollout"),
         )
+        if self.optimizer_settings is not None:
+            self._freeze(self.optimizer_settings.freeze)
         self.phase_timer: PhaseTimer | None = None
         self.run_config: dict[str, Any] | None = None
         self.fingerprint: dict[str, str] = {}
@@ -111,6 +115,22 @@ class EnergyFlowModule(pl.LightningModule):
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_frozen(self) -> int:
+        """Parameters that stay as they are, of `num_parameters`."""
+        return sum(parameter.numel() for parameter in self.parameters() if not parameter.requires_grad)
+
+    def _freeze(self, names: list[str]) -> None:
+        parts = self.processor.trained_parts()
+        for index, name in enumerate(names):
+            if name not in parts:
+                raise ConfigError(
+                    f"optimizer.freeze[{index}] = {name!r}: no part with parameters; {did_you_mean(name, parts)}"
+                )
+            parts[name].requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.processor.parameters()):
+            raise ConfigError(f"optimizer.freeze = {names}: leaves nothing to train. Take a part out of it")
 
     def forward(self, source: Tensor, rows: Tensor | None = None, *, record_trajectories: bool = False) -> FlowOutput:
         """Embeddings [B, D] -> the flow lattice's output; `rows` and trajectories as in `FlowProcessor.forward`."""
@@ -187,9 +207,10 @@ class EnergyFlowModule(pl.LightningModule):
         settings = self.optimizer_settings
         if settings is None:
             raise ConfigError("optimizer = None: the module can't be trained; build it with a section `optimizer`")
-        decays = {name: p.ndim > 1 and not name.endswith("cell_value") for name, p in self.named_parameters()}
-        decayed = [p for name, p in self.named_parameters() if decays[name]]
-        rest = [p for name, p in self.named_parameters() if not decays[name]]
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        decays = {name: p.ndim > 1 and not name.endswith("cell_value") for name, p in trained.items()}
+        decayed = [p for name, p in trained.items() if decays[name]]
+        rest = [p for name, p in trained.items() if not decays[name]]
         optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=settings.lr,

@@ -29,6 +29,7 @@ class Task:
     row_measure: str  # what `rows` finds for each row
     rows: Rows
     metrics: Metrics
+    shares: Callable[[Tensor], Tensor]  # what `rows` found -> the numbers whose mean is the headline
 
     def measure(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """All metrics of predictions for their targets, both [N, D]."""
@@ -102,6 +103,7 @@ RETRIEVAL = Task(
     row_measure="rank",
     rows=ranks,
     metrics=retrieval_metrics,
+    shares=torch.reciprocal,
 )
 
 REGRESSION = Task(
@@ -115,6 +117,7 @@ REGRESSION = Task(
     row_measure="mse",
     rows=squared_errors,
     metrics=regression_metrics,
+    shares=torch.clone,
 )
 
 TASKS = (RETRIEVAL, REGRESSION)

@@ -243,6 +243,46 @@ def test_multirun(program: Program) -> None:
     table = (folder / "summary.md").read_text()
     assert "| 3 | lattice.depth=6 seed=2 |" in table
     assert "Summary of 4 jobs" in outcome.out
+    compared = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert [(row["method"], row["seeds"]) for row in compared] == [
+        ("lattice.depth=4", "1 2"),
+        ("lattice.depth=6", "1 2"),
+    ]
+    assert float(compared[1]["mrr"]) == pytest.approx((float(rows[2]["test/mrr"]) + float(rows[3]["test/mrr"])) / 2)
+    assert "Comparison of 2 models" in outcome.out
+
+
+@pytest.mark.slow
+def test_ablations_with_baselines(program: Program) -> None:
+    outcome = program.train(
+        "experiment=ablation",
+        "ablation=full,frozen_carrier",
+        "seed=1,2",
+        "baselines.enabled=true",
+        "baselines.training.epochs=1",
+        multirun=True,
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    [path] = (program.folder / "logs").rglob("comparison.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert [row["method"] for row in rows[:2]] == ["full", "frozen_carrier"]
+    assert {"identity", "ridge", "linear"} <= {row["method"] for row in rows[2:]}
+    assert all(row["difference_low"] for row in rows[1:])
+    assert outcome.out.count("of them frozen") == 2
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_has_its_comparison(program: Program) -> None:
+    def stopped(config: dict[str, Any], inner: Any = train.train) -> Any:
+        if config["lattice"]["depth"] == 8:
+            raise KeyboardInterrupt
+        return inner(config)
+
+    program.patch.setattr(train, "train", stopped)
+    assert program.train("lattice.depth=4,6,8", multirun=True).code == 130
+    [path] = (program.folder / "logs").rglob("comparison.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert [row["method"] for row in rows] == ["lattice.depth=4", "lattice.depth=6"]
 
 
 @pytest.mark.slow
@@ -254,6 +294,9 @@ def test_a_bad_job_does_not_end_the_sweep(program: Program) -> None:
     (table,) = (program.folder / "logs").rglob("summary.md")
     rows = table.read_text().splitlines()[2:]
     assert [" - |" in row for row in rows] == [False, True, False]
+    (compared,) = (program.folder / "logs").rglob("comparison.md")
+    assert "| lattice.depth=0 | 0 | - |" in compared.read_text()
+    assert "missing: seed 1 (job 1)" in compared.read_text()
     assert len(list((program.folder / "logs").rglob("best.ckpt"))) == 2
 
 

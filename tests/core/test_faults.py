@@ -133,7 +133,7 @@ def test_embeddings_of_another_shape(shape: tuple[int, ...]) -> None:
         ({"max_steps": -1}, "lattice.max_steps = -1"),
         ({"max_flows_per_sample": 5}, "lattice.max_flows_per_sample = 5"),
         ({"deposit": "linear"}, "lattice.deposit = "),
-        ({"movement__scale": 0.0}, "lattice.movement.scale = 0.0"),
+        ({"movement__scale": -1.0}, "lattice.movement.scale = -1.0"),
         ({"movement__scale": float("nan")}, "lattice.movement.scale = "),
         ({"movement__warmup_steps": -1}, "lattice.movement.warmup_steps = -1"),
         ({"movement__decay_steps": -1}, "lattice.movement.decay_steps = -1"),
