@@ -94,11 +94,14 @@ def _keys(paths: list[str]) -> list[str]:
 def _load(path: str, loss: LossSettings) -> dict[str, Any]:
     """A checkpoint of training, or a file of `save_pretrained` in its form, with this loss at its first temperature.
 
+    Without its optimiser, which isn't needed here: a checkpoint may be older than one of the keys of that section.
+
     Raises:
         CheckpointError: it isn't there, or can't be used.
     """
-    if Path(path).suffix != ".safetensors":
-        return checkpoints.load(path)
+    if not _is_pretrained(path):
+        checkpoint = checkpoints.load(path)
+        return {**checkpoint, "hyper_parameters": {**checkpoint["hyper_parameters"], "optimizer": None}}
     card, weights = read_model(Path(path).expanduser())
     described = {
         "dim": card.dim,
@@ -116,6 +119,10 @@ def _load(path: str, loss: LossSettings) -> dict[str, Any]:
     }
 
 
+def _is_pretrained(path: str) -> bool:
+    return Path(path).suffix == ".safetensors"
+
+
 def _model(
     settings: EvaluateSettings, data: EnergyDataModule, key: str, path: str, checkpoint: dict[str, Any]
 ) -> Model:
@@ -124,7 +131,7 @@ def _model(
     module = checkpoints.restore(EnergyFlowModule, checkpoint, path, settings.rollout)
     trained_on = (module.run_config or {}).get("data", {})
     check_normalisation(trained_on.get("normalize", data.settings.normalize), data, f"ckpt_path = {path}: the model")
-    return Model(key, path, module, settings.loss if module.optimizer_settings is None else module.loss)
+    return Model(key, path, module, settings.loss if _is_pretrained(path) else module.loss)
 
 
 class Evaluation:

@@ -148,6 +148,14 @@ def test_each_error_names_its_file(program: Program, best: Path, other: Path) ->
     assert f"ckpt_path = {another}: takes embeddings of dimension 8, the data have {DIM}" in message
 
 
+def test_a_checkpoint_that_is_older_than_a_key_of_the_optimiser(program: Program, best: Path) -> None:
+    checkpoint, old = torch.load(best, weights_only=True), program.folder / "old.ckpt"
+    del checkpoint["hyper_parameters"]["optimizer"]["betas"]
+    torch.save(checkpoint, old)
+    found = program.evaluate(f"ckpt_path=[{best},{old}]").metrics()
+    assert found["model/old/mrr"] == found["model/best/mrr"]
+
+
 def test_models_of_other_sizes_and_losses(program: Program, best: Path) -> None:
     run = program.train("lattice.width=3", "model.hidden_size=5", "loss=cosine", f"hydra.run.dir={program.folder}/wide")
     outcome = program.evaluate(f"ckpt_path=[{best},{run.folder}/checkpoints/best.ckpt]")
