@@ -19,7 +19,7 @@ from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.baselines import NEEDS, BaselineResults
 from energy_flow.training.building import build_trainer
 from energy_flow.training.callbacks.progress_bar import ProgressBar
-from energy_flow.training.comparison import MEAN, Comparison, Method, short_names, show_how_sure
+from energy_flow.training.side_by_side import MEAN, SideBySide, Method, short_names, show_how_sure
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.retrieval import AllTargets, rank_metrics
@@ -206,9 +206,9 @@ class Evaluation:
             suffix for suffix in self.suffixes if not suffix or all(suffix in found.rows for found in tested.values())
         ]
 
-    def _comparison(self, suffix: str, tested: Mapping[str, Tested], baselines: BaselineResults) -> Comparison:
+    def _comparison(self, suffix: str, tested: Mapping[str, Tested], baselines: BaselineResults) -> SideBySide:
         def method(metrics: Mapping[str, float], rows: Tensor | None) -> Method:
-            shares = None if rows is None else self.task.shares(rows).unsqueeze(0)
+            shares = None if rows is None else self.task.headline_of_rows(rows).unsqueeze(0)
             return Method(dict(metrics) if not suffix or rows is None else rank_metrics(rows), shares)
 
         models = {}
@@ -219,9 +219,9 @@ class Evaluation:
             models[key] = method(metrics, found.rows.get(suffix))
         rows = baselines.all_rows if suffix else baselines.rows
         beside = {name: method(baselines.metrics[name], rows[name]) for name in baselines.metrics}
-        return Comparison(self.task, models, beside, suffix)
+        return SideBySide(self.task, models, beside, suffix)
 
-    def _show(self, comparisons: list[Comparison], baselines: BaselineResults) -> None:
+    def _show(self, comparisons: list[SideBySide], baselines: BaselineResults) -> None:
         labels = {MODEL: "flow lattice", MEAN: f"mean of {len(self.models)}"}
         titles, headings = [self.task.title], [self.task.headings[self.task.headline]]
         if self.all_targets is not None:
@@ -234,7 +234,8 @@ class Evaluation:
         show_how_sure(dict(zip(headings, comparisons, strict=False)), labels, self.console)
         show_notes(baselines, self.console)
         if len(self.models) > 1 and baselines.metrics:
-            self.console.print(f"baselines: as many parameters as {self.models[0].key}, and its loss", soft_wrap=True)
+            beside = f"baselines: as many parameters as {self.models[0].key}, and its loss"
+            self.console.print(beside, markup=False, soft_wrap=True)
         if len(self.models) == 1 and self.task is RETRIEVAL:
             show_examples(self.models[0].module, self.data, self.console)
 

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.nn import functional
 
@@ -266,7 +267,7 @@ def show_table(task: Task, title: str, rows: Mapping[str, Mapping[str, float]], 
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         cells = [task.shown(metric, row[metric]) if metric in row else "-" for metric in headings]
-        table.add_row(name, *cells, style="bold" if row.get(task.headline) == best else "")
+        table.add_row(Text(name), *cells, style="bold" if row.get(task.headline) == best else "")
     console.print(table)
 
 
@@ -328,4 +329,5 @@ def say_whose_data(
     """Say where data differ from those of the run that wrote a checkpoint; `model` is what it is called."""
     differing = [split for split, digest in data.fingerprint.items() if digest != trained_on.get(split)]
     if differing:
-        console.print(f"not the data that {model} was trained with: {', '.join(differing)} differ", soft_wrap=True)
+        said = f"not the data that {model} was trained with: {', '.join(differing)} differ"
+        console.print(said, markup=False, soft_wrap=True)

@@ -29,7 +29,6 @@ class Task:
     row_measure: str  # what `rows` finds for each row
     rows: Rows
     metrics: Metrics
-    shares: Callable[[Tensor], Tensor]  # what `rows` found -> the numbers whose mean is the headline
 
     def measure(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """All metrics of predictions for their targets, both [N, D]."""
@@ -103,7 +102,6 @@ RETRIEVAL = Task(
     row_measure="rank",
     rows=ranks,
     metrics=retrieval_metrics,
-    shares=torch.reciprocal,
 )
 
 REGRESSION = Task(
@@ -117,7 +115,6 @@ REGRESSION = Task(
     row_measure="mse",
     rows=squared_errors,
     metrics=regression_metrics,
-    shares=torch.clone,
 )
 
 TASKS = (RETRIEVAL, REGRESSION)

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from energy_flow.training.bootstrap import mean_interval, paired_difference
-from energy_flow.training.comparison import MEAN, Comparison, Method, short_names, show_how_sure
+from energy_flow.training.side_by_side import MEAN, SideBySide, Method, short_names, show_how_sure
 from energy_flow.training.task import REGRESSION, RETRIEVAL
 
 
@@ -24,15 +24,15 @@ def method(num_rows: int, seed: int, shift: float = 0.0) -> Method:
     return Method({"mrr": values.mean().item(), "median_rank": float(seed)}, values)
 
 
-def one(num_rows: int = 50) -> Comparison:
-    return Comparison(
+def one(num_rows: int = 50) -> SideBySide:
+    return SideBySide(
         RETRIEVAL, {"model": method(num_rows, 1)}, {"mean": method(num_rows, 2), "mlp": method(num_rows, 3)}
     )
 
 
-def several() -> Comparison:
+def several() -> SideBySide:
     models = {"a": method(50, 1), "b": method(50, 2, 0.2), "c": method(50, 3, 0.4)}
-    return Comparison(RETRIEVAL, models, {"mean": method(50, 4, -0.3), "mlp": method(50, 5, 0.1)}, "_all")
+    return SideBySide(RETRIEVAL, models, {"mean": method(50, 4, -0.3), "mlp": method(50, 5, 0.1)}, "_all")
 
 
 def test_intervals_hold_their_mean_and_shrink_with_rows() -> None:
@@ -63,14 +63,14 @@ def test_several_are_compared_with_the_best_baseline_and_the_first() -> None:
     comparison = several()
     assert comparison.best_baseline == "mlp"
     assert comparison.pairs() == [("a", "mlp"), ("b", "mlp"), ("c", "mlp"), (MEAN, "mlp"), ("b", "a"), ("c", "a")]
-    bare = Comparison(RETRIEVAL, {"a": method(9, 1), "b": method(9, 2)}, {})
+    bare = SideBySide(RETRIEVAL, {"a": method(9, 1), "b": method(9, 2)}, {})
     assert bare.best_baseline is None
     assert bare.pairs() == [("b", "a")]
 
 
 def test_the_lowest_error_is_the_best() -> None:
     beside = {name: Method({"mse": value}, None) for name, value in (("ridge", 2.0), ("mlp", 1.0), ("mean", math.nan))}
-    assert Comparison(REGRESSION, {"model": Method({"mse": 1.5}, None)}, beside).best_baseline == "mlp"
+    assert SideBySide(REGRESSION, {"model": Method({"mse": 1.5}, None)}, beside).best_baseline == "mlp"
 
 
 def test_the_mean_is_over_rows_and_models() -> None:
@@ -101,7 +101,7 @@ def test_keys_say_which_candidates() -> None:
 
 
 def test_limited_rows_have_no_intervals() -> None:
-    comparison = Comparison(RETRIEVAL, {"model": Method({"mrr": 0.5}, None)}, {"mlp": method(50, 1)})
+    comparison = SideBySide(RETRIEVAL, {"model": Method({"mrr": 0.5}, None)}, {"mlp": method(50, 1)})
     assert comparison.intervals == {}
     assert set(comparison.flat(comparison.pairs())) == {"test/mrr", "baseline/mlp/mrr", "baseline/mlp/median_rank"}
 
@@ -123,7 +123,7 @@ def test_short_names(paths: tuple[str, ...]) -> None:
     assert short_names([Path("/data", path) for path in paths], {"mlp", "model"}) == NAMES[paths]
 
 
-def shown(comparisons: dict[str, Comparison]) -> str:
+def shown(comparisons: dict[str, SideBySide]) -> str:
     console = Console(file=io.StringIO(), width=100)
     show_how_sure(comparisons, {"model": "flow lattice", MEAN: "mean of 3"}, console)
     return console.file.getvalue()  # type: ignore[attr-defined]

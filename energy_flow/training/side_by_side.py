@@ -44,7 +44,7 @@ class Method:
         return cls(metrics, torch.cat(shares) if len(shares) == len(methods) else None)
 
 
-class Comparison:
+class SideBySide:
     """Methods by key, measured on the same test rows among the same candidates.
 
     Args:
@@ -135,7 +135,7 @@ def short_names(paths: list[Path], taken: set[str]) -> list[str]:
     ]
 
 
-def show_how_sure(comparisons: Mapping[str, Comparison], labels: Mapping[str, str], console: Console) -> None:
+def show_how_sure(comparisons: Mapping[str, SideBySide], labels: Mapping[str, str], console: Console) -> None:
     """The table of intervals: of every method's headline, and of the differences that count.
 
     Args:
@@ -169,7 +169,7 @@ def show_how_sure(comparisons: Mapping[str, Comparison], labels: Mapping[str, st
     console.print(table)
 
 
-def _section_title(comparison: Comparison, label: str, key: str) -> str:
+def _section_title(comparison: SideBySide, label: str, key: str) -> str:
     if not comparison.several:
         return f"{label} minus"
     return f"minus {label}, the {'best baseline' if key in comparison.baselines else 'first'}"
