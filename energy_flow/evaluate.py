@@ -19,7 +19,6 @@ from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.baselines import NEEDS, BaselineResults
 from energy_flow.training.building import build_trainer
 from energy_flow.training.callbacks.progress_bar import ProgressBar
-from energy_flow.training.side_by_side import MEAN, SideBySide, Method, short_names, show_how_sure
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.retrieval import AllTargets, rank_metrics
@@ -35,6 +34,7 @@ from energy_flow.training.run import (
     write_baseline_rows,
     write_metrics,
 )
+from energy_flow.training.side_by_side import MEAN, Method, SideBySide, short_names, show_how_sure
 from energy_flow.training.task import RETRIEVAL, task_of
 from energy_flow.training.test_rows import MODEL, read_rows
 

@@ -28,6 +28,7 @@ class Task:
     baselines: tuple[str, ...]
     row_measure: str  # what `rows` finds for each row
     rows: Rows
+    headline_of_rows: Callable[[Tensor], Tensor]  # [N] of `rows` -> [N], whose mean is the headline
     metrics: Metrics
 
     def measure(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
@@ -101,6 +102,7 @@ RETRIEVAL = Task(
     baselines=("identity", "mean", "ridge", "procrustes", "linear", "mlp", "residual_mlp", "mlp_cosine"),
     row_measure="rank",
     rows=ranks,
+    headline_of_rows=torch.reciprocal,
     metrics=retrieval_metrics,
 )
 
@@ -114,6 +116,7 @@ REGRESSION = Task(
     baselines=("identity", "mean", "ridge", "mlp", "residual_mlp", "mlp_large"),
     row_measure="mse",
     rows=squared_errors,
+    headline_of_rows=torch.clone,
     metrics=regression_metrics,
 )
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from energy_flow.training.bootstrap import mean_interval, paired_difference
-from energy_flow.training.side_by_side import MEAN, SideBySide, Method, short_names, show_how_sure
+from energy_flow.training.side_by_side import MEAN, Method, SideBySide, short_names, show_how_sure
 from energy_flow.training.task import REGRESSION, RETRIEVAL
 
 
