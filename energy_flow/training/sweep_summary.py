@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from energy_flow.training.sweep_comparison import compare
-from energy_flow.training.sweep_comparison_files import comparison_table, write_comparison
+from energy_flow.training.comparison import compare
+from energy_flow.training.comparison_files import comparison_table, write_comparison
 from energy_flow.training.sweep_jobs import Job, read_jobs, told_apart
 from energy_flow.training.task import TASKS
 

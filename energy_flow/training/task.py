@@ -28,8 +28,8 @@ class Task:
     baselines: tuple[str, ...]
     row_measure: str  # what `rows` finds for each row
     rows: Rows
+    headline_of_rows: Callable[[Tensor], Tensor]  # [N] of `rows` -> [N], whose mean is the headline
     metrics: Metrics
-    shares: Callable[[Tensor], Tensor]  # what `rows` found -> the numbers whose mean is the headline
 
     def measure(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """All metrics of predictions for their targets, both [N, D]."""
@@ -102,8 +102,8 @@ RETRIEVAL = Task(
     baselines=("identity", "mean", "ridge", "procrustes", "linear", "mlp", "residual_mlp", "mlp_cosine"),
     row_measure="rank",
     rows=ranks,
+    headline_of_rows=torch.reciprocal,
     metrics=retrieval_metrics,
-    shares=torch.reciprocal,
 )
 
 REGRESSION = Task(
@@ -116,8 +116,8 @@ REGRESSION = Task(
     baselines=("identity", "mean", "ridge", "mlp", "residual_mlp", "mlp_large"),
     row_measure="mse",
     rows=squared_errors,
+    headline_of_rows=torch.clone,
     metrics=regression_metrics,
-    shares=torch.clone,
 )
 
 TASKS = (RETRIEVAL, REGRESSION)

@@ -23,7 +23,7 @@ TINY = (
     "lattice.depth=4",
     "model.features=4",
     "model.hidden_size=6",
-    "trainer.max_steps=9",
+    "trainer.max_epochs=3",
     "trainer.enable_progress_bar=false",
     "baselines.training.epochs=2",
     "baselines.training.learning_rates=[0.001,0.01]",
@@ -130,7 +130,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("override", "names", "remedy"), REFUSED, ids=[row[0] for row in REFUSED])
 def test_refused(program: Program, override: str, names: str, remedy: str) -> None:
-    own = ("lattice.width=6", "lattice.height=5", "lattice.max_steps=2", "trainer.max_epochs=-1", "data=transport")
+    own = ("lattice.width=6", "lattice.height=5", "lattice.max_steps=2", "data=transport")
     kept = [word for word in (*TINY, *own) if word.split("=")[0] != override.split("=")[0]]
     message = program.refused(*kept, override)
     assert names in message

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from energy_flow.core.energy_lattice import EnergyLattice, Landings
 from energy_flow.data import EnergyDataModule, TransportSettings, read_data_settings
 from energy_flow.errors import ConfigError
+from tests.helpers import lattice_settings
 
 SECTION: dict[str, Any] = {
     "name": "transport",
     "field": "rotation_swirl",
     "strength": 1.0,
+    "contrast": 0.7,
     "width": 6,
     "height": 5,
     "waves": 4,
@@ -53,7 +56,9 @@ def slow_landing(field: str, strength: float, x: float, y: float, energy: float)
     return slow_fold(new_x - swirl * vy), slow_fold(new_y + swirl * vx)
 
 
-def slow_target(source: list[float], field: str, strength: float, width: int, height: int) -> list[float]:
+def slow_target(
+    source: list[float], field: str, strength: float, contrast: float, width: int, height: int
+) -> list[float]:
     """One flow after the other, one cell after the other: every cell has the tent max(0, 1 - |distance in cells|)."""
     energy_sum, share_sum, mass = ([0.0] * len(source) for _ in range(3))
     for index, energy in enumerate(source):
@@ -64,8 +69,8 @@ def slow_target(source: list[float], field: str, strength: float, width: int, he
             over_y = abs((y + 1) * (height - 1) / 2 - cell // width)
             weight = max(0.0, 1 - over_x) * max(0.0, 1 - over_y)
             mass[cell] += weight
-            share_sum[cell] += weight * math.exp(abs(energy))
-            energy_sum[cell] += weight * math.exp(abs(energy)) * energy
+            share_sum[cell] += weight * math.exp(contrast * abs(energy))
+            energy_sum[cell] += weight * math.exp(contrast * abs(energy)) * energy
     return [e / (share + max(0.0, 1 - m)) for e, share, m in zip(energy_sum, share_sum, mass, strict=True)]
 
 
@@ -79,12 +84,13 @@ def slow_energy(coefficients: Tensor, x: float, y: float) -> float:
 
 
 @pytest.mark.parametrize("field", ["rotation_swirl", "shear"])
-@pytest.mark.parametrize("strength", [0.7, 3.0])
-def test_targets_against_a_slow_loop(field: str, strength: float) -> None:
+@pytest.mark.parametrize(("strength", "contrast"), [(0.7, 0.0), (3.0, 1.5)])
+def test_targets_against_a_slow_loop(field: str, strength: float, contrast: float) -> None:
     """The larger strength crosses borders, some of them twice."""
-    source, target = settings(field=field, strength=strength, width=5, height=7).open("train").all()
+    data = settings(field=field, strength=strength, contrast=contrast, width=5, height=7).open("train")
+    source, target = data.all()
     for row in range(len(source)):
-        expected = slow_target(source[row].tolist(), field, strength, 5, 7)
+        expected = slow_target(source[row].tolist(), field, strength, contrast, 5, 7)
         assert target[row].tolist() == pytest.approx(expected, abs=2e-5)  # float32, places amplified by the cells
 
 
@@ -144,6 +150,24 @@ def test_the_displacement_depends_on_place_and_energy() -> None:
         assert (weak - start)[0].std(dim=0).norm() > 0.05, field
 
 
+def test_a_flow_lattice_can_be_exact() -> None:
+    """Flows that keep their energies, land where they should and stay on the input plane for 4 steps."""
+    data = settings(width=7, height=7, contrast=0.7)
+    source, target = data.open("train").all()
+    batch, cells = source.shape
+    lattice = EnergyLattice(lattice_settings(width=7, height=7, depth=8), 1, torch.nn.Flatten())
+    landings = Landings(
+        landed=torch.ones(batch, cells, dtype=torch.bool),
+        projected=torch.ones(batch, cells, dtype=torch.bool),
+        xy=data.landings(source),
+        plane=torch.zeros(batch, cells, dtype=torch.int64),
+        distance=torch.ones(batch, cells),
+        steps=torch.full((batch, cells), 4),
+        energy=source[..., None],
+    )
+    torch.testing.assert_close(lattice.collect_completed_flows_direct(landings), target)
+
+
 def test_the_same_seed_gives_the_same_data() -> None:
     first, again = settings().open("train"), settings(batch_size=2, seed=9, num_workers=1).open("train")
     for ours, theirs in zip(first.all(), again.all(), strict=True):
@@ -167,7 +191,7 @@ def test_splits_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"field": "shear"}, {"strength": 1.1}, {"width": 7}, {"height": 6}, {"waves": 3}, {"train": 8}],
+    [{"field": "shear"}, {"strength": 1.1}, {"contrast": 0.8}, {"width": 7}, {"height": 6}, {"waves": 3}, {"train": 8}],
     ids=str,
 )
 def test_fingerprints_know_what_decides_the_rows(change: dict[str, Any]) -> None:
@@ -210,6 +234,8 @@ def test_what_is_given_away_is_a_copy() -> None:
         ({"field": "swril"}, r"data\.field = 'swril'.*'rotation_swirl' or 'shear'"),
         ({"strength": 0.0}, r"data\.strength = 0\.0: .*greater than 0"),
         ({"strength": math.nan}, r"data\.strength = nan"),
+        ({"contrast": -0.1}, r"data\.contrast = -0\.1: .*greater than or equal to 0"),
+        ({"contrast": math.inf}, r"data\.contrast = inf: .*finite"),
         ({"width": 1}, r"data\.width = 1: .*greater than or equal to 2"),
         ({"test": 1}, r"data\.test = 1: .*greater than or equal to 2"),
         ({"train": "train.npz"}, r"data\.train = 'train\.npz': .*integer"),

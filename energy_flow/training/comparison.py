@@ -85,7 +85,7 @@ class _Group:
     def values(self, method: str, task: Task) -> Tensor:
         """The headline of every row, [S, N], over the runs that have the method."""
         found = [rows.values[method] for rows in self.tested.values() if method in rows.values]
-        return task.shares(torch.stack(found))
+        return task.headline_of_rows(torch.stack(found))
 
 
 def compare(jobs: Sequence[Job]) -> Comparison | None:
@@ -130,7 +130,9 @@ def _group(name: str, jobs: Sequence[Job]) -> _Group:
 def _model(group: _Group, reference: _Group, task: Task, draws: Draws) -> Method:
     paired = group.source == reference.source
     same_measure = all(rows.measure == task.row_measure for rows in group.tested.values())
-    headlines = tuple(task.shares(rows.values[MODEL]).mean().item() for rows in group.tested.values() if same_measure)
+    headlines = tuple(
+        task.headline_of_rows(rows.values[MODEL]).mean().item() for rows in group.tested.values() if same_measure
+    )
     mean = None
     if same_measure and group.source is not None:
         mean = draws.interval(group.key) if paired else mean_interval(group.values(MODEL, task))

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from energy_flow.atomic import write_whole
 from energy_flow.training.bootstrap import LEVEL, Interval
-from energy_flow.training.sweep_comparison import Comparison, Method
+from energy_flow.training.comparison import Comparison, Method
 from energy_flow.training.task import Task
 from energy_flow.viz.forest import ForestLine, forest_figure
 
