@@ -215,7 +215,7 @@ class Evaluation:
 
     def _comparison(self, suffix: str, tested: Mapping[str, Tested], baselines: BaselineResults) -> SideBySide:
         def method(metrics: Mapping[str, float], rows: Tensor | None) -> Method:
-            shares = None if rows is None else self.task.shares(rows).unsqueeze(0)
+            shares = None if rows is None else self.task.headline_of_rows(rows).unsqueeze(0)
             return Method(dict(metrics) if not suffix or rows is None else rank_metrics(rows), shares)
 
         models = {}
