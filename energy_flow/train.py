@@ -30,6 +30,7 @@ from energy_flow.training.run import (
     test,
 )
 from energy_flow.training.task import task_of
+from energy_flow.training.test_rows import FILE
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def _finish(
     if score is not None:
         metrics[settings.optimized_metric] = float(score)
     if settings.test and data.test is not None:
-        metrics |= test(settings, trainer, module, data, best_path or None)
+        keep = {task_of(settings.optimized_metric).row_measure: Path(settings.paths.output_dir, FILE)}
+        metrics |= test(trainer, module, data, best_path or None, keep)
     else:
         console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
     results = finish(settings, trainer, module, data, metrics, console)

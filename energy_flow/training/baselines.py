@@ -13,6 +13,7 @@ from torch import Tensor
 
 from energy_flow.settings import Settings
 from energy_flow.training.losses import LossSettings
+from energy_flow.training.retrieval import AllTargets
 from energy_flow.training.task import RETRIEVAL, Task
 from energy_flow.training.trained_baselines import (
     Build,
@@ -59,6 +60,7 @@ class BaselineResults:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     # What the task measures of each test row, float64 [N]; tensors can't be compared as a whole.
     rows: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    all_rows: dict[str, Tensor] = field(default_factory=dict, compare=False)
     skipped: dict[str, str] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
 
@@ -75,6 +77,7 @@ def run_baselines(
     seed: int,
     device: torch.device | str = "cpu",
     report: Report | None = None,
+    all_targets: AllTargets | None = None,
 ) -> BaselineResults:
     """Fit the task's baselines on `train`, choose on `val` by the task's headline, measure on `test`.
 
@@ -103,6 +106,7 @@ def run_baselines(
         seed: of initial weights and order of samples.
         device: where to compute.
         report: is told what is being done, e.g. "mlp epoch 3/20".
+        all_targets: more candidates, among which test rows are ranked as well.
 
     Raises:
         ValueError: the shapes of source and target, or of two splits, don't fit.
@@ -137,11 +141,13 @@ def run_baselines(
             results.skipped[name] = "needs " + " and ".join(missing)
             continue
         report(name)
-        _measure(name, fits[name], splits, task, results)
+        _measure(name, fits[name], splits, task, results, all_targets)
     return results
 
 
-def _measure(name: str, fit: Fit, splits: dict[str, Pairs], task: Task, results: BaselineResults) -> None:
+def _measure(
+    name: str, fit: Fit, splits: dict[str, Pairs], task: Task, results: BaselineResults, all_targets: AllTargets | None
+) -> None:
     # The caller may be in Lightning's inference mode, in which an MLP couldn't be trained.
     with torch.inference_mode(False), torch.enable_grad():
         predict, detail = fit(splits)
@@ -150,6 +156,8 @@ def _measure(name: str, fit: Fit, splits: dict[str, Pairs], task: Task, results:
         prediction = predict(source)
         results.rows[name] = task.rows(prediction, target).cpu()
         results.metrics[name] = task.metrics(prediction, target, results.rows[name])
+        if all_targets is not None:
+            results.all_rows[name] = all_targets.ranks(prediction).cpu()
     if detail:
         results.details[name] = detail
 

@@ -3,7 +3,7 @@
 S runs (seeds) of a method, N test rows, R draws
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,47 +26,46 @@ class Interval:
         return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
-def mean_interval(values: Tensor, *, seed: int = 0) -> Interval:
-    """Of the mean of `values` [S, N] (or [N]), drawn over rows and over runs.
+class Draws:
+    """Means of several methods in every draw; all of them see the same rows of a draw.
+
+    A draw takes N rows with replacement, and as many runs as a method has, for each by itself.
+
+    Args:
+        methods: [S, N] (or [N]) by name: the same N for all, each its own S.
+        seed: of the draws.
 
     Raises:
-        ValueError: there is nothing to draw from.
+        ValueError: the rows aren't as many, or there is nothing to draw from.
     """
-    values = _runs(values)
-    return _interval(values.mean(), *_drawn_means([values], seed))
+
+    def __init__(self, methods: Mapping[str, Tensor], *, seed: int = 0) -> None:
+        runs = {name: _runs(values) for name, values in methods.items()}
+        lengths = [values.shape[1] for values in runs.values()]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"{' and '.join(map(str, lengths))} rows: a pair has the same test rows")
+        self._means = {name: values.mean() for name, values in runs.items()}
+        self._drawn = dict(zip(runs, _drawn_means(list(runs.values()), seed), strict=True))
+
+    def interval(self, name: str) -> Interval:
+        """Of the mean of a method, over rows and over runs."""
+        return _interval(self._means[name], self._drawn[name])
+
+    def difference(self, ours: str, theirs: str) -> Interval:
+        """Of the mean of one method less that of another: rows that are hard for both cancel (Efron and Tibshirani
+        1993, chapter 13).
+        """
+        return _interval(self._means[ours] - self._means[theirs], self._drawn[ours] - self._drawn[theirs])
+
+
+def mean_interval(values: Tensor, *, seed: int = 0) -> Interval:
+    """Of the mean of `values` [S, N] (or [N]), as `Draws.interval`."""
+    return Draws({"values": values}, seed=seed).interval("values")
 
 
 def paired_difference(ours: Tensor, theirs: Tensor, *, seed: int = 0) -> Interval:
-    """Of mean(ours) - mean(theirs) on the same test rows, [S, N] and [S', N] (or [N]).
-
-    A draw takes N rows with replacement, the same ones for both, and as many runs as each has, for each by itself: rows
-    that are hard for both cancel (Efron and Tibshirani 1993, chapter 13).
-
-    Raises:
-        ValueError: the rows aren't as many, or there is nothing to draw from.
-    """
-    ours, theirs = _runs(ours), _runs(theirs)
-    if ours.shape[1] != theirs.shape[1]:
-        raise ValueError(f"{ours.shape[1]} and {theirs.shape[1]} rows: a pair has the same test rows")
-    left, right = _drawn_means([ours, theirs], seed)
-    return _interval(ours.mean() - theirs.mean(), left - right)
-
-
-def compared(methods: Sequence[Tensor], *, seed: int = 0) -> list[tuple[Interval, Interval]]:
-    """Of every method [S, N] (or [N]): its mean, and its `paired_difference` to the first one, all from the same draws.
-
-    Raises:
-        ValueError: the rows aren't as many, or there is nothing to draw from.
-    """
-    runs = [_runs(values) for values in methods]
-    lengths = {values.shape[1] for values in runs}
-    if len(lengths) != 1:
-        raise ValueError(f"{sorted(lengths)} rows: methods that are compared have the same test rows")
-    drawn, means = _drawn_means(runs, seed), [values.mean() for values in runs]
-    return [
-        (_interval(mean, draws), _interval(mean - means[0], draws - drawn[0]))
-        for mean, draws in zip(means, drawn, strict=True)
-    ]
+    """Of mean(ours) - mean(theirs) on the same test rows, [S, N] and [S', N] (or [N]), as `Draws.difference`."""
+    return Draws({"ours": ours, "theirs": theirs}, seed=seed).difference("ours", "theirs")
 
 
 def _runs(values: Tensor) -> Tensor:

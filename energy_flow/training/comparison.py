@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.errors import DataError
-from energy_flow.training.bootstrap import Interval, compared, mean_interval
+from energy_flow.training.bootstrap import Draws, Interval, mean_interval
 from energy_flow.training.sweep_jobs import Job, told_apart
 from energy_flow.training.task import TASKS, Task
 from energy_flow.training.test_rows import FILE, MODEL, RowValues, read_rows
@@ -67,6 +67,11 @@ class _Group:
     missing: tuple[str, ...]
 
     @property
+    def key(self) -> str:
+        """A number, which no baseline is called by."""
+        return self.jobs[0].name
+
+    @property
     def source(self) -> tuple[str, str] | None:
         """What was measured on which data; None where runs differ in it, or there is none."""
         found = {(rows.measure, rows.fingerprint) for rows in self.tested.values()}
@@ -90,16 +95,13 @@ def compare(jobs: Sequence[Job]) -> Comparison | None:
     if len(jobs) < 2 or reference is None or reference.source is None:
         return None
     task = next(task for task in TASKS if task.row_measure == reference.source[0])
-    # `reference` is the first of them.
     paired = [group for group in groups if group.source == reference.source]
     baselines = [name for name in task.baselines if any(name in rows.values for rows in reference.tested.values())]
-    values = [group.values(MODEL, task) for group in paired]
-    values += [reference.values(name, task) for name in baselines]
-    found = compared(values)
-    of_model = {group.name: intervals for group, intervals in zip(paired, found[: len(paired)], strict=True)}
-    methods = [_model(group, reference, task, of_model.get(group.name)) for group in groups]
-    for name, intervals in zip(baselines, found[len(paired) :], strict=True):
-        methods.append(_baseline(name, reference, task, *intervals))
+    values = {group.key: group.values(MODEL, task) for group in paired}
+    values |= {name: reference.values(name, task) for name in baselines}
+    draws = Draws(values)
+    methods = [_model(group, reference, task, draws) for group in groups]
+    methods += [_baseline(name, reference, task, draws) for name in baselines]
     return Comparison(task, reference.name, tuple(methods))
 
 
@@ -125,14 +127,15 @@ def _group(name: str, jobs: Sequence[Job]) -> _Group:
     return _Group(name, tuple(jobs), tested, tuple(missing))
 
 
-def _model(group: _Group, reference: _Group, task: Task, found: tuple[Interval, Interval] | None) -> Method:
+def _model(group: _Group, reference: _Group, task: Task, draws: Draws) -> Method:
+    paired = group.source == reference.source
     same_measure = all(rows.measure == task.row_measure for rows in group.tested.values())
     headlines = tuple(
         task.headline_of_rows(rows.values[MODEL]).mean().item() for rows in group.tested.values() if same_measure
     )
-    mean, difference = found or (None, None)
-    if mean is None and same_measure and group.source is not None:
-        mean = mean_interval(group.values(MODEL, task))
+    mean = None
+    if same_measure and group.source is not None:
+        mean = draws.interval(group.key) if paired else mean_interval(group.values(MODEL, task))
     names = ["params", *(f"test/{metric}" for metric in task.summary if metric != task.headline), "fit_seconds"]
     return Method(
         name=group.name,
@@ -140,10 +143,10 @@ def _model(group: _Group, reference: _Group, task: Task, found: tuple[Interval, 
         seeds=tuple(job.seed for job in group.runs),
         headlines=headlines,
         mean=mean,
-        difference=None if group is reference else difference,
+        difference=draws.difference(group.key, reference.key) if paired and group is not reference else None,
         metrics={name.removeprefix("test/"): _mean(group.runs, name) for name in names},
         missing=group.missing,
-        note="" if found else _why_no_pair(group, same_measure),
+        note="" if paired else _why_no_pair(group, same_measure),
     )
 
 
@@ -157,7 +160,7 @@ def _why_no_pair(group: _Group, same_measure: bool) -> str:
     return "other test data: no pair"
 
 
-def _baseline(name: str, reference: _Group, task: Task, mean: Interval, difference: Interval) -> Method:
+def _baseline(name: str, reference: _Group, task: Task, draws: Draws) -> Method:
     runs = [job for job in reference.runs if name in reference.tested[job.name].values]
     others = [metric for metric in task.summary if metric != task.headline]
     return Method(
@@ -165,8 +168,8 @@ def _baseline(name: str, reference: _Group, task: Task, mean: Interval, differen
         is_baseline=True,
         seeds=tuple(job.seed for job in runs),
         headlines=tuple(reference.values(name, task).mean(1).tolist()),
-        mean=mean,
-        difference=difference,
+        mean=draws.interval(name),
+        difference=draws.difference(name, reference.key),
         metrics={
             "params": None,
             **{metric: _mean(runs, f"baseline/{name}/{metric}") for metric in others},

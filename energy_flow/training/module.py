@@ -30,7 +30,7 @@ from energy_flow.training.losses import (
     surface_loss,
     weighted,
 )
-from energy_flow.training.retrieval import ranks, retrieval_metrics
+from energy_flow.training.retrieval import AllTargets, ranks, retrieval_metrics
 from energy_flow.training.task import squared_errors
 
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
@@ -58,7 +58,8 @@ class EnergyFlowModule(pl.LightningModule):
 
     Args:
         dim: D, of the embeddings.
-        lattice, model, loss, optimizer: the config sections of these names, as plain dicts.
+        lattice, model, loss, optimizer: the config sections of these names, as plain dicts. Without an optimizer (None)
+            it can't be trained.
         seed: of the exploration noise.
         rollout: the config section of this name, how rollouts are computed: no property of the model, so it isn't
             saved with it. None: chosen from the device and the size.
@@ -74,7 +75,7 @@ class EnergyFlowModule(pl.LightningModule):
         lattice: dict[str, Any],
         model: dict[str, Any],
         loss: dict[str, Any],
-        optimizer: dict[str, Any],
+        optimizer: dict[str, Any] | None,
         seed: int,
         rollout: dict[str, Any] | None = None,
     ) -> None:
@@ -84,7 +85,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.loss = read(LossSettings, loss, "loss")
         self.temperature = Temperature(self.loss)
         self._bank: Tensor | None = None  # directions of all training targets, where they are the candidates
-        self.optimizer_settings = read(OptimizerSettings, optimizer, "optimizer")
+        self.optimizer_settings = None if optimizer is None else read(OptimizerSettings, optimizer, "optimizer")
         lattice_settings = read(LatticeSettings, lattice, "lattice")
         self.processor = FlowProcessor(
             dim,
@@ -93,7 +94,8 @@ class EnergyFlowModule(pl.LightningModule):
             seed,
             None if rollout is None else read(RolloutSettings, rollout, "rollout"),
         )
-        self._freeze(self.optimizer_settings.freeze)
+        if self.optimizer_settings is not None:
+            self._freeze(self.optimizer_settings.freeze)
         self.phase_timer: PhaseTimer | None = None
         self.run_config: dict[str, Any] | None = None
         self.fingerprint: dict[str, str] = {}
@@ -102,6 +104,7 @@ class EnergyFlowModule(pl.LightningModule):
         self._scalars = DelayedScalars()
         self._seen: list[dict[str, Tensor]] = []
         self.test_rows: dict[str, Tensor] = {}  # of the last test: rank and mse of every row in order, float64 [N]
+        self.all_targets: AllTargets | None = None  # for a test: more candidates, among which it ranks as well
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
@@ -202,6 +205,8 @@ class EnergyFlowModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         settings = self.optimizer_settings
+        if settings is None:
+            raise ConfigError("optimizer = None: the module can't be trained; build it with a section `optimizer`")
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         decays = {name: p.ndim > 1 and not name.endswith("cell_value") for name, p in trained.items()}
         decayed = [p for name, p in trained.items() if decays[name]]
@@ -218,7 +223,7 @@ class EnergyFlowModule(pl.LightningModule):
                 "trainer.max_epochs = -1: the cosine decay needs to know where a run ends. "
                 "Set trainer.max_epochs or trainer.max_steps"
             )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, int(total)))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(settings, step, int(total)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,14 +243,6 @@ class EnergyFlowModule(pl.LightningModule):
         for step, scalars in self._scalars.take(wait=wait):
             self.latest_loss = scalars["train/loss"]
             log_scalars(self.trainer, scalars, step)
-
-    def _rate(self, step: int, total: int) -> float:
-        """Linear warm-up to 1, then a half cosine down to `final_lr` at the last step."""
-        settings = self.optimizer_settings
-        if step < settings.warmup_steps:
-            return (step + 1) / (settings.warmup_steps + 1)
-        progress = min(1.0, (step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
-        return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def _losses(self, output: FlowOutput, target: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
         """All losses of a training batch."""
@@ -310,6 +307,8 @@ class EnergyFlowModule(pl.LightningModule):
             losses = self._losses_of_all(prediction, target)
         if stage == "test":
             self.test_rows = {"rank": rank.cpu(), "mse": squared_errors(prediction, target).cpu()}
+            if self.all_targets is not None:
+                self.test_rows["rank_all"] = self.all_targets.ranks(prediction).cpu()
         losses["surface"] = kept["surface"].mean()
         for name, loss in losses.items():
             # The cosine itself is a metric already.
@@ -352,6 +351,14 @@ class EnergyFlowModule(pl.LightningModule):
         gathered = self.all_gather(value)
         assert isinstance(gathered, Tensor)
         return gathered.flatten(0, 1)
+
+
+def _rate(settings: OptimizerSettings, step: int, total: int) -> float:
+    """Linear warm-up to 1, then a half cosine down to `final_lr` at the last step."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
+    return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _in_order(kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 N predictions, G candidates of the gallery, D embedding dimension
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,6 +45,24 @@ def ranks(prediction: Tensor, gallery: Tensor, gold: Tensor | None = None) -> Te
     rows = max(1, SCORE_BLOCK_BYTES // (8 * len(distinct)))
     blocks = zip(prediction.split(rows), own.split(rows), strict=True)
     return torch.cat([_block_ranks(block, candidates, gold_column, copies.double()) for block, gold_column in blocks])
+
+
+@dataclass(frozen=True)
+class AllTargets:
+    """Candidates from more than the test split, among which its rows find their targets.
+
+    Attributes:
+        target: [G, D]
+        first: the candidate of the first test row; those of the others follow.
+    """
+
+    target: Tensor
+    first: int
+
+    def ranks(self, prediction: Tensor) -> Tensor:
+        """Ranks of predictions [N, D] of the first N test rows, float64 [N], as `ranks`."""
+        own = torch.arange(self.first, self.first + len(prediction), device=prediction.device)
+        return ranks(prediction, self.target.to(prediction.device), own)
 
 
 def nearest(prediction: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -92,13 +112,17 @@ def retrieval_metrics(prediction: Tensor, target: Tensor, rank: Tensor | None = 
     """
     if prediction.shape != target.shape or len(prediction) == 0:
         raise ValueError(f"prediction {list(prediction.shape)}, target {list(target.shape)}: must both be [N > 0, D]")
-    rank = ranks(prediction, target) if rank is None else rank
+    cosine = F.cosine_similarity(prediction.double(), target.double(), dim=-1).mean().item()
+    return {**rank_metrics(ranks(prediction, target) if rank is None else rank), "cosine": cosine}
+
+
+def rank_metrics(rank: Tensor) -> dict[str, float]:
+    """The part of `retrieval_metrics` that ranks [N > 0] alone decide: mrr, recall@1, recall@10, ..., median_rank."""
     middle = rank.sort().values[[(len(rank) - 1) // 2, len(rank) // 2]]
     return {
         "mrr": rank.reciprocal().mean().item(),
         **{f"recall@{k}": (rank <= k).double().mean().item() for k in RECALL_AT},
         "median_rank": middle.mean().item(),
-        "cosine": F.cosine_similarity(prediction.double(), target.double(), dim=-1).mean().item(),
     }
 
 

@@ -15,6 +15,8 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from torch import Tensor
 from torch.nn import functional
 
 from energy_flow.core.energy_lattice import LatticeSettings
@@ -23,7 +25,9 @@ from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings
 from energy_flow.training.baselines import BaselineResults, BaselineSettings, run_baselines
+from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule
+from energy_flow.training.retrieval import AllTargets
 from energy_flow.training.task import RETRIEVAL, Task, task_of
 from energy_flow.training.test_rows import FILE, KeepTestRows, read_rows, write_rows
 from energy_flow.training.trained_baselines import Pairs
@@ -74,9 +78,10 @@ class EvaluateSettings(Settings):
 
     task_name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    ckpt_path: str
+    ckpt_path: str | Annotated[list[str], Field(min_length=1)]
     optimized_metric: str
     lattice: SizeSettings
+    loss: LossSettings
     baselines: BaselineSettings
     data: Section
     rollout: Section
@@ -122,11 +127,18 @@ def _flatten(key: str, value: Any) -> dict[str, Any]:
 def fit_baselines(
     settings: TrainSettings | EvaluateSettings,
     data: EnergyDataModule,
-    module: EnergyFlowModule,
+    num_parameters: int,
+    loss: LossSettings,
     device: torch.device,
     console: Console,
+    all_targets: AllTargets | None = None,
 ) -> BaselineResults:
-    """The baselines on the run's data, or nothing where they are switched off or there is no test split."""
+    """The baselines on the run's data, or nothing where they are switched off or there is no test split.
+
+    Args:
+        num_parameters, loss: of the model beside which they stand.
+        all_targets: as in `run_baselines`.
+    """
     if not settings.baselines.enabled or data.test is None:
         return BaselineResults()
 
@@ -140,11 +152,12 @@ def fit_baselines(
             data.test.all(),
             task=task_of(settings.optimized_metric),
             settings=settings.baselines,
-            num_parameters=module.num_parameters,
-            loss=module.loss,
+            num_parameters=num_parameters,
+            loss=loss,
             seed=settings.seed,
             device=device,
             report=lambda what: status.update(f"baselines: {what}"),
+            all_targets=all_targets,
         )
 
 
@@ -169,18 +182,20 @@ def refuse_processes(trainer: Trainer, lattice: LatticeSettings, multirun: bool)
 
 
 def test(
-    settings: TrainSettings | EvaluateSettings,
     trainer: Trainer,
     module: EnergyFlowModule,
     data: EnergyDataModule,
     ckpt_path: str | None,
+    keep: Mapping[str, Path],
 ) -> dict[str, float]:
-    """Test metrics of the module, or of a checkpoint of it; its test rows are kept in the run folder.
+    """Test metrics of the module, or of a checkpoint of it. Ctrl-C ends the program with 130.
 
-    Ctrl-C ends the program with 130.
+    Args:
+        keep: which of the module's `test_rows` are written, and where.
     """
-    measure = task_of(settings.optimized_metric).row_measure
-    trainer.callbacks.append(KeepTestRows(Path(settings.paths.output_dir, FILE), measure))  # type: ignore[attr-defined]
+    others = [callback for callback in trainer.callbacks if not isinstance(callback, KeepTestRows)]  # type: ignore[attr-defined]
+    kept = [KeepTestRows(path, measure) for measure, path in keep.items()]
+    trainer.callbacks = [*others, *kept]  # type: ignore[attr-defined]
     try:
         trainer.test(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
     except SystemExit:  # how Lightning ends on Ctrl-C
@@ -191,7 +206,7 @@ def test(
 
 
 def finish(
-    settings: TrainSettings | EvaluateSettings,
+    settings: TrainSettings,
     trainer: Trainer,
     module: EnergyFlowModule,
     data: EnergyDataModule,
@@ -203,58 +218,64 @@ def finish(
     results = Results(task, metrics, BaselineResults())
     if not trainer.is_global_zero:
         return results
-    write_metrics(results, settings.paths.output_dir)  # whatever happens to the baselines
+    write_metrics(results.flat(), settings.paths.output_dir)  # whatever happens to the baselines
     if f"test/{task.headline}" not in metrics:
         return results
-    results = Results(task, metrics, fit_baselines(settings, data, module, trainer.strategy.root_device, console))
-    write_metrics(results, settings.paths.output_dir)
-    _write_baseline_rows(results, Path(settings.paths.output_dir, FILE), console)
-    show_results(results, console)
+    device = trainer.strategy.root_device
+    baselines = fit_baselines(settings, data, module.num_parameters, module.loss, device, console)
+    results = Results(task, metrics, baselines)
+    write_metrics(results.flat(), settings.paths.output_dir)
+    write_baseline_rows(baselines.rows, Path(settings.paths.output_dir, FILE), console)
+    model = {metric: metrics[f"test/{metric}"] for metric in task.headings if f"test/{metric}" in metrics}
+    show_table(task, task.title, {"flow lattice": model, **baselines.metrics}, console)
+    show_notes(baselines, console)
     if task is RETRIEVAL:
         show_examples(module, data, console)
     return results
 
 
-def write_metrics(results: Results, output_dir: str | Path) -> None:
+def write_metrics(metrics: Mapping[str, float], output_dir: str | Path) -> None:
     """Write `metrics.json`, flat; a number that isn't finite is null, and said so."""
     path = Path(output_dir) / "metrics.json"
-    flat = results.flat()
-    finite = {key: value if math.isfinite(value) else None for key, value in flat.items()}
+    finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
     path.write_text(json.dumps(finite, indent=2) + "\n")
     bad = [key for key, value in finite.items() if value is None]
     if bad:
         Console(stderr=True).print(f"not finite, null in {path}: {', '.join(bad)}", style="bold red")
 
 
-def _write_baseline_rows(results: Results, path: Path, console: Console) -> None:
+def write_baseline_rows(rows: Mapping[str, Tensor], path: Path, console: Console) -> None:
     """Put the test rows of the baselines beside those of the model, where these were kept."""
     if path.is_file():
-        write_rows(path, read_rows(path).beside(results.baselines.rows))
+        write_rows(path, read_rows(path).beside(rows))
     else:
         console.print(f"no {path.name}: the test was limited to some of its rows (trainer.limit_test_batches)")
 
 
-def show_results(results: Results, console: Console) -> None:
-    """The table: the model beside the baselines, the best in bold."""
-    task = results.task
-    tested = {metric: results.metrics.get(f"test/{metric}") for metric in task.headings}
-    model = {metric: value for metric, value in tested.items() if value is not None}
-    rows = {"flow lattice": model, **results.baselines.metrics}
+def show_table(task: Task, title: str, rows: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """Metrics of methods by name, the best method in bold; a metric that none of them has gets no column."""
+    headings = {
+        metric: heading for metric, heading in task.headings.items() if any(metric in row for row in rows.values())
+    }
     best = math.nan
     for row in rows.values():
         found = row.get(task.headline, math.nan)
         best = found if task.improves(found, best) else best
-    table = Table(title=task.title, title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
-    for heading in task.headings.values():
+    for heading in headings.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
-        cells = [task.shown(metric, row[metric]) if metric in row else "-" for metric in task.headings]
-        table.add_row(name, *cells, style="bold" if row.get(task.headline) == best else "")
+        cells = [task.shown(metric, row[metric]) if metric in row else "-" for metric in headings]
+        table.add_row(Text(name), *cells, style="bold" if row.get(task.headline) == best else "")
     console.print(table)
-    for name, reason in results.baselines.skipped.items():
+
+
+def show_notes(baselines: BaselineResults, console: Console) -> None:
+    """Why baselines were left out, and what was chosen for the others."""
+    for name, reason in baselines.skipped.items():
         console.print(f"{name}: left out, {reason}")
-    for name, detail in results.baselines.details.items():
+    for name, detail in baselines.details.items():
         console.print(f"{name}: {detail}", style="dim", highlight=False, soft_wrap=True)
 
 
@@ -285,8 +306,11 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
-def check_normalisation(trained: bool, data: EnergyDataModule) -> None:
+def check_normalisation(trained: bool, data: EnergyDataModule, model: str = "the model") -> None:
     """See that rows are prepared as those that a model was trained with.
+
+    Args:
+        model: what the message calls it.
 
     Raises:
         ConfigError: they aren't.
@@ -294,15 +318,16 @@ def check_normalisation(trained: bool, data: EnergyDataModule) -> None:
     if trained != data.settings.normalize:
         value = str(trained).lower()
         raise ConfigError(
-            f"data.normalize = {str(data.settings.normalize).lower()}: the model was trained with {value}. "
+            f"data.normalize = {str(data.settings.normalize).lower()}: {model} was trained with {value}. "
             f"Set data.normalize={value}"
         )
 
 
-def say_whose_data(trained_on: dict[str, str], data: EnergyDataModule, console: Console) -> None:
-    """Say where data differ from those of the run that wrote a checkpoint."""
+def say_whose_data(
+    trained_on: dict[str, str], data: EnergyDataModule, console: Console, model: str = "the checkpoint"
+) -> None:
+    """Say where data differ from those of the run that wrote a checkpoint; `model` is what it is called."""
     differing = [split for split, digest in data.fingerprint.items() if digest != trained_on.get(split)]
     if differing:
-        console.print(
-            f"not the data that the checkpoint was trained with: {', '.join(differing)} differ", soft_wrap=True
-        )
+        said = f"not the data that {model} was trained with: {', '.join(differing)} differ"
+        console.print(said, markup=False, soft_wrap=True)

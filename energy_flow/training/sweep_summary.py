@@ -42,7 +42,7 @@ class SweepSummary(Callback):
         columns = _summarise(folder, jobs)
         table = Table(title=f"Summary of {len(jobs)} jobs: {folder}", title_justify="left")
         for name in ("job", "overrides", *columns):
-            table.add_column(name, justify="left" if name in ("job", "overrides") else "right")
+            table.add_column(name, justify="left" if name in ("job", "overrides") else "right", overflow="fold")
         for job, words in zip(jobs, told_apart([job.words for job in jobs]), strict=True):
             table.add_row(job.name, escape(words), *(_number(job.metrics.get(name)) for name in columns))
         console = Console()

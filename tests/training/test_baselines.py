@@ -10,7 +10,7 @@ from energy_flow.settings import read
 from energy_flow.training import trained_baselines
 from energy_flow.training.baselines import BaselineResults, BaselineSettings, run_baselines
 from energy_flow.training.losses import LossSettings
-from energy_flow.training.retrieval import retrieval_metrics
+from energy_flow.training.retrieval import AllTargets, rank_metrics, ranks, retrieval_metrics
 from energy_flow.training.task import REGRESSION, RETRIEVAL
 from energy_flow.training.trained_baselines import Pairs, TrainedBaseline, linear, mlp, residual_mlp
 
@@ -281,3 +281,14 @@ def test_on_a_gpu() -> None:
     for name in ("identity", "mean", "ridge", "procrustes"):
         assert results.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-6), name
     check_complete(results)
+
+
+def test_ranks_among_all_targets() -> None:
+    train, val, test = three_splits(rotation(6), noise=0.5)
+    targets = torch.cat([train[1], val[1], test[1]])
+    found = run_baselines(train, val, test, **SETTINGS, all_targets=AllTargets(targets, 340))
+    assert list(found.all_rows) == list(found.rows) == list(RETRIEVAL.baselines)
+    assert torch.equal(found.all_rows["identity"], ranks(test[0], targets, torch.arange(340, 390)))
+    for name, rank in found.all_rows.items():
+        assert rank_metrics(rank)["mrr"] < found.metrics[name]["mrr"], name
+    assert run_baselines(None, None, test, **SETTINGS).all_rows == {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.training import bootstrap
-from energy_flow.training.bootstrap import Interval, compared, mean_interval, paired_difference
+from energy_flow.training.bootstrap import Draws, Interval, mean_interval, paired_difference
 
 
 def numbers(*shape: int, seed: int) -> Tensor:
@@ -71,19 +71,6 @@ def test_blocks_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) ->
     assert parts.low == pytest.approx(whole.low, abs=0.02)
 
 
-def test_methods_that_are_compared_share_their_draws() -> None:
-    rows = numbers(3, 100, seed=7)
-    first, second, third = compared([rows, rows + 0.5, numbers(100, seed=8)])
-    assert first[1] == Interval(0.0, 0.0, 0.0)
-    assert first[0].mean == pytest.approx(rows.mean().item())
-    assert second[0].mean - first[0].mean == pytest.approx(second[1].mean)
-    apart = paired_difference(numbers(100, seed=8), rows)
-    assert third[1].mean == pytest.approx(apart.mean)
-    assert (third[1].low, third[1].high) == pytest.approx((apart.low, apart.high), abs=0.05 * (apart.high - apart.low))
-    with pytest.raises(ValueError, match=r"\[4, 5\] rows: methods that are compared have the same"):
-        compared([torch.ones(4), torch.ones(5)])
-
-
 def test_what_is_no_pair() -> None:
     with pytest.raises(ValueError, match="4 and 5 rows: a pair has the same test rows"):
         paired_difference(torch.ones(2, 4), torch.ones(5))
@@ -94,3 +81,11 @@ def test_what_is_no_pair() -> None:
 
 def test_shown_with_its_bounds() -> None:
     assert str(Interval(0.51234, 0.5, 0.525)) == "0.5123 [0.5000, 0.5250]"
+
+
+def test_methods_of_one_set_of_draws_see_the_same_rows() -> None:
+    hard, gain = numbers(400, seed=2) * 10, numbers(400, seed=3) * 0.1 + 0.05
+    draws = Draws({"ours": hard + gain, "theirs": hard, "third": torch.stack([hard, hard])})
+    assert draws.difference("ours", "theirs") == paired_difference(hard + gain, hard)
+    assert draws.difference("third", "theirs") == Interval(0.0, pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    assert draws.interval("theirs").high - draws.interval("theirs").low > 1

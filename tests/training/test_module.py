@@ -319,3 +319,10 @@ def test_bf16_trains_like_float32() -> None:
 
 def test_without_a_section_rollouts_are_those_of_the_default_config() -> None:
     assert read(RolloutSettings, compose()["rollout"], "rollout") == RolloutSettings.automatic()
+
+
+def test_without_an_optimiser_it_can_not_be_trained() -> None:
+    config = {**compose(*TINY), "optimizer": None}
+    module = EnergyFlowModule.from_config(config, DIM)
+    with pytest.raises(ConfigError, match="optimizer = None: the module can't be trained"):
+        module.configure_optimizers()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from energy_flow.errors import EnergyFlowError
 from energy_flow.training import retrieval
-from energy_flow.training.retrieval import ranks, retrieval_metrics
+from energy_flow.training.retrieval import AllTargets, rank_metrics, ranks, retrieval_metrics
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -177,3 +177,22 @@ def test_shapes_that_do_not_fit() -> None:
         ranks(torch.ones(3, 4), torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="N > 0"):
         retrieval_metrics(torch.ones(0, 4), torch.ones(0, 4))
+
+
+def test_more_candidates_never_raise_a_rank() -> None:
+    prediction, target, more = numbers(30, 6, seed=1), numbers(30, 6, seed=2), numbers(70, 6, seed=3)
+    near, wide = ranks(prediction, target), AllTargets(torch.cat([more, target]), 70).ranks(prediction)
+    assert (wide >= near).all()
+    assert torch.equal(wide, ranks(prediction, torch.cat([target, more])))
+    assert torch.equal(AllTargets(torch.cat([more, target]), 70).ranks(prediction[:9]), wide[:9])
+
+
+def test_copies_of_the_own_target_elsewhere_are_ties() -> None:
+    target = numbers(5, 4, seed=4)
+    assert AllTargets(torch.cat([target[:2], target]), 2).ranks(target).tolist() == [1.5, 1.5, 1, 1, 1]
+
+
+def test_ranks_alone_decide_all_but_the_cosine() -> None:
+    prediction, target = numbers(30, 6, seed=5), numbers(30, 6, seed=6)
+    whole = retrieval_metrics(prediction, target)
+    assert rank_metrics(ranks(prediction, target)) == {name: v for name, v in whole.items() if name != "cosine"}
