@@ -33,7 +33,7 @@ class Library(types.ModuleType):
         asked_hub: whether a model was loaded without `local_files_only`.
         seen: every text that was encoded, in order.
         stop_after: texts after which Ctrl-C is pressed.
-        change: added to all rows, before they are normalised.
+        change: added to every row, before it is normalised.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Library(types.ModuleType):
         self.asked_hub = False
         self.seen: list[str] = []
         self.stop_after: int | None = None
-        self.change = 0.0
+        self.change: float | NDArray[np.float32] = 0.0
         library = self
 
         class SentenceTransformer:

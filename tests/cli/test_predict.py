@@ -159,7 +159,7 @@ def test_without_the_shipped_weights(program: Program, monkeypatch: pytest.Monke
 
 
 REFUSED = [
-    ((), 'text, row and input are null: give one of them, such as text="sleep during summer"'),
+    ((), 'text, row and input are null: give one of them, such as text="it measures earthquakes"'),
     (("row=1", "text=x"), "text and row are given: an input is one of them"),
     (("row=-1",), "row = -1"),
     (("row=32",), "row = 32: data.test has the rows 0 to 31"),
