@@ -196,6 +196,7 @@ REFUSED = [
     (("dtype=int4",), "dtype = 'int4'"),
     (("batch_size=0",), "batch_size = 0"),
     (("source_key=text",), "line 1 has no text; it has source, target"),
+    (("target_key=text",), "or say with source_key and target_key what the texts are called"),
     (("sourcekey=text",), "did you mean source_key?"),
 ]
 
