@@ -56,7 +56,7 @@ class PredictSettings(Settings):
     def _one_input(self) -> Self:
         given = [name for name in ("text", "row", "input") if getattr(self, name) is not None]
         if not given:
-            raise ValueError('text, row and input are null: give one of them, such as text="sleep during summer"')
+            raise ValueError('text, row and input are null: give one of them, such as text="it measures earthquakes"')
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given: an input is one of them; leave out the others")
         return self

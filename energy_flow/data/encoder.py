@@ -1,7 +1,9 @@
 """Text to embeddings: the one place that knows sentence-transformers."""
 
 import importlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from energy_flow.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 _BATCH_SIZE = 32
 _COUNTED = 1024  # texts whose tokens stand at a time
@@ -64,8 +68,32 @@ class TextEncoder:
 
 
 def _load(name: str, device: str) -> Any:
+    library, place = _library(name), Path(name).expanduser()
+    if (place.is_absolute() or name.startswith((".", "~"))) and not place.is_dir():
+        raise ConfigError(f"encoder = {name}: there is no such folder. Give one that holds a model, or a name")
     try:
-        library = importlib.import_module("sentence_transformers")
+        if place.is_dir():
+            return _from_disk(library, str(place), device)
+        if _is_cached(library, name):
+            try:
+                return _from_disk(library, name, device)
+            except (OSError, TypeError, ValueError) as error:  # files are missing: the hub has them
+                log.info("encoder %s: not all of it is on this machine: %s", name, error)
+        log.warning(
+            "encoder %s isn't on this machine: asking the model hub (without a connection that takes a minute)", name
+        )
+        with _logger_quiet("huggingface_hub"):
+            return library.SentenceTransformer(name, device=device)
+    except Exception as error:  # of any type: the library reads files of others, and the net
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+        raise ConfigError(
+            f"encoder = {name}: can't be loaded ({reason}). Give a model of the hub, or a folder that holds one"
+        ) from error
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module("sentence_transformers")
     except ModuleNotFoundError as error:
         if error.name != "sentence_transformers":
             raise
@@ -73,15 +101,33 @@ def _load(name: str, device: str) -> Any:
             f"encoder = {name}: encoding text needs sentence-transformers, which isn't installed. Install it, the "
             "extra [text]: python -m pip install sentence-transformers"
         ) from error
-    folder = Path(name).expanduser()
-    if folder.is_absolute() or name.startswith((".", "~")):
-        if not folder.is_dir():
-            raise ConfigError(f"encoder = {name}: there is no such folder. Give one that holds a model, or a name")
-        name = str(folder)
+
+
+def _is_cached(library: Any, name: str) -> bool:
+    """Whether the hub's cache on this machine has the model's list of modules; without it others would be made up."""
+    owned = name if "/" in name else f"sentence-transformers/{name}"  # as the library reads it
+    return bool(library.util.is_sentence_transformer_model(owned, local_files_only=True))
+
+
+def _from_disk(library: Any, name: str, device: str) -> Any:
+    """Without the net: the library would ask it for every file, and without a connection try again for minutes."""
+    bars = importlib.import_module("transformers.utils.logging")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # it takes less than a second
     try:
-        return library.SentenceTransformer(name, device=device)
-    except Exception as error:  # of any type: the library reads files of others, and the net
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
-        raise ConfigError(
-            f"encoder = {name}: can't be loaded ({reason}). Give a model of the hub, or a folder that holds one"
-        ) from error
+        return library.SentenceTransformer(name, device=device, local_files_only=True)
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@contextmanager
+def _logger_quiet(name: str) -> Iterator[None]:
+    """Warnings aren't said: there are two for each of many tries, and the error at the end says it all."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -45,7 +45,7 @@ class PartialResult:
     def __init__(self, output: Path, identity: dict[str, Any]) -> None:
         self.folder = output.with_name(output.name + ".partial")
         described = self.folder / "identity.json"
-        if described.is_file():
+        if described.is_file() and self._part(0).is_file():
             self._compare(json.loads(described.read_text()), identity)
         else:
             self.folder.mkdir(exist_ok=True)
@@ -114,6 +114,10 @@ def encode_rest(
         batch_size: texts that the encoder sees at a time.
         part_size: rows after which they are kept.
         advance: told of every batch how many texts it had.
+
+    Raises:
+        ConfigError: int8 is too coarse for a row.
+        DataError: a damaged part, or the encoder gives no numbers.
     """
     for start in range(partial.num_rows(), len(texts), part_size):
         arrays: Arrays = {}
@@ -125,16 +129,29 @@ def encode_rest(
                 batch = order[at : at + batch_size]
                 rows[batch] = encoder.encode([part[index] for index in batch], batch_size)
                 advance(len(batch))
-            arrays |= _stored(side, rows, dtype)
+            arrays |= _stored(side, rows, dtype, start)
         partial.add(start, arrays)
 
 
-def _stored(side: str, rows: NDArray[np.float32], dtype: str) -> Arrays:
-    """Rows as they are written; int8 ones with a scale each, of their largest number."""
+def _stored(side: str, rows: NDArray[np.float32], dtype: str, start: int) -> Arrays:
+    """Rows of length 1, the first of them row `start`, as they are written; int8 ones with a scale each.
+
+    Raises:
+        ConfigError: int8 is too coarse for a row; said here, not by the check at the end, hours later.
+    """
     if dtype != "int8":
         return {side: rows.astype(dtype)}
     scale = np.abs(rows).max(axis=1) / np.float32(_LARGEST)
-    return {side: np.rint(rows / scale[:, None]).astype(np.int8), f"{side}_scale": scale}
+    steps = np.rint(rows / scale[:, None])
+    kept = (rows * steps).sum(axis=1) / np.linalg.norm(steps, axis=1)
+    worst = int(kept.argmin())
+    if kept[worst] < _AGREE:
+        raise ConfigError(
+            f"dtype = int8: too coarse for this encoder: {side} row {start + worst} would keep a cosine of "
+            f"{kept[worst]:.4f} with its embedding, less than {_AGREE}, as one number of it is far above the others. "
+            "Set dtype=float16"
+        )
+    return {side: steps.astype(np.int8), f"{side}_scale": scale}
 
 
 def name_lines(texts: TextPairs) -> str:

@@ -57,7 +57,10 @@ def read_texts(path: Path, source_key: str, target_key: str) -> TextPairs:
             found.append((fields[source_key], fields[target_key]))
     if bad:
         listed = "\n".join(f"  {line}" for line in bad[:_LISTED])
-        raise DataError(f"{path}: {len(bad):,} lines can't be used; mend or remove them:\n{listed}")
+        raise DataError(
+            f"{path}: {len(bad):,} lines can't be used; mend or remove them, or say with source_key and target_key "
+            f"what the texts are called:\n{listed}"
+        )
     if not found:
         raise DataError(f"{path}: no pairs in it; give at least one line with {source_key} and {target_key}")
     return TextPairs([source for source, _ in found], [target for _, target in found])

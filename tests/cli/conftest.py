@@ -22,6 +22,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> stand_in.Library:
     """Instead of sentence-transformers."""
     library = stand_in.Library()
     monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    monkeypatch.setitem(sys.modules, "transformers.utils.logging", stand_in.Bars())
     return library
 
 

@@ -28,23 +28,31 @@ class Library(types.ModuleType):
     """The module; models are called `stand/in-DIM`.
 
     Attributes:
+        cached: whether models are on this machine.
+        whole: whether all of a cached model is.
+        asked_hub: whether a model was loaded without `local_files_only`.
         seen: every text that was encoded, in order.
         stop_after: texts after which Ctrl-C is pressed.
-        change: added to all rows, before they are normalised.
+        change: added to every row, before it is normalised.
     """
 
     def __init__(self) -> None:
         super().__init__("sentence_transformers")
+        self.cached = self.whole = True
+        self.asked_hub = False
         self.seen: list[str] = []
         self.stop_after: int | None = None
-        self.change = 0.0
+        self.change: float | NDArray[np.float32] = 0.0
         library = self
 
         class SentenceTransformer:
             tokenizer = Tokenizer()
             max_seq_length = Tokenizer.model_max_length
 
-            def __init__(self, name: str, device: str) -> None:
+            def __init__(self, name: str, device: str, local_files_only: bool = False) -> None:
+                library.asked_hub |= not local_files_only
+                if local_files_only and not library.whole:
+                    raise TypeError("a part is missing")
                 if not name.startswith("stand/in-"):
                     raise OSError(f"{name} is not a valid model identifier\nand more")
                 self.dim = int(name.removeprefix("stand/in-"))
@@ -58,3 +66,32 @@ class Library(types.ModuleType):
                 return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
         self.SentenceTransformer = SentenceTransformer
+        self.util = types.SimpleNamespace(is_sentence_transformer_model=self._is_model)
+
+    def _is_model(self, name: str, *, local_files_only: bool) -> bool:
+        assert local_files_only
+        return self.cached and name.startswith("stand/in-")
+
+
+class Bars(types.ModuleType):
+    """The part of the transformers library that shows progress.
+
+    Attributes:
+        shown: whether it does.
+        hidden: how often it was told not to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("transformers.utils.logging")
+        self.shown = True
+        self.hidden = 0
+
+    def is_progress_bar_enabled(self) -> bool:
+        return self.shown
+
+    def disable_progress_bar(self) -> None:
+        self.shown = False
+        self.hidden += 1
+
+    def enable_progress_bar(self) -> None:
+        self.shown = True

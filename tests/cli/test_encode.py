@@ -124,6 +124,17 @@ def test_an_encoder_that_changed_is_found_at_the_end(pairs: Program, encoder: Li
     assert not (pairs.folder / "out.safetensors").exists()
 
 
+def test_an_encoder_that_int8_is_too_coarse_for(pairs: Program, encoder: Library) -> None:
+    """Its rows have one number far above the others; found with the first rows, and mended by the advice."""
+    encoder.change = np.eye(1, 512, dtype=np.float32)[0] * 3
+    message = pairs.refused("encoder=stand/in-512", "batch_size=5", "save_every=1", program="encode")
+    assert "dtype = int8: too coarse for this encoder: source row" in message
+    assert "Set dtype=float16" in message
+    assert len(encoder.seen) <= 1 + 2 * 5
+    outcome = pairs.encode("encoder=stand/in-512", "dtype=float16")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
 def test_texts_that_are_cut_are_counted(pairs: Program) -> None:
     write_jsonl(pairs.folder / "pairs.jsonl", [*PAIRS, ("one " * 9, "two " * 8)])
     assert "1 of 102 texts are longer than this encoder reads" in pairs.encode().out
@@ -185,6 +196,7 @@ REFUSED = [
     (("dtype=int4",), "dtype = 'int4'"),
     (("batch_size=0",), "batch_size = 0"),
     (("source_key=text",), "line 1 has no text; it has source, target"),
+    (("target_key=text",), "or say with source_key and target_key what the texts are called"),
     (("sourcekey=text",), "did you mean source_key?"),
 ]
 

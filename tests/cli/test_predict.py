@@ -1,8 +1,10 @@
 """The nearest words of texts, rows and files; what can't be predicted from ends with a message."""
 
 import json
+import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch.nn.functional import normalize
 from energy_flow import predict
 from energy_flow.pretrained import EnergyFlowModel
 from tests.cli.helpers import DIM, SIZES, Outcome, Program
-from tests.cli.stand_in import Library, embedding
+from tests.cli.stand_in import Bars, Library, embedding
 
 
 @pytest.fixture
@@ -157,7 +159,7 @@ def test_without_the_shipped_weights(program: Program, monkeypatch: pytest.Monke
 
 
 REFUSED = [
-    ((), 'text, row and input are null: give one of them, such as text="sleep during summer"'),
+    ((), 'text, row and input are null: give one of them, such as text="it measures earthquakes"'),
     (("row=1", "text=x"), "text and row are given: an input is one of them"),
     (("row=-1",), "row = -1"),
     (("row=32",), "row = 32: data.test has the rows 0 to 31"),
@@ -206,3 +208,46 @@ def test_text_without_the_library(program: Program, ckpt: str, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     message = program.refused(ckpt, "text=x", "encoder=stand/in-16", program="predict")
     assert "the extra [text]: python -m pip install sentence-transformers" in message
+
+
+TEXT = ("text=x", "encoder=stand/in-16")
+
+
+def test_an_encoder_on_this_machine_is_loaded_without_the_net(program: Program, ckpt: str, encoder: Library) -> None:
+    outcome = program.predict(ckpt, *TEXT)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert not encoder.asked_hub
+    bars = sys.modules["transformers.utils.logging"]
+    assert isinstance(bars, Bars)
+    assert (bars.hidden, bars.shown) == (1, True)
+
+
+@pytest.mark.parametrize("missing", ["cached", "whole"])
+def test_an_encoder_that_is_not_on_this_machine(program: Program, ckpt: str, encoder: Library, missing: str) -> None:
+    setattr(encoder, missing, False)
+    outcome = program.predict(ckpt, *TEXT)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert encoder.asked_hub
+    assert "encoder stand/in-16 isn't on this machine: asking the model hub" in outcome.out
+
+
+def test_the_hub_is_not_heard_at_every_try(program: Program, ckpt: str, encoder: Library) -> None:
+    levels: list[int] = []
+    hub, load = logging.getLogger("huggingface_hub"), encoder.SentenceTransformer
+
+    def loaded(name: str, **options: Any) -> Any:
+        levels.append(hub.getEffectiveLevel())
+        return load(name, **options)
+
+    encoder.cached, encoder.SentenceTransformer = False, loaded
+    assert program.predict(ckpt, *TEXT).code == 0
+    assert levels == [logging.ERROR]
+    assert hub.level == logging.NOTSET
+
+
+def test_a_folder_that_holds_no_model(program: Program, ckpt: str, encoder: Library) -> None:
+    (program.folder / "empty").mkdir()
+    for name in ("empty", "./empty", str(program.folder / "empty")):
+        message = program.refused(ckpt, "text=x", f"encoder={name}", program="predict")
+        assert f"encoder = {name}: can't be loaded" in message
+    assert not encoder.asked_hub
