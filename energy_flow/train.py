@@ -23,6 +23,7 @@ from energy_flow.training.callbacks.interrupt import SaveOnInterrupt
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
     TrainSettings,
+    check_loss,
     finish,
     hyper_parameters,
     refuse_processes,
@@ -47,6 +48,7 @@ def train(config: dict[str, Any]) -> float | None:
     data = EnergyDataModule.from_config(config)
     data.setup("fit")
     module = EnergyFlowModule.from_config(config, data.dim)
+    check_loss(settings.optimized_metric, module.loss)
     module.run_config = config
     console = Console()
     if settings.ckpt_path is not None:

@@ -3,6 +3,7 @@
 S runs (seeds) of a method, N test rows, R draws
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,14 +23,13 @@ class Interval:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
 
 class Draws:
     """Means of several methods in every draw; all of them see the same rows of a draw.
 
-    A draw takes N rows with replacement, and as many runs as a method has, for each by itself.
+    A draw takes N rows with replacement, and as many runs as a method has, for each by itself. Of S runs, S drawn with
+    replacement spread less than S new ones would, by sqrt((S - 1) / S): their distance from the mean is stretched by as
+    much (Rao and Wu 1988, Journal of the American Statistical Association 83). For one run there is nothing to stretch.
 
     Args:
         methods: [S, N] (or [N]) by name: the same N for all, each its own S.
@@ -63,11 +63,6 @@ def mean_interval(values: Tensor, *, seed: int = 0) -> Interval:
     return Draws({"values": values}, seed=seed).interval("values")
 
 
-def paired_difference(ours: Tensor, theirs: Tensor, *, seed: int = 0) -> Interval:
-    """Of mean(ours) - mean(theirs) on the same test rows, [S, N] and [S', N] (or [N]), as `Draws.difference`."""
-    return Draws({"ours": ours, "theirs": theirs}, seed=seed).difference("ours", "theirs")
-
-
 def _runs(values: Tensor) -> Tensor:
     """float64 [S, N] on the CPU."""
     values = values.detach().cpu().double()
@@ -93,9 +88,15 @@ def _drawn_means(methods: list[Tensor], seed: int) -> list[Tensor]:
         num_draws = min(block, DRAWS - start)
         rows = _drawn_shares(num_rows, num_draws, generator)
         for method, found in zip(methods, means, strict=True):
-            runs = _drawn_shares(len(method), num_draws, generator)
+            runs = _stretched(_drawn_shares(len(method), num_draws, generator))
             found.append((runs * (rows @ method.T)).sum(1))
     return [torch.cat(found) for found in means]
+
+
+def _stretched(shares: Tensor) -> Tensor:
+    """Shares [R, S] of drawn runs, further from equal ones: see `Draws`."""
+    num = shares.shape[1]
+    return shares if num == 1 else 1 / num + (shares - 1 / num) * math.sqrt(num / (num - 1))
 
 
 def _drawn_shares(num: int, num_draws: int, generator: torch.Generator) -> Tensor:

@@ -159,7 +159,8 @@ class EnergyFlowModule(pl.LightningModule):
         self._faults.raise_all()
 
     def on_fit_start(self) -> None:
-        self._bank = self._all_targets() if self.loss.candidates == "bank" else None
+        asked = self.loss.contrastive > 0 and self.loss.candidates == "bank"
+        self._bank = self._all_targets() if asked else None
 
     def on_fit_end(self) -> None:
         self._bank = None

@@ -28,7 +28,7 @@ from energy_flow.training.baselines import BaselineResults, BaselineSettings, ru
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.retrieval import AllTargets
-from energy_flow.training.task import RETRIEVAL, Task, task_of
+from energy_flow.training.task import REGRESSION, RETRIEVAL, Task, task_of
 from energy_flow.training.test_rows import FILE, KeepTestRows, read_rows, write_rows
 from energy_flow.training.trained_baselines import Pairs
 
@@ -158,6 +158,18 @@ def fit_baselines(
             device=device,
             report=lambda what: status.update(f"baselines: {what}"),
             all_targets=all_targets,
+        )
+
+
+def check_loss(optimized_metric: str, loss: LossSettings) -> None:
+    """See that what a run is measured by is trained.
+
+    Raises:
+        ConfigError: errors count, and the loss doesn't know them: InfoNCE leaves even the length of an embedding open.
+    """
+    if task_of(optimized_metric) is REGRESSION and loss.mse == 0:
+        raise ConfigError(
+            f"optimized_metric = {optimized_metric}, with loss.mse = 0: errors count, and aren't trained. Set loss=mse"
         )
 
 
@@ -329,5 +341,5 @@ def say_whose_data(
     """Say where data differ from those of the run that wrote a checkpoint; `model` is what it is called."""
     differing = [split for split, digest in data.fingerprint.items() if digest != trained_on.get(split)]
     if differing:
-        said = f"not the data that {model} was trained with: {', '.join(differing)} differ"
+        said = f"other data than those that {model} was trained with: {', '.join(differing)}"
         console.print(said, markup=False, soft_wrap=True)

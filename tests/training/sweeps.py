@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from energy_flow.training.bootstrap import Draws, Interval
 from energy_flow.training.test_rows import FILE, RowValues, write_rows
 
 NUM_ROWS = 200
@@ -50,3 +51,8 @@ def write_job(
     (run / "metrics.json").write_text(json.dumps(metrics))
     write_rows(run / FILE, RowValues(measure, fingerprint, values))
     return run
+
+
+def paired_difference(ours: Tensor, theirs: Tensor) -> Interval:
+    """Of mean(ours) - mean(theirs) on the same test rows."""
+    return Draws({"ours": ours, "theirs": theirs}).difference("ours", "theirs")

@@ -78,6 +78,12 @@ def test_a_learnt_temperature(tmp_path: Path) -> None:
     assert float(module.temperature()) == pytest.approx(0.01), "no step may explode"
 
 
+def test_no_bank_without_its_loss() -> None:
+    """A loader of one's own will do where the contrastive term has no weight."""
+    module = make_module("loss=mse", "loss.candidates=bank")
+    make_trainer().fit(module, make_loader(8))
+
+
 def test_what_is_missing_for_a_bank(data: EnergyDataModule) -> None:
     with pytest.raises(
         ConfigError, match=r"loss\.candidates = bank: needs the training targets of an EnergyDataModule"

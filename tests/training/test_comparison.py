@@ -7,12 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from energy_flow.training.bootstrap import paired_difference
 from energy_flow.training.comparison import ALONE, Comparison, Method, compare
 from energy_flow.training.comparison_files import comparison_table, write_comparison
 from energy_flow.training.sweep_jobs import read_jobs, told_apart
 from energy_flow.training.task import REGRESSION, RETRIEVAL
-from tests.training.sweeps import NUM_ROWS, ranks_about, write_job
+from tests.training.sweeps import NUM_ROWS, paired_difference, ranks_about, write_job
 
 
 def found_in(folder: Path) -> Comparison:

@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from energy_flow.training.bootstrap import mean_interval, paired_difference
+from energy_flow.training.bootstrap import mean_interval
 from energy_flow.training.side_by_side import MEAN, Method, SideBySide, short_names, show_how_sure
 from energy_flow.training.task import REGRESSION, RETRIEVAL
+from tests.training.sweeps import paired_difference
 
 
 def shares(num_rows: int, seed: int, shift: float = 0.0) -> Tensor:

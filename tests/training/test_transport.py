@@ -20,6 +20,7 @@ TINY = (
     "data.test=50",
     "data.batch_size=32",
     "lattice.depth=4",
+    "lattice.movement.scale=0.2",
     "model.features=16",
     "model.hidden_size=16",
     "optimizer.lr=0.02",
