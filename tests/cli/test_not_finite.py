@@ -35,3 +35,15 @@ def test_the_program_ends_with_a_message(program: Program, monkeypatch: pytest.M
     assert len(re.findall(r"WARNING\] step [23] skipped: NaN in the loss \(rows", log)) == 2
     assert len(re.findall(r"rows of a batch of step [23]: \[\d+, ", log)) == 2
     assert load_file(outcome.folder / "bad_batch.safetensors")["source"].shape == (16, 16)
+
+
+def test_anomaly_mode_names_the_operation(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = module_file.weighted
+
+    def root_of_zero(*args: Any) -> Tensor:
+        loss = original(*args)
+        return loss + 0 * (loss - loss).sqrt()  # 0 * inf in its gradient
+
+    monkeypatch.setattr(module_file, "weighted", root_of_zero)
+    with pytest.raises(RuntimeError, match="'SqrtBackward0' returned nan"):
+        program.train("debug=anomaly")

@@ -87,7 +87,7 @@ def test_training_goes_on_from_it(tmp_path: Path) -> None:
 
 def test_a_good_step_between_them_starts_the_count_anew(tmp_path: Path) -> None:
     module = fit(tmp_path, 8, {0, 1, 3, 4, 6, 7})
-    assert (module.guard.skipped, module.guard.in_row) == (6, 2)
+    assert (module.guard.skipped, module.guard.in_row, module.guard.limit) == (6, 2, None)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from energy_flow.training import module as module_file
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.step_guard import SkippingAdamW, spoil
 from tests.helpers import tensors_of
@@ -97,18 +96,27 @@ def left_out(module: EnergyFlowModule, step: int) -> None:
 
 FAULTS: dict[str, tuple[Inject, str]] = {
     "nan in source": (in_source(NAN), "NaN in the source (rows"),
-    "inf in source": (in_source(INF), "Inf in the source (rows"),
+    "inf in source": (in_source(INF), "Inf, or numbers whose squares are, in the source (rows"),
     "nan in target": (in_source(NAN, "target"), "NaN in the target (rows"),
     "nan in map in": (in_activation("map_in", NAN), "NaN in the input surface (map in) (rows"),
-    "inf in map in": (in_activation("map_in", INF), "Inf in the input surface (map in) (rows"),
-    "inf in map out": (in_activation("map_out", -INF), "Inf in the output embedding (map out) (rows"),
-    "inf in loss": (in_loss, "Inf in the contrastive loss (rows"),
+    "inf in map in": (
+        in_activation("map_in", INF),
+        "Inf, or numbers whose squares are, in the input surface (map in) (rows",
+    ),
+    "inf in map out": (
+        in_activation("map_out", -INF),
+        "Inf, or numbers whose squares are, in the output embedding (map out) (rows",
+    ),
+    "inf in loss": (in_loss, "Inf, or numbers whose squares are, in the contrastive loss (rows"),
     "nan in gradient": (in_gradient("processor.carrier.energy_head.bias", NAN), "NaN in the gradient of processor.c"),
-    "inf in gradient": (in_gradient("processor.carrier.energy_head.bias", -INF), "Inf in the gradient of processor.c"),
+    "inf in gradient": (
+        in_gradient("processor.carrier.energy_head.bias", -INF),
+        "Inf, or numbers whose squares are, in the gradient of processor.c",
+    ),
     # Finite, but AdamW squares it: its second moment would be Inf, and the weight never move again.
     "huge gradient": (
         in_gradient("processor.carrier.energy_head.bias", 1e20),
-        "energy_head.bias, or a number whose square is (rows",
+        "Inf, or numbers whose squares are, in the gradient of processor.c",
     ),
 }
 
@@ -261,7 +269,9 @@ def test_at_scale_one_it_is_a_fault(scale: float, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, "energy_flow"):
         module, _ = fit_in_float16(in_loss, scale)
     assert module.guard.skipped == 1
-    assert ["step 7 skipped: Inf in the contrastive loss" in caplog.text] == [scale == 1.0]
+    assert ["step 7 skipped: Inf, or numbers whose squares are, in the contrastive loss" in caplog.text] == [
+        scale == 1.0
+    ]
     assert {float(entry["step"]) for entry in module.optimizers().optimizer.state.values()} == {9.0}
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
@@ -300,15 +310,3 @@ def test_all_processes_skip_the_same_steps(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["skipped"] == 1
     assert_equal(first, second)
-
-
-def test_anomaly_mode_names_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = module_file.weighted
-
-    def root_of_zero(*args: Any) -> Tensor:
-        loss = original(*args)
-        return loss + 0 * (loss - loss).sqrt()  # 0 * inf in its gradient
-
-    monkeypatch.setattr(module_file, "weighted", root_of_zero)
-    with pytest.warns(UserWarning, match="root_of_zero"), pytest.raises(RuntimeError, match="SqrtBackward0"):
-        make_trainer(detect_anomaly=True).fit(make_module(), make_loader(8))

@@ -37,6 +37,9 @@ class StopOnBadSteps(Callback):
             self._guard = pl_module.guard
             self._guard.limit = self.max_bad_steps
 
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.guard.limit = None  # it holds only while somebody ends the run there
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._stop_if_due(trainer)
 
