@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -208,6 +209,16 @@ def test_an_infinite_loss_reaches_every_gradient_and_a_finite_one_stays_as_it_is
         [found] = torch.autograd.grad(spoil(loss), weight)
         assert torch.equal(found, plain) if finite else found.isnan().all()
         assert not finite or torch.equal(spoil(loss), loss)
+
+
+def test_averaged_weights_are_those_without_it_too() -> None:
+    found = []
+    for inject in (left_out, FAULTS["nan in source"][0]):
+        average = EMAWeightAveraging(decay=0.5)
+        fit(inject, 2, callbacks=[average])
+        assert average._average_model is not None
+        found.append({name: value.clone() for name, value in average._average_model.state_dict().items()})
+    assert_equal(found[1], found[0])
 
 
 def test_rows_of_every_accumulated_batch_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
