@@ -61,9 +61,9 @@ class StopOnBadSteps(Callback):
         if guard is None or guard.first is None or guard.in_row < self.max_bad_steps:
             return
         log_scalars(trainer, {"train/skipped": float(guard.skipped)}, trainer.global_step)
-        checkpoint = self.dirpath / "checkpoints" / "before_fault.ckpt"
+        batch, checkpoint = self._save_batch(trainer, guard.first), self.dirpath / "checkpoints" / "before_fault.ckpt"
         trainer.save_checkpoint(checkpoint, weights_only=False)
-        raise NotFiniteError(self._message(guard.first, checkpoint, self._save_batch(trainer, guard.first)))
+        raise NotFiniteError(self._message(guard.first, checkpoint, batch))
 
     def _save_batch(self, trainer: Trainer, bad: BadStep) -> Path:
         rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
