@@ -117,7 +117,7 @@ class StepGuard:
         """
         self.read()
         gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-        squares = _norms(gradients.values()).square()  # finite numbers alone won't do: AdamW squares them
+        squares = _norms(gradients.values()).square()  # AdamW squares them: to be finite isn't enough
         bad = ~squares.isfinite().all()
         in_row = bad.new_zeros((), dtype=torch.int64) if self._in_row is None else self._in_row
         if self.limit is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.step_guard import SkippingAdamW, spoil
+from energy_flow.training.step_guard import SkippingAdamW, StepGuard, spoil
 from tests.helpers import tensors_of
 from tests.training.runs import scalars
 from tests.training.runs import trainer as logging_trainer
@@ -199,6 +199,27 @@ def test_the_guard_is_what_keeps_them_finite(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(EnergyFlowModule, "on_before_optimizer_step", lambda self, optimizer: self._faults.take())
     found = state(fit(FAULTS["nan in source"][0], 2, gradient_clip_val=1.0))
     assert not all(value.isfinite().all() for value in found.values())
+
+
+def check_judgement(value: float, device: str) -> None:
+    """One number among healthy gradients of every shape; 1e20 is finite, its square in float32 isn't."""
+    for shape, dtype in (
+        ((), torch.float32),
+        ((3,), torch.float32),
+        ((700, 1100), torch.float32),
+        ((5,), torch.bfloat16),
+    ):
+        healthy, sick = (torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(2))
+        healthy.grad, sick.grad = torch.ones_like(healthy), torch.zeros_like(sick)
+        sick.grad.view(-1)[-1] = value
+        for named, bad in (({"healthy": healthy, "sick": sick}, 1), ({"healthy": healthy}, 0)):
+            found = StepGuard().judge(0, named.items(), [], scaling=False)
+            assert (float(found), found.dtype, found.device) == (bad, torch.float32, sick.device), shape
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1e20])
+def test_any_gradient_that_is_not_finite_is_found(value: float) -> None:
+    check_judgement(value, "cpu")
 
 
 def test_an_infinite_loss_reaches_every_gradient_and_a_finite_one_stays_as_it_is() -> None:
