@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from torch import Tensor
 
 from energy_flow.core.energy_lattice import name_samples, no_landing_message
 from energy_flow.core.flow_processor import Faults
@@ -10,6 +11,8 @@ from energy_flow.core.host_copy import HostCopy
 from energy_flow.errors import LostFlowError, NoLandingError, NotFiniteError
 
 log = logging.getLogger(__name__)
+
+REMEDY = "If training diverged, lower optimizer.lr or trainer.gradient_clip_val; if not, look at these rows of the data"
 
 
 class FaultQueue:
@@ -21,24 +24,28 @@ class FaultQueue:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._copies: list[HostCopy] = []
+        self._waiting: list[tuple[HostCopy, Tensor | None]] = []
         self._most_needed = 0
 
-    def put(self, faults: Faults) -> None:
-        """Start copying a batch's findings to the host."""
+    def put(self, faults: Faults, rows: Tensor | None = None) -> None:
+        """Start copying a batch's findings to the host; its `rows`, int64 [B], name its samples where it has some."""
         counts = torch.stack([faults.lost, faults.overflow, faults.needed])
-        self._copies.append(HostCopy(torch.cat([counts, faults.no_landing.long(), faults.not_finite.long()])))
+        found = torch.cat([counts, faults.no_landing.long(), faults.not_finite.long()])
+        self._waiting.append((HostCopy(found), rows))
 
-    def raise_all(self) -> None:
-        """Wait for the copies (not for work queued after them) and raise what they say.
+    def take(self) -> list[tuple[list[int], Tensor | None]]:
+        """Wait for the copies (not for work queued after them) and raise what can't be skipped.
+
+        Returns:
+            Of each batch the samples with NaN or Inf in their output, and its rows.
 
         Raises:
             NoLandingError: samples without a single landing.
-            NotFiniteError: samples with NaN or Inf in their output.
             LostFlowError: a flow that neither landed nor was removed.
         """
-        copies, self._copies = self._copies, []
-        for copy in copies:
+        waiting, self._waiting = self._waiting, []
+        taken = []
+        for copy, rows in waiting:
             lost, overflow, needed, *of_samples = copy.wait().tolist()
             batch = len(of_samples) // 2
             no_landing, not_finite = _marked(of_samples[:batch]), _marked(of_samples[batch:])
@@ -46,13 +53,22 @@ class FaultQueue:
                 raise LostFlowError(f"{lost} flows were lost: created flows must have landed or been removed")
             if no_landing:
                 raise NoLandingError(no_landing_message(no_landing))
-            if not_finite:
-                raise NotFiniteError(
-                    f"NaN or Inf in the output of {len(not_finite)} samples ({name_samples(not_finite)}). If training "
-                    "diverged, lower optimizer.lr or trainer.gradient_clip_val; if not, look at these rows of the data"
-                )
             if overflow:
                 self._warn(overflow, needed)
+            taken.append((not_finite, rows))
+        return taken
+
+    def raise_all(self) -> None:
+        """As `take`, and raise also what could be skipped.
+
+        Raises:
+            NoLandingError, LostFlowError: as `take`.
+            NotFiniteError: samples with NaN or Inf in their output.
+        """
+        for samples, rows in self.take():
+            if samples:
+                named = name_samples(samples) if rows is None else name_rows(rows[samples].tolist())
+                raise NotFiniteError(f"NaN or Inf in the output of {len(samples)} samples ({named}). {REMEDY}")
 
     def _warn(self, overflow: int, needed: int) -> None:
         if needed < 1.5 * self._most_needed:
@@ -66,6 +82,11 @@ class FaultQueue:
             self._capacity,
             needed,
         )
+
+
+def name_rows(rows: list[int]) -> str:
+    """The first of some rows of the data, for messages."""
+    return f"rows {', '.join(map(str, rows[:10]))}{', ...' if len(rows) > 10 else ''} of the data"
 
 
 def _marked(flags: list[int]) -> list[int]:

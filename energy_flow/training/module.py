@@ -31,6 +31,7 @@ from energy_flow.training.losses import (
     weighted,
 )
 from energy_flow.training.retrieval import AllTargets, ranks, retrieval_metrics
+from energy_flow.training.step_guard import SkippingAdamW, StepGuard, spoil
 from energy_flow.training.task import squared_errors
 
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
@@ -100,6 +101,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.run_config: dict[str, Any] | None = None
         self.fingerprint: dict[str, str] = {}
         self._faults = FaultQueue(lattice_settings.capacity)
+        self.guard = StepGuard()
         self.latest_loss: float | None = None  # for the progress bar, a few steps old
         self._scalars = DelayedScalars()
         self._seen: list[dict[str, Tensor]] = []
@@ -145,18 +147,27 @@ class EnergyFlowModule(pl.LightningModule):
         self._faults.put(output.faults)
         losses = self._losses(output, target, rows)
         loss = weighted(losses, self.loss)
+        trained = {name: losses[name] for name, weight in self.loss.weights().items() if weight > 0}
+        self.guard.see(source, target, rows, _made(output, trained, loss))
         # For callbacks, such as one that watches it. The loggers get theirs below: Lightning would wait for the device.
         self.log("train/loss", loss, logger=False)
         if is_logging_batch(self.trainer):
-            trained = {f"train/{name}": losses[name] for name, weight in self.loss.weights().items() if weight > 0}
-            statistics = {f"flows/{name}": value for name, value in output.statistics.items()}
+            scalars = {"train/loss": loss, **{f"train/{name}": value for name, value in trained.items()}}
+            scalars |= {f"flows/{name}": value for name, value in output.statistics.items()}
             if self.loss.learn_temperature:
-                trained["train/temperature"] = torch.as_tensor(self.temperature())
-            self._scalars.put(logging_step(self.trainer), {"train/loss": loss, **trained, **statistics})
-        return loss
+                scalars["train/temperature"] = torch.as_tensor(self.temperature())
+            self._scalars.put(logging_step(self.trainer), scalars)
+            log_scalars(self.trainer, {"train/skipped": float(self.guard.skipped)}, logging_step(self.trainer))
+        # Anomaly mode looks for the operation that made a NaN: it must not be this one.
+        return loss if torch.is_anomaly_enabled() else spoil(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._faults.raise_all()
+        sick = [samples for samples, _ in self._faults.take()]
+        # What was judged a step ago is there by now: the flags of this step, queued after it, have been waited for.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaling = scaler is not None and scaler.get_scale() > 1  # waits, as the scaler itself is about to
+        bad = self.guard.judge(self.trainer.global_step, self.named_parameters(), sick, scaling=scaling)
+        optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused optimisers read it on the device
 
     def on_fit_start(self) -> None:
         asked = self.loss.contrastive > 0 and self.loss.candidates == "bank"
@@ -166,11 +177,15 @@ class EnergyFlowModule(pl.LightningModule):
         self._bank = None
 
     def on_train_start(self) -> None:
+        self.guard.start()
         self.processor.optimizer_step.fill_(self.trainer.global_step)
         self.fingerprint = getattr(self.trainer.datamodule, "fingerprint", {})  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._write_scalars(wait=False)
+
+    def on_train_epoch_end(self) -> None:
+        self.guard.read()
 
     def on_train_end(self) -> None:
         self._write_scalars(wait=True)
@@ -200,7 +215,7 @@ class EnergyFlowModule(pl.LightningModule):
         """Output embeddings [B, D] of a batch; one without targets (a tensor, or a dict with `source`) will do."""
         source = batch if isinstance(batch, Tensor) else batch["source"] if isinstance(batch, Mapping) else batch[0]
         output = self(source.to(self.processor.dtype))
-        self._faults.put(output.faults)
+        self._faults.put(output.faults, batch.get("row") if isinstance(batch, Mapping) else None)
         self._faults.raise_all()
         return output.embedding
 
@@ -212,7 +227,7 @@ class EnergyFlowModule(pl.LightningModule):
         decays = {name: p.ndim > 1 and not name.endswith("cell_value") for name, p in trained.items()}
         decayed = [p for name, p in trained.items() if decays[name]]
         rest = [p for name, p in trained.items() if not decays[name]]
-        optimizer = torch.optim.AdamW(
+        optimizer = SkippingAdamW(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=settings.lr,
             betas=(settings.betas[0], settings.betas[1]),
@@ -284,7 +299,7 @@ class EnergyFlowModule(pl.LightningModule):
         """Run an evaluation batch and keep what the metrics of the whole epoch need."""
         source, target, rows = self._unpack(batch)
         output = self(source, rows)
-        self._faults.put(output.faults)
+        self._faults.put(output.faults, rows)
         kept = {"prediction": output.embedding.to(target.dtype), "target": target}
         kept["surface"] = (output.surface - self._target_surface(target)).square().mean((1, 2)).float()
         if rows is not None:
@@ -354,12 +369,23 @@ class EnergyFlowModule(pl.LightningModule):
         return gathered.flatten(0, 1)
 
 
+<<<<<<< HEAD
 def _rate(settings: OptimizerSettings, step: int, total: int) -> float:
     """Linear warm-up to 1, then a half cosine down to `final_lr` at the last step."""
     if step < settings.warmup_steps:
         return (step + 1) / (settings.warmup_steps + 1)
     progress = min(1.0, (step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+=======
+def _made(output: FlowOutput, losses: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """What a training batch gave, from its beginning to its end."""
+    parts = {
+        "input surface (map in)": output.input_surface,
+        "output surface (flows)": output.surface,
+        "output embedding (map out)": output.embedding,
+    }
+    return {**parts, **{f"{name} loss": value for name, value in losses.items()}, "loss": loss}
+>>>>>>> guard
 
 
 def _in_order(kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -216,7 +216,7 @@ def test_help_and_config(program: Program) -> None:
     assert shown.code == 0
     for part in (
         "size: debug, experiment, optimized, small",
-        "debug: fdr",
+        "debug: anomaly, fdr",
         "python -m energy_flow.train",
         "ckpt_path=",
     ):

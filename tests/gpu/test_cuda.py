@@ -1,24 +1,29 @@
 """What only a CUDA device can show. Run with: python -m pytest tests/gpu"""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.core.functions import step_functions
 from energy_flow.ops.counter_noise import counter_noise
+from energy_flow.training.callbacks.bad_steps import StopOnBadSteps
 from tests.helpers import Case
 from tests.training.test_module import LIVELY, LossCurve, make_loader, make_module
+from tests.training.test_step_guard import check_judgement
 
 pytestmark = [
     pytest.mark.gpu,
@@ -250,12 +255,42 @@ class NoSync(Callback):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_host_never_waits_in_a_training_loop(precision: str) -> None:
+@pytest.mark.parametrize("bad", [False, True])
+def test_the_host_never_waits_in_a_training_loop(precision: str, bad: bool, tmp_path: Path) -> None:
+    """Not for a step that is skipped either; what it is called is copied when it is known, a step later."""
     batches = [{name: value.cuda() for name, value in batch.items()} for batch in make_loader(64)]
-    watch = NoSync()
-    trainer = make_cuda_trainer(watch, precision=precision, max_epochs=1, gradient_clip_val=1.0, log_every_n_steps=2)
-    trainer.fit(make_module(*LIVELY), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    watch, stop, module = NoSync(), StopOnBadSteps(tmp_path, 3), make_module(*LIVELY)
+    if bad:
+        batches[5]["target"][0, 0] = torch.nan
+    options: dict[str, Any] = {
+        "precision": precision,
+        "max_epochs": 1,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": 2,
+    }
+    make_cuda_trainer(watch, stop, **options).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     assert watch.watched == 3
+    assert module.guard.skipped == bad
+    taken = {float(entry["step"]) for entry in module.optimizers().optimizer.state.values()}
+    assert taken == {len(batches) - float(bad)}
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
+def test_any_gradient_that_is_not_finite_is_found(value: float) -> None:
+    check_judgement(value, "cuda")
+
+
+def test_a_gradient_scaler_that_finds_its_scale_makes_no_fault(tmp_path: Path) -> None:
+    module = make_module("optimizer.lr=1.0e-2")
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**18)
+    plugin = MixedPrecision("16-mixed", "cuda", scaler)
+    stop = StopOnBadSteps(tmp_path, 1)
+    make_cuda_trainer(stop, plugins=[plugin], max_epochs=1, gradient_clip_val=1.0).fit(module, make_loader(80))
+    halved = 18 - int(math.log2(scaler.get_scale()))
+    assert 0 < halved < 10
+    assert (module.guard.skipped, module.guard.in_row) == (halved, 0)
+    assert {float(entry["step"]) for entry in module.optimizers().optimizer.state.values()} == {10.0 - halved}
 
 
 class Allocated(Callback):

@@ -162,13 +162,16 @@ def test_faults_of_every_accumulated_batch_are_raised(monkeypatch: pytest.Monkey
         make_trainer(accumulate_grad_batches=3).fit(module, make_loader(24))
 
 
-def test_a_row_of_nan_ends_training_before_the_optimiser_steps() -> None:
+def test_a_row_of_nan_ends_an_evaluation_by_its_name() -> None:
     rows = make_rows(16)
     rows[13]["source"] = torch.full((DIM,), torch.nan)
-    module = make_module("lattice.spawn.enabled=true")
-    with pytest.raises(NotFiniteError, match=r"1 samples \(samples 5 of the batch\).*look at these rows"):
-        make_trainer().fit(module, DataLoader(rows, batch_size=8))  # type: ignore[arg-type]
-    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    loader = DataLoader(rows, batch_size=8)  # type: ignore[arg-type]
+    for evaluate in (make_trainer().validate, make_trainer().test, make_trainer().predict):
+        with pytest.raises(NotFiniteError, match=r"1 samples \(rows 13 of the data\).*look at these rows"):
+            evaluate(make_module("lattice.spawn.enabled=true"), loader)
+    pairs = [(row["source"], row["target"]) for row in rows]
+    with pytest.raises(NotFiniteError, match=r"1 samples \(samples 5 of the batch\)"):
+        make_trainer().validate(make_module(), DataLoader(pairs, batch_size=8))  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_within_an_epoch_knows_its_step(tmp_path: Path) -> None:

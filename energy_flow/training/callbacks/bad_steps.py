@@ -1,0 +1,81 @@
+"""A run whose numbers stay wrong ends, with what is needed to see why."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from energy_flow.errors import ConfigError, NotFiniteError
+from energy_flow.training.callbacks.scalars import log_scalars
+from energy_flow.training.faults import REMEDY
+from energy_flow.training.step_guard import BadStep, StepGuard
+
+
+class StopOnBadSteps(Callback):
+    """Ends training after so many skipped steps in a row.
+
+    What the module had before the first of them is saved as `checkpoints/before_fault.ckpt`, the batch of the first of
+    them as `bad_batch.safetensors` (with several processes one for each, its rank in the name).
+
+    Args:
+        dirpath: the folder of both.
+        max_bad_steps: in a row.
+
+    Raises:
+        ConfigError: no step at all.
+    """
+
+    def __init__(self, dirpath: str | Path, max_bad_steps: int) -> None:
+        if max_bad_steps < 1:
+            raise ConfigError(f"callbacks.bad_steps.max_bad_steps = {max_bad_steps}: must be at least 1")
+        self.dirpath = Path(dirpath)
+        self.max_bad_steps = max_bad_steps
+        self._guard: StepGuard | None = None
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._guard = pl_module.guard
+            self._guard.limit = self.max_bad_steps
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.guard.limit = None  # it holds only while somebody ends the run there
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._stop_if_due(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._stop_if_due(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._guard is None:
+            return {}
+        self._guard.read()
+        return {"skipped": self._guard.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self._guard is not None  # set up before
+        self._guard.skipped = state_dict["skipped"]
+
+    def _stop_if_due(self, trainer: Trainer) -> None:
+        guard = self._guard
+        if guard is None or guard.first is None or guard.in_row < self.max_bad_steps:
+            return
+        log_scalars(trainer, {"train/skipped": float(guard.skipped)}, trainer.global_step)
+        batch, checkpoint = self._save_batch(trainer, guard.first), self.dirpath / "checkpoints" / "before_fault.ckpt"
+        trainer.save_checkpoint(checkpoint, weights_only=False)
+        raise NotFiniteError(self._message(guard.first, checkpoint, batch))
+
+    def _save_batch(self, trainer: Trainer, bad: BadStep) -> Path:
+        rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        path = self.dirpath / f"bad_batch{rank}.safetensors"
+        bad.save(path)
+        return path
+
+    def _message(self, bad: BadStep, checkpoint: Path, batch: Path) -> str:
+        return (
+            f"{self.max_bad_steps} steps in a row were skipped (callbacks.bad_steps.max_bad_steps). The first was step "
+            f"{bad.step}: {bad.reason} ({bad.where}).\n"
+            f"weights and optimiser from before it: {checkpoint}\n"
+            f"its batch: {batch}\n"
+            f"{REMEDY}. The same command with debug=anomaly names the operation"
+        )
