@@ -13,9 +13,9 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,21 @@ class StoredArray:
         if self.offset is None:
             return np.ndarray(self.shape, self.dtype, _decompress(self), order=order)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape, order)
+
+
+@dataclass(frozen=True)
+class HeldArray(StoredArray):
+    """An array in memory; `file` says where it comes from."""
+
+    numbers: NDArray = field(default_factory=lambda: np.empty(0))
+
+    @classmethod
+    def of(cls, where: str, name: str, numbers: NDArray) -> Self:
+        dtype = numbers.dtype
+        return cls(Path(where), name, dtype.name, dtype, numbers.shape, None, numbers=numbers)
+
+    def open(self) -> NDArray:
+        return self.numbers
 
 
 def read_sides(path: Path, sides: Sequence[str] = SIDES) -> dict[str, StoredArray]:
