@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import lightning.pytorch as pl
@@ -108,6 +109,16 @@ class EnergyFlowModule(pl.LightningModule):
         """The module of a config, such as `energy_flow.config.compose()` gives, for embeddings of dimension `dim`."""
         sections = ("lattice", "model", "loss", "optimizer", "seed", "rollout")
         return cls(dim, **{section: config[section] for section in sections})
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
+        """The module of a checkpoint, as Lightning builds it; nothing in the file can run code.
+
+        Raises:
+            CheckpointError: missing, damaged, or not written by energy_flow.
+        """
+        checkpoints.load(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property
     def num_parameters(self) -> int:

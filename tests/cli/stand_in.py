@@ -25,7 +25,7 @@ class Tokenizer:
 
 
 class Library(types.ModuleType):
-    """The module; models are called `stand/in-DIM`.
+    """The module; models are called `stand/in-DIM`, or `sentence-transformers/in-DIM`.
 
     Attributes:
         seen: every text that was encoded, in order.
@@ -45,9 +45,10 @@ class Library(types.ModuleType):
             max_seq_length = Tokenizer.model_max_length
 
             def __init__(self, name: str, device: str) -> None:
-                if not name.startswith("stand/in-"):
+                publisher, _, dim = name.partition("/in-")
+                if publisher not in ("stand", "sentence-transformers"):
                     raise OSError(f"{name} is not a valid model identifier\nand more")
-                self.dim = int(name.removeprefix("stand/in-"))
+                self.dim = int(dim)
 
             def encode(self, texts: list[str], *, batch_size: int, **options: Any) -> NDArray[np.float32]:
                 assert options == {"normalize_embeddings": True, "show_progress_bar": False}

@@ -24,7 +24,7 @@ def ckpt(trained: Outcome) -> str:
 
 @pytest.fixture
 def model(trained: Outcome) -> EnergyFlowModel:
-    return EnergyFlowModel.from_checkpoint(trained.folder / "checkpoints" / "best.ckpt", "stand/in-16")
+    return EnergyFlowModel.from_checkpoint(trained.folder / "checkpoints" / "best.ckpt", "sentence-transformers/in-16")
 
 
 @pytest.fixture
