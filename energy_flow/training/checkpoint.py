@@ -74,6 +74,7 @@ class _HyperParameters(_Part):
 class _Contents(_Part):
     """What is read of every checkpoint of ours; Lightning's parts are missing where there are weights only."""
 
+    lightning_version: Annotated[str, Field(alias="pytorch-lightning_version", pattern=r"^2\.\d+(\.\w+)*$")]
     energy_flow: _Provenance
     hyper_parameters: _HyperParameters
     state_dict: dict[str, Tensor]
@@ -135,6 +136,35 @@ def _reason(error: Exception) -> str:
     return "not made of tensors and plain containers"  # the unpickler's messages say nothing, or how to let it run code
 
 
+def check_model(
+    module_class: type[Module],
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    changes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """See that a loaded checkpoint's hyper-parameters describe the module of its weights, without memory for it.
+
+    Args:
+        changes: hyper-parameters that stand in for those of the checkpoint.
+
+    Returns:
+        The arguments of `module_class`.
+
+    Raises:
+        CheckpointError: they describe no module, or another one.
+    """
+    given = {**checkpoint["hyper_parameters"], **(changes or {})}
+    described = {name: given[name] for name in _HyperParameters.model_fields}
+    check_depth(described["model"].get("num_layers"), checkpoint["state_dict"], path)
+    try:
+        with torch.device("meta"):  # without memory: sizes that are wrong may be huge
+            check_weights(checkpoint["state_dict"], module_class(**described), path)
+    except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
+    return described
+
+
 def restore(
     module_class: type[Module],
     checkpoint: Mapping[str, Any],
@@ -149,14 +179,7 @@ def restore(
     Raises:
         CheckpointError: its hyper-parameters describe no module, or another one than that of its weights.
     """
-    described = {name: checkpoint["hyper_parameters"][name] for name in _HyperParameters.model_fields}
-    check_depth(described["model"].get("num_layers"), checkpoint["state_dict"], path)
-    try:
-        with torch.device("meta"):  # without memory: sizes that are wrong may be huge
-            check_weights(checkpoint["state_dict"], module_class(**described), path)
-    except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
+    described = check_model(module_class, checkpoint, path)
     module = module_class(**described, rollout=rollout)
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"])

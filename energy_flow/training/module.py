@@ -117,7 +117,9 @@ class EnergyFlowModule(pl.LightningModule):
         Raises:
             CheckpointError: missing, damaged, or not written by energy_flow.
         """
-        checkpoints.load(checkpoint_path)
+        checkpoint = checkpoints.load(checkpoint_path)
+        if options.get("strict") is not False:  # which takes weights of other models
+            checkpoints.check_model(cls, checkpoint, checkpoint_path, options)
         return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property

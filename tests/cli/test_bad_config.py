@@ -24,7 +24,7 @@ UNKNOWN = [
     ("+model.x=1", "model.x", "known: energy_dim"),
     ("size=smal", "size = smal", "did you mean small?"),
     ("sizee=small", "sizee", "did you mean size?"),
-    ("nosuchgroup=x", "nosuchgroup", "known: baselines"),
+    ("nosuchgroup=x", "nosuchgroup", "known: ablation"),
     ("logger=nope", "logger = nope", "known: csv, tensorboard"),
     ("lattice=null", "a group is set to null", "name one of its options"),
     ("lattice.depth", "lattice.depth", "key=value"),
