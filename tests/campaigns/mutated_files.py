@@ -10,6 +10,7 @@ import argparse
 import faulthandler
 import json
 import random
+import re
 import resource
 import signal
 import sys
@@ -27,9 +28,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from energy_flow.atomic import digest
-from energy_flow.data import PairDataset
+from energy_flow.data import PairDataset, read_data_settings
+from energy_flow.data.inspection import inspect
 from energy_flow.data.texts import read_texts
-from energy_flow.errors import EnergyFlowError
+from energy_flow.errors import DataError, EnergyFlowError
 from energy_flow.pretrained import EnergyFlowModel
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.module import EnergyFlowModule
@@ -41,6 +43,13 @@ GROWTH = 1 << 30  # bytes of memory that all files together may take
 
 # What a value of a config or a card is replaced by.
 VALUES = (None, -1, 0, 10**9, 2**62, 2**70, 1e308, float("nan"), "", "os.system", "${oc.env:HOME}", [], {}, [[]], True)
+
+
+# The settings of the data, but for the files.
+DATA = {
+    **{"name": "files", "test": None, "normalize": True, "dimension": None},
+    **{"batch_size": 4, "eval_batch_size": 4, "num_workers": 0, "seed": 1},
+}
 
 
 class HangError(BaseException):
@@ -115,21 +124,33 @@ def _change(tree: dict, rng: random.Random) -> None:
 
 
 def load_data(path: Path) -> None:
-    """As training and `encode` read it; what loads must be finite, of length 1 and paired."""
+    """As training, `check` and `encode` read it; what loads must be finite, of length 1 and paired."""
     if path.name.startswith("texts"):
         pairs = read_texts(path, "source", "target")
         assert len(pairs.source) == len(pairs.target) > 0
         assert all(isinstance(text, str) and text.strip() for text in (*pairs.source, *pairs.target))
         return
-    names = path.suffix == ".jsonl"
-    dataset = PairDataset(
-        [path, path] if path.suffix == ".npy" else path.with_name("pairs.npz") if names else path, True
-    )
+    file = path.with_name("pairs.npz") if path.suffix == ".jsonl" else path
+    files = [str(file)] * 2 if file.suffix == ".npy" else str(file)
+    refused = inspect(read_data_settings({**DATA, "train": files, "val": files})).refused
+    try:
+        dataset = PairDataset(files, True, "data.train")
+    except DataError as error:
+        _check_same(str(error), refused[0])
+        raise
+    assert not refused or len(dataset) == 1, f"check refuses what training takes: {refused[0]}"
     source, target = dataset.all()
     assert source.shape == target.shape == (len(dataset), dataset.dim)
     for rows in (source, target):
         assert bool(((rows.norm(dim=1) - 1).abs() < 1e-4).all()), "rows that aren't of length 1"
     assert dataset.names is None or len(dataset.names) == len(dataset)
+
+
+def _check_same(training: str, check: str) -> None:
+    said = [
+        re.sub("0x[0-9a-f]+", "0x", text) for text in (training, check)
+    ]  # addresses of objects, in numpy's messages
+    assert said[0] == said[1], f"training says {training[:200]!r}, check {check[:200]!r}"
 
 
 def load_model(path: Path) -> None:
