@@ -206,3 +206,16 @@ def test_text_without_the_library(program: Program, ckpt: str, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     message = program.refused(ckpt, "text=x", "encoder=stand/in-16", program="predict")
     assert "the extra [text]: python -m pip install sentence-transformers" in message
+
+
+@pytest.mark.parametrize("name", ["stranger/model", "./model", "/tmp/model", "sentence-transformers/../../x", "model"])
+def test_an_encoder_that_a_file_names_is_one_of_a_known_publisher(
+    program: Program, model: EnergyFlowModel, encoder: Library, name: str
+) -> None:
+    path = program.folder / "sent.safetensors"
+    sent = EnergyFlowModel(model.card.model_copy(update={"encoder": name}))
+    sent.save_pretrained(path)
+    message = program.refused(f"ckpt_path={path}", "text=x", program="predict")
+    assert f"if you trust it, give it yourself, encoder={name}" in message
+    assert encoder.seen == []
+    assert program.predict(f"ckpt_path={path}", "text=x", "encoder=stand/in-16").code == 0
