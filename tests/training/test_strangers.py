@@ -271,7 +271,7 @@ def test_overlapping_records(tmp_path: Path) -> None:
 
 
 def test_a_config_in_a_checkpoint_stays_text(tmp_path: Path, whole: dict[str, Any], monkeypatch: Any) -> None:
-    monkeypatch.setenv("SECRET", "42")
+    monkeypatch.setenv("SECRET", "not-to-be-read")
     config = {
         "data": {"normalize": True, "name": "${oc.env:SECRET}", "_target_": "os.system"},
         "callbacks": {"x": {"_target_": "os.system", "_args_": [f"mkdir {tmp_path}/trap"]}},
@@ -283,7 +283,7 @@ def test_a_config_in_a_checkpoint_stays_text(tmp_path: Path, whole: dict[str, An
     assert module.run_config == config
     model = EnergyFlowModel.from_checkpoint(path)
     model.save_pretrained(tmp_path / "model.safetensors")
-    assert b"42" not in (tmp_path / "model.safetensors").read_bytes()[:4000]
+    assert b"not-to-be-read" not in (tmp_path / "model.safetensors").read_bytes()[:4000]
     assert not (tmp_path / "trap").exists()
 
 
@@ -298,7 +298,7 @@ def test_the_best_checkpoint_is_looked_for_beside_the_last_one(tmp_path: Path) -
 
 
 def test_a_run_folder_is_read_as_it_stands(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("SECRET", "42")
+    monkeypatch.setenv("SECRET", "not-to-be-read")
     hydra = tmp_path / "0" / ".hydra"
     hydra.mkdir(parents=True)
     (hydra / "config.yaml").write_text("seed: ${oc.decode:${oc.env:SECRET}}\n")
@@ -345,11 +345,11 @@ TARGETS: dict[str, Any] = {
 def test_configs_build_callbacks_and_loggers_alone(tmp_path: Path, monkeypatch: Any, case: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("SECRET", "42")
+    monkeypatch.setenv("SECRET", "not-to-be-read")
     (tmp_path / "evil.py").write_text("import os\nos.mkdir('trap')\nclass Callback: pass\n")
     with pytest.raises(ConfigError, match=r"callbacks\.x") as caught:
         build_all({"x": TARGETS[case]}, "callbacks")
-    assert "42" not in str(caught.value)
+    assert "not-to-be-read" not in str(caught.value)
     assert not (tmp_path / "trap").exists()
 
 

@@ -20,9 +20,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     _folder = Path()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._folder = Path(trainer.ckpt_path or "").parent
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._folder = Path(trainer.ckpt_path or "").parent  # Lightning hands over the state after this
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = self._folder / Path(state_dict["best_model_path"]).name
@@ -34,7 +33,8 @@ class BestCheckpoint(ModelCheckpoint):
             return
         copy = Path(self.dirpath) / best.name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(best, copy)
+        if copy.resolve() != best.resolve():  # or it has moved already, and is being tested
+            shutil.copyfile(best, copy)
         score = state_dict["best_model_score"]
         super().load_state_dict(
             {
