@@ -65,6 +65,12 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
         @functools.wraps(task)
         def main() -> None:
+            if any(word.startswith("--e") for word in sys.argv[1:]):
+                print(
+                    "error: --experimental-rerun: reads a pickle, which could run code; repeat the overrides",
+                    file=sys.stderr,
+                )
+                sys.exit(1)
             try:
                 with _environment(_FULL_ERROR, "1"):
                     start()

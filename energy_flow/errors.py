@@ -5,6 +5,12 @@ class EnergyFlowError(Exception):
     """Base of all errors whose message is meant to be read by a user."""
 
 
+def brief(text: object, length: int = 200) -> str:
+    """What a message says of what stands in a file, which may be of any length."""
+    shown = str(text)
+    return shown if len(shown) <= length else f"{shown[:length]}..."
+
+
 class ConfigError(EnergyFlowError):
     """A configuration that can't work: names the value, the limit, the key and the remedy."""
 

@@ -31,6 +31,7 @@ from energy_flow.training.retrieval import nearest, ranks
 from energy_flow.training.run import PathSettings, check_normalisation, find_device
 
 _SHOWN = 5  # inputs of a file
+_PUBLISHER = "sentence-transformers"  # whose encoders a model's file may name
 
 Words = Annotated[str, Field(pattern=r"\S")]
 
@@ -164,12 +165,7 @@ def _check_source(what: str, dim: int, model: EnergyFlowModel) -> None:
 def _encoded(
     texts: list[str], name: str | None, model: EnergyFlowModel, device: torch.device, console: Console
 ) -> Tensor:
-    name = name or model.card.encoder
-    if name is None:
-        raise ConfigError(
-            "encoder = null: the model doesn't say what made the embeddings that it was trained with. Give "
-            "encoder=NAME, the sentence-transformers model that did"
-        )
+    name = name or _named_encoder(model)
     encoder = TextEncoder(name, str(device))
     if encoder.dim != model.card.dim:
         raise ConfigError(
@@ -179,6 +175,22 @@ def _encoded(
     if cut := encoder.num_cut(texts):
         _say(console, f"{cut} of the texts are longer than the encoder reads: their ends are left out")
     return torch.from_numpy(encoder.encode(texts))
+
+
+def _named_encoder(model: EnergyFlowModel) -> str:
+    """The encoder that a model's file names: of a known publisher, as an encoder brings weights and code of its own."""
+    name = model.card.encoder
+    if name is None:
+        raise ConfigError(
+            "encoder = null: the model doesn't say what made the embeddings that it was trained with. Give "
+            "encoder=NAME, the sentence-transformers model that did"
+        )
+    if not re.fullmatch(rf"{_PUBLISHER}/[\w-][\w.-]*", name):
+        raise ConfigError(
+            f"encoder = null: the model names {name!r}, which isn't one of {_PUBLISHER}/. An encoder brings files of "
+            f"its own: if you trust it, give it yourself, encoder={name}"
+        )
+    return name
 
 
 @torch.no_grad()

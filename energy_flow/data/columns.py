@@ -4,7 +4,9 @@ N rows, D embedding dimension.
 """
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,28 @@ from energy_flow.data.files import StoredArray
 from energy_flow.errors import DataError
 
 _CHUNK_BYTES = 1 << 25
+
+# Told of every chunk of a pass: which rows, and their numbers as float32 [rows, D], not normalised.
+Look = Callable[[slice, NDArray[np.float32]], None]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a column found.
+
+    Attributes:
+        digest: sha256 of what is stored: names, dtypes, shapes and numbers, in row order; the same for the same numbers
+            in another file format.
+        hashes: int64 [N], of the stored bytes of every row: equal rows have equal ones. They mean something in this
+            process alone.
+        bad_scales, not_finite, zero: rows with a scale below 0, NaN or Inf; with NaN or Inf as float32; of zeros only.
+    """
+
+    digest: bytes
+    hashes: NDArray[np.int64]
+    bad_scales: NDArray[np.int64]
+    not_finite: NDArray[np.int64]
+    zero: NDArray[np.int64]
 
 
 class Column:
@@ -43,6 +67,12 @@ class Column:
         """D."""
         return self.values.shape[1]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the numbers and their scales, as they are stored."""
+        arrays = (self.values,) if self.scale is None else (self.values, self.scale)
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
     def arrays(self) -> tuple[NDArray, NDArray | None]:
         """The numbers [N, D] as they are stored and their scales [N]; memory-mapped wherever the format allows it."""
         if self._arrays is None:
@@ -71,36 +101,49 @@ class Column:
         size = max(1, _CHUNK_BYTES // (8 * self.dim))
         return (slice(start, min(start + size, self.num_rows)) for start in range(0, self.num_rows, size))
 
-    def check(self) -> bytes:
+    def check(self) -> Survey:
         """Reads everything once, in chunks: every number must be finite and, with `normalize`, no row zero.
-
-        Returns:
-            The sha256 digest of what is stored: names, dtypes, shapes and numbers, in row order; the same for the same
-            numbers in another file format.
 
         Raises:
             DataError: names the file, the array, the first bad row and how many there are.
         """
-        digest = hashlib.sha256()
-        values, scale = self.arrays()
-        if self.scale is not None and scale is not None:
+        survey = self.survey()
+        for complaint in self.complaints(survey):
+            raise DataError(complaint)
+        return survey
+
+    def survey(self, look: Look | None = None) -> Survey:
+        """Reads everything once, in chunks, and refuses nothing; `look` sees every chunk."""
+        digest: Any = hashlib.sha256()
+        bad_scales = np.empty(0, np.int64)
+        if self.scale is not None:
+            scale = self._scales()
             _add_header(digest, self.scale)
-            _add_numbers(digest, scale)
-            self._refuse(
-                self.scale, np.flatnonzero(~(np.isfinite(scale) & (scale >= 0))), "a scale below 0, NaN or Inf"
-            )
+            digest.update(scale.view(np.uint8))
+            bad_scales = np.flatnonzero(~(np.isfinite(scale) & (scale >= 0)))
         _add_header(digest, self.values)
-        unfit, zero = [], []
+        hashes, unfit, zero = np.empty(self.num_rows, np.int64), [], []
         for rows in self.chunks():
-            _add_numbers(digest, values[rows])
+            stored = np.ascontiguousarray(self.arrays()[0][rows])
+            digest.update(stored.view(np.uint8))
+            hashes[rows] = self._hashes(stored, rows)
             decoded = self._decode(rows)
             unfit.append(np.flatnonzero(~np.isfinite(decoded).all(axis=1)) + rows.start)
             zero.append(np.flatnonzero(~decoded.any(axis=1)) + rows.start)
-        self._refuse(self.values, np.concatenate(unfit), "NaN or Inf (as float32)")
+            if look is not None:
+                look(rows, decoded)
+            self._release()
+        return Survey(digest.digest(), hashes, bad_scales, np.concatenate(unfit), np.concatenate(zero))
+
+    def complaints(self, survey: Survey) -> list[str]:
+        """What training refuses of what a pass found, a line each."""
+        found = [
+            (self.scale, survey.bad_scales, "a scale below 0, NaN or Inf"),
+            (self.values, survey.not_finite, "NaN or Inf (as float32)"),
+        ]
         if self.normalize:
-            self._refuse(self.values, np.concatenate(zero), "nothing but zeros and can't be L2-normalised")
-        self._release()
-        return digest.digest()
+            found.append((self.values, survey.zero, "nothing but zeros and can't be L2-normalised"))
+        return [self._complaint(array, rows, what) for array, rows, what in found if array is not None and len(rows)]
 
     def _decode(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
         values, scale = self.arrays()
@@ -113,8 +156,19 @@ class Column:
                 rows *= np.asarray(scale[index]).astype(np.float32)[:, None]
         return rows
 
+    def _scales(self) -> NDArray:
+        scale = self.arrays()[1]
+        assert scale is not None
+        return np.ascontiguousarray(scale)
+
+    def _hashes(self, stored: NDArray, rows: slice) -> NDArray[np.int64]:
+        found = hash_rows(stored)
+        if self.scale is None:
+            return found
+        return hash_rows(np.stack([found, self._scales()[rows].astype(np.float64).view(np.int64)], axis=1))
+
     def _release(self) -> None:
-        # The pass above has touched every page of the map; a fresh map starts without them in this process's memory.
+        # A pass touches every page of the map; a fresh map starts without them in this process's memory.
         if self.values.offset is not None:
             self._arrays = None
 
@@ -139,12 +193,11 @@ class Column:
         if scale.shape != values.shape[:1]:
             raise DataError(f"{scale.file}: {scale.name} has shape {scale.shape}; one per row is {values.shape[:1]}")
 
-    def _refuse(self, array: StoredArray, rows: NDArray[np.int64], what: str) -> None:
-        if len(rows):
-            raise DataError(
-                f"{array.file}: {array.name} row {rows[0]} holds {what}; {len(rows):,} of {self.num_rows:,} rows do; "
-                "mend or remove them"
-            )
+    def _complaint(self, array: StoredArray, rows: NDArray[np.int64], what: str) -> str:
+        return (
+            f"{array.file}: {array.name} row {rows[0]} holds {what}; {len(rows):,} of {self.num_rows:,} rows do; "
+            "mend or remove them"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}
@@ -154,5 +207,7 @@ def _add_header(digest: Any, array: StoredArray) -> None:
     digest.update(f"{array.name} {array.kind} {array.dtype.byteorder} {list(array.shape)}\n".encode())
 
 
-def _add_numbers(digest: Any, numbers: NDArray) -> None:
-    digest.update(np.ascontiguousarray(numbers).view(np.uint8))
+def hash_rows(rows: NDArray) -> NDArray[np.int64]:
+    """Python's hashes of the bytes of every row [n, ...], int64 [n]; equal rows have equal ones."""
+    rows = np.ascontiguousarray(rows)
+    return np.fromiter(map(hash, rows.view(f"V{rows[0].nbytes}").ravel().tolist()), np.int64, len(rows))

@@ -11,7 +11,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field, model_validator
 from torch.utils.data import DataLoader
 
-from energy_flow.data.pairs import PairDataset
+from energy_flow.data.columns import Column
+from energy_flow.data.copies import PairHashes, copy_warnings
+from energy_flow.data.names import read_names
+from energy_flow.data.pairs import PairDataset, find_files, pair_columns
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.sampling import ResumableLoader, epoch_sampler
 from energy_flow.data.settings import SPLITS, DataSettings
@@ -60,12 +63,27 @@ class FileSettings(DataSettings):
         path = self._path(split)
         assert path is not None
         dataset = PairDataset(path, self.normalize, f"data.{split}")
-        if self.dimension not in (None, dataset.dim):
-            raise DataError(
-                f"data.{split}: {dataset.where}: dimension {dataset.dim}, but data.dimension = {self.dimension}; "
-                f"set data.dimension={dataset.dim} or give other files"
-            )
+        self._check_dimension(split, dataset.dim, dataset.where)
         return dataset
+
+    def columns(self, split: str) -> tuple[Column, Column]:
+        path = self._path(split)
+        assert path is not None
+        files = find_files(path)
+        try:
+            source, target = pair_columns(files, self.normalize)
+            read_names(files[::-1], source.num_rows)
+        except DataError as error:
+            raise DataError(f"data.{split}: {error}") from error
+        self._check_dimension(split, source.dim, ", ".join(map(str, files)))
+        return source, target
+
+    def _check_dimension(self, split: str, dim: int, where: str) -> None:
+        if self.dimension not in (None, dim):
+            raise DataError(
+                f"data.{split}: {where}: dimension {dim}, but data.dimension = {self.dimension}; "
+                f"set data.dimension={dim} or give other files"
+            )
 
     def _path(self, split: str) -> str | list[str] | None:
         """The file or files of a split, None where there is none."""
@@ -138,19 +156,23 @@ class EnergyDataModule(LightningDataModule):
             ConfigError: a split that the stage needs isn't there.
             DataError: a split that can't be used, or splits that don't belong together.
         """
-        for split in _NEEDED.get(stage or "", ()):
-            if not self.settings.has(split):
-                raise ConfigError(f"data.{split} = null: {stage} needs it; give data.{split}=PATH")
+        for missing in missing_splits(self.settings, stage or ""):
+            raise ConfigError(missing)
+        hashes: dict[str, PairHashes] = {}
         for split in SPLITS:
             if not self.settings.has(split) or getattr(self, split) is not None:
                 continue
             dataset = self.settings.open(split)
-            self._check_dimension(split, dataset)
-            if len(dataset) < 2:
-                raise DataError(f"data.{split}: {dataset.where}: 1 row; retrieval needs at least 2 candidates")
+            loaded = {name: other.dim for name in SPLITS if (other := getattr(self, name)) is not None}
+            for misfit in misfits(split, len(dataset), dataset.dim, dataset.where, loaded):
+                raise DataError(misfit)
             setattr(self, split, dataset)
             self.fingerprint[split] = dataset.fingerprint
             _log_split(split, dataset)
+            if (found := dataset.take_hashes()) is not None:
+                hashes[split] = found
+        for warning in copy_warnings(hashes):
+            _warn(warning)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of `batch_size` rows per process, the same in a resumed run."""
@@ -201,14 +223,24 @@ class EnergyDataModule(LightningDataModule):
             raise ConfigError(f"data.{split} = null: nothing to load; give data.{split}=PATH")
         return loaded[split]
 
-    def _check_dimension(self, split: str, dataset: Samples) -> None:
-        for other in SPLITS[: SPLITS.index(split)]:
-            known = getattr(self, other)
-            if known is not None and known.dim != dataset.dim:
-                raise DataError(
-                    f"data.{split}: {dataset.where}: dimension {dataset.dim}, but data.{other} has {known.dim}; "
-                    "all splits must have the same"
-                )
+
+def missing_splits(settings: DataSettings, stage: str) -> list[str]:
+    """What Lightning is about to do (`fit`, `test`, ...) and the data have no split for, a line each."""
+    return [
+        f"data.{split} = null: {stage} needs it; give data.{split}=PATH"
+        for split in _NEEDED.get(stage, ())
+        if not settings.has(split)
+    ]
+
+
+def misfits(split: str, num_rows: int, dim: int, where: str, others: Mapping[str, int]) -> list[str]:
+    """Why a split can't be used beside `others` (name -> dimension), a line each."""
+    found = [
+        f"data.{split}: {where}: dimension {dim}, but data.{other} has {other_dim}; all splits must have the same"
+        for other, other_dim in others.items()
+        if other_dim != dim
+    ]
+    return found + [f"data.{split}: {where}: 1 row; retrieval needs at least 2 candidates"] * (num_rows < 2)
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -219,3 +251,8 @@ def _as_it_is(batch: Batch) -> Batch:
 def _log_split(split: str, dataset: Samples) -> None:
     pairs = f"{len(dataset):,} pairs of dimension {dataset.dim}"
     log.info("data.%s: %s: %s, %s", split, dataset.where, pairs, dataset.description)
+
+
+@rank_zero_only
+def _warn(what: str) -> None:
+    log.warning(what)

@@ -13,15 +13,15 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from energy_flow.errors import DataError
+from energy_flow.errors import DataError, brief
 
 SIDES = ("source", "target")
 
@@ -60,6 +60,21 @@ class StoredArray:
         if self.offset is None:
             return np.ndarray(self.shape, self.dtype, _decompress(self), order=order)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape, order)
+
+
+@dataclass(frozen=True)
+class HeldArray(StoredArray):
+    """An array in memory; `file` says where it comes from."""
+
+    numbers: NDArray = field(default_factory=lambda: np.empty(0))
+
+    @classmethod
+    def of(cls, where: str, name: str, numbers: NDArray) -> Self:
+        dtype = numbers.dtype
+        return cls(Path(where), name, dtype.name, dtype, numbers.shape, None, numbers=numbers)
+
+    def open(self) -> NDArray:
+        return self.numbers
 
 
 def read_sides(path: Path, sides: Sequence[str] = SIDES) -> dict[str, StoredArray]:
@@ -180,7 +195,7 @@ def _npy_array(file: IO[bytes], path: Path, name: str, end: int) -> StoredArray:
         shape, fortran_order, dtype = read_header(file)
     # What numpy's parser lets through on damaged headers (found by fuzzing it), beside its own ValueError.
     except (ValueError, TypeError, SyntaxError, EOFError, tokenize.TokenError, RecursionError, zlib.error) as error:
-        raise DataError(f"{path}: {name} is not an .npy array, or truncated: {error}; write it again") from error
+        raise DataError(f"{path}: {name} is not an .npy array, or truncated: {brief(error)}; write it again") from error
     if dtype.hasobject:
         raise DataError(f"{path}: {name} holds Python objects, which could run code; convert it with .astype(float)")
     if dtype.name not in _NPY_DTYPES:
@@ -215,7 +230,7 @@ def _decompress(stored: StoredArray) -> bytearray:
 def _needed(path: Path, there: Iterable[str], sides: Sequence[str]) -> list[str]:
     there = sorted(there)
     if missing := [name for name in sides if name not in there]:
-        listed = ", ".join(there) or "nothing"
+        listed = brief(", ".join(there) or "nothing")
         raise DataError(
             f"{path}: no {' and no '.join(missing)} in it; it holds {listed}; name the arrays {', '.join(sides)}"
         )
@@ -223,4 +238,4 @@ def _needed(path: Path, there: Iterable[str], sides: Sequence[str]) -> list[str]
 
 
 def _wrong_dtype(path: Path, name: str, dtype: str) -> DataError:
-    return DataError(f"{path}: {name} has dtype {dtype}; accepted are {_DTYPES_TEXT}; convert it")
+    return DataError(f"{path}: {name} has dtype {brief(dtype)}; accepted are {_DTYPES_TEXT}; convert it")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from energy_flow.errors import DataError
+from energy_flow.errors import DataError, brief
 
 _KEYS = ("headword", "name", "text", "word", "target", "id")
 _SOURCE_KEYS = ("definition", "source")
@@ -35,7 +35,7 @@ def read_names(files: tuple[Path, ...], num_rows: int) -> list[str] | None:
     key = next((key for key in _KEYS if key in objects[0]), None)
     if key is None:
         raise DataError(
-            f"{path}: line 1 has the keys {', '.join(objects[0]) or 'none'}; one must be {', '.join(_KEYS)}"
+            f"{path}: line 1 has the keys {brief(', '.join(objects[0]) or 'none')}; one must be {', '.join(_KEYS)}"
         )
     return [_name(path, number, entry, key) for number, entry in enumerate(objects, 1)]
 
@@ -67,5 +67,7 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
 def _name(path: Path, number: int, entry: dict[str, Any], key: str) -> str:
     name = entry.get(key)
     if not isinstance(name, str | int):
-        raise DataError(f"{path}: line {number} has {key} = {name!r}; it must be text, as every line is named by {key}")
+        raise DataError(
+            f"{path}: line {number} has {key} = {brief(repr(name))}; it must be text, as every line is named by {key}"
+        )
     return str(name)

@@ -6,13 +6,15 @@ B rows of a batch, N rows of the file, D embedding dimension.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from energy_flow.data.columns import Column
-from energy_flow.data.files import SIDES, StoredArray, read_npy, read_sides
+from energy_flow.data.columns import Column, Survey
+from energy_flow.data.copies import PairHashes
+from energy_flow.data.files import SIDES, read_npy, read_sides
 from energy_flow.data.names import read_names
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.errors import DataError
@@ -43,18 +45,16 @@ class PairDataset(Samples):
     """
 
     def __init__(self, path: PathLike | Sequence[PathLike], normalize: bool, key: str = "data.train") -> None:
-        paths = [path] if isinstance(path, str | Path) else list(path)
-        self.files = tuple(Path(entry).expanduser().absolute() for entry in paths)
+        self.files = find_files(path)
         self.normalize = normalize
         try:
-            arrays = self._find()
-            self._source = Column(arrays["source"], arrays.get("source_scale"), normalize)
-            self._target = Column(arrays["target"], arrays.get("target_scale"), normalize)
-            self._check_alike()
+            self._source, self._target = pair_columns(self.files, normalize)
             self.names = read_names(self.files[::-1], len(self))
-            self.fingerprint = hashlib.sha256(self._source.check() + self._target.check()).hexdigest()
+            surveys = self._source.check(), self._target.check()
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
+        self.fingerprint = fingerprint(*surveys)
+        self._hashes: PairHashes | None = PairHashes.of(*surveys)
 
     @property
     def dim(self) -> int:
@@ -95,22 +95,45 @@ class PairDataset(Samples):
         """All rows at once: source and target, float32 [N, D]."""
         return torch.from_numpy(self._source.all()), torch.from_numpy(self._target.all())
 
-    def _find(self) -> dict[str, StoredArray]:
-        if len(self.files) == 1:
-            return read_sides(self.files[0])
-        if len(self.files) != 2:
-            raise DataError(f"{len(self.files)} files given; give one file or two .npy: [source.npy,target.npy]")
-        return {name: read_npy(path, name) for name, path in zip(SIDES, self.files, strict=True)}
+    def take_hashes(self) -> PairHashes | None:
+        """What tells copies of rows; once, as nobody needs them later."""
+        taken, self._hashes = self._hashes, None
+        return taken
 
-    def _check_alike(self) -> None:
-        source, target = self._source, self._target
-        if source.num_rows != target.num_rows:
-            raise DataError(
-                f"{target.values.file}: target has {target.num_rows:,} rows, source {source.num_rows:,}; "
-                "row i of both must be a pair; write as many targets as sources"
-            )
-        if source.dim != target.dim:
-            raise DataError(
-                f"{target.values.file}: target has dimension {target.dim}, source {source.dim}; both must be the same; "
-                "encode both with the same model"
-            )
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hashes": None}  # workers read rows, and nothing else
+
+
+def find_files(path: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:
+    """The file or files of a split, absolute; `~` is the home folder."""
+    paths = [path] if isinstance(path, str | Path) else list(path)
+    return tuple(Path(entry).expanduser().absolute() for entry in paths)
+
+
+def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column]:
+    """Source and target of one file or a pair of .npy, not yet read.
+
+    Raises:
+        DataError: no such arrays, or arrays that are no pair.
+    """
+    if len(files) not in (1, 2):
+        raise DataError(f"{len(files)} files given; give one file or two .npy: [source.npy,target.npy]")
+    pair = {name: read_npy(path, name) for name, path in zip(SIDES, files, strict=True)} if len(files) == 2 else {}
+    arrays = pair or read_sides(files[0])
+    source, target = (Column(arrays[side], arrays.get(f"{side}_scale"), normalize) for side in SIDES)
+    if source.num_rows != target.num_rows:
+        raise DataError(
+            f"{target.values.file}: target has {target.num_rows:,} rows, source {source.num_rows:,}; "
+            "row i of both must be a pair; write as many targets as sources"
+        )
+    if source.dim != target.dim:
+        raise DataError(
+            f"{target.values.file}: target has dimension {target.dim}, source {source.dim}; both must be the same; "
+            "encode both with the same model"
+        )
+    return source, target
+
+
+def fingerprint(source: Survey, target: Survey) -> str:
+    """sha256 (hex) of what is stored, whatever the file format."""
+    return hashlib.sha256(source.digest + target.digest).hexdigest()

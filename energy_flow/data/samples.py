@@ -10,6 +10,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from energy_flow.data.copies import PairHashes
+
 Batch = dict[str, Tensor]
 
 
@@ -51,6 +53,10 @@ class Samples(Dataset):
     @abstractmethod
     def all(self) -> tuple[Tensor, Tensor]:
         """All rows at once: source and target, float32 [N, D]."""
+
+    def take_hashes(self) -> PairHashes | None:
+        """What tells copies of rows, once; None where rows are made, not stored."""
+        return None
 
     def __getitem__(self, row: int) -> Batch:
         """One pair: source and target float32 [D], row int64 []."""

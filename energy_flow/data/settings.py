@@ -4,6 +4,7 @@ from abc import abstractmethod
 
 from pydantic import Field
 
+from energy_flow.data.columns import Column
 from energy_flow.data.samples import Samples
 from energy_flow.settings import Settings
 
@@ -29,4 +30,12 @@ class DataSettings(Settings):
 
         Raises:
             DataError: it can't be used.
+        """
+
+    @abstractmethod
+    def columns(self, split: str) -> tuple[Column, Column]:
+        """Source and target of a split that there is, opened and not yet read.
+
+        Raises:
+            DataError: they can't be used, whatever their numbers are.
         """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from energy_flow.errors import DataError
+from energy_flow.errors import DataError, brief
 
 _LISTED = 3  # bad lines that a message names
 
@@ -103,10 +103,10 @@ def _csv(content: str) -> Iterator[Line]:
 def _wrong(fields: dict[str, Any], keys: tuple[str, str]) -> str | None:
     for key in keys:
         if key not in fields:
-            return f"has no {key}; it has {', '.join(map(str, fields)) or 'nothing'}"
+            return f"has no {key}; it has {brief(', '.join(map(str, fields)) or 'nothing')}"
         text = fields[key]
         if not isinstance(text, str):
-            return f"has {key} = {json.dumps(text)}; it must be text"
+            return f"has {key} = {brief(json.dumps(text))}; it must be text"
         if not text.strip():
             return f"has an empty {key}"
         try:

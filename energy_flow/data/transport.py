@@ -43,6 +43,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from energy_flow.core.geometry import cell_centres, deposit_cells, fold
+from energy_flow.data.columns import Column
+from energy_flow.data.files import SIDES, HeldArray
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.settings import SPLITS, DataSettings
 from energy_flow.ops.group_softmax import group_softmax_deposit
@@ -89,6 +91,14 @@ class TransportSettings(DataSettings):
 
     def open(self, split: str) -> "TransportDataset":
         return TransportDataset(self, split)
+
+    def columns(self, split: str) -> tuple[Column, Column]:
+        dataset = TransportDataset(self, split)
+        source, target = (
+            Column(HeldArray.of(dataset.where, side, rows.numpy()), None, self.normalize)
+            for side, rows in zip(SIDES, dataset.all(), strict=True)
+        )
+        return source, target
 
     def landings(self, source: Tensor) -> Tensor:
         """Where the energies of surfaces [B, S] land: (x, y), [B, S, 2]."""

@@ -129,6 +129,7 @@ class EnergyFlowModel(nn.Module):
 
     @classmethod
     def _with_weights(cls, card: ModelCard, weights: Mapping[str, Tensor], path: str | Path) -> Self:
+        checkpoints.check_depth(card.model.num_layers, weights, path)
         try:
             with torch.device("meta"):  # without memory: sizes that are wrong may be huge
                 checkpoints.check_weights(weights, cls(card).processor, path)

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import os
 import tempfile
 import typing
 from collections.abc import Callable, Mapping
@@ -68,6 +69,12 @@ VALIDATED = tuple(
 _KEY = "config_key"
 # What Lightning takes and can't have been meant: without patience the first validation ends a run.
 _LIMITS = {pl.callbacks.EarlyStopping: {"patience": Annotated[int, Field(ge=1)]}}
+
+# What a config may build, and what else may stand in its arguments; by the package that a class is defined in.
+_BUILT = ("energy_flow.training", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+_ARGUMENTS = (*_BUILT, "torch.optim", "datetime")
+# Packages that a user trusts beside these, with commas between them; a config can't set it.
+TRUST = "ENERGY_FLOW_TRUST"
 
 _RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 
@@ -196,8 +203,11 @@ def _check_folders(trainer: pl.Trainer) -> None:
 def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
     """Build every entry of a group whose entries name their class in `_target_`; null entries are left out.
 
+    A config may come from anywhere: it builds callbacks and loggers of energy_flow and Lightning, and of the packages
+    that the environment variable ENERGY_FLOW_TRUST names. Nothing else is imported.
+
     Raises:
-        ConfigError: a class that isn't there, or an argument that it doesn't have or can't use.
+        ConfigError: a class that isn't there or may not be built, or an argument that it doesn't have or can't use.
     """
     built = []
     for name, entry in (section or {}).items():
@@ -211,7 +221,9 @@ def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
 
 
 def _build(entry: Mapping[str, Any], key: str) -> Any:
-    target = _target(entry["_target_"], key)
+    target = _target(entry, key, _BUILT)
+    for name, value in entry.items():
+        _check_argument(value, f"{key}.{name}")
     parameters = inspect.signature(target).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         _refuse_unknown(entry, set(parameters) | {"_target_"}, key)
@@ -227,11 +239,45 @@ def _build(entry: Mapping[str, Any], key: str) -> Any:
         raise ConfigError(f"{key}: {_one_line(error.__cause__ or error)}") from error
 
 
-def _target(path: str, key: str) -> type:
+def _check_argument(value: Any, key: str) -> None:
+    """Hydra builds whatever names a class, at any depth."""
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{key} = {value!r}: would be looked up once more; leave out the ${{")
+    if isinstance(value, Mapping):
+        if any(isinstance(name, str) and name.startswith("_") for name in value):
+            _target(value, key, _ARGUMENTS)
+        for name, part in value.items():
+            _check_argument(part, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            _check_argument(part, f"{key}[{index}]")
+
+
+def _target(entry: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> type:
+    """The class that an entry names, if it may be built; others aren't even imported."""
+    path = entry.get("_target_")
+    for name in entry:
+        if isinstance(name, str) and name.startswith("_") and name != "_target_":
+            raise ConfigError(f"{key}.{name}: unknown key; of those that Hydra knows only _target_ may be set")
+    packages = (*allowed, *filter(None, os.environ.get(TRUST, "").split(",")))
+    where = f"{key}._target_ = {path}"
+    refusal = (
+        f"{where}: a config builds classes of {', '.join(packages)} alone. If you trust it, name its package in the "
+        f"environment: {TRUST}=my_package"
+    )
+    if not isinstance(path, str) or not _within(path, packages):
+        raise ConfigError(refusal)
     try:
-        return hydra.utils.get_class(path)
+        found = hydra.utils.get_class(path)
     except (ImportError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{key}._target_ = {path}: {_one_line(error)}") from error
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
+    if not _within(found.__module__, packages):  # a module's own imports can be reached through its name
+        raise ConfigError(refusal)
+    return found
+
+
+def _within(path: str, packages: tuple[str, ...]) -> bool:
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
 
 
 def _refuse_unknown(section: Mapping[str, Any], known: set[str], key: str) -> None:

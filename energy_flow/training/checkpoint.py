@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from energy_flow.errors import CheckpointError, ConfigError
+from energy_flow.training.archive import read_archive
 from energy_flow.version import __version__
 
 if TYPE_CHECKING:  # a checkpoint can be read without Lightning
@@ -22,6 +23,7 @@ Dimension = Annotated[int, Field(ge=1)]
 Section = dict[str, Any]
 Module = TypeVar("Module", bound="pl.LightningModule")
 _LISTED = 3  # weights that a message names
+_FEW_LAYERS = 100  # that are made in no time
 _LATTICE_SIZE = ("width", "height", "depth")  # its rules, noise say, may change when a run goes on
 
 
@@ -72,6 +74,7 @@ class _HyperParameters(_Part):
 class _Contents(_Part):
     """What is read of every checkpoint of ours; Lightning's parts are missing where there are weights only."""
 
+    lightning_version: Annotated[str, Field(alias="pytorch-lightning_version", pattern=r"^2\.\d+(\.\w+)*$")]
     energy_flow: _Provenance
     hyper_parameters: _HyperParameters
     state_dict: dict[str, Tensor]
@@ -93,7 +96,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"ckpt_path = {path}: there is no such file")
     try:
-        checkpoint = _read(path)
+        checkpoint = read_archive(path)
     except Exception as error:  # of any type: zip and unpickler run on damaged bytes
         raise CheckpointError(
             f"ckpt_path = {path}: damaged, or no checkpoint ({_reason(error)}). "
@@ -105,21 +108,61 @@ def load(path: str | Path) -> dict[str, Any]:
         detail = error.errors(include_url=False)[0]
         wrong = f"{'.'.join(map(str, detail['loc'])) or 'its contents'}: {detail['msg']}"
         raise CheckpointError(f"ckpt_path = {path}: not a checkpoint of energy_flow ({wrong})") from error
+    _refuse_tricks(checkpoint, path)
     return checkpoint
 
 
-def _read(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()  # torch doesn't compare the checksums: damaged weights would load as other weights
-    if broken is not None:
-        raise zipfile.BadZipFile(f"wrong checksum of {broken}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _refuse_tricks(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """What no run writes, and Lightning would follow: names of code to build a module with, paths out of a folder."""
+    code = [name for name in checkpoint["hyper_parameters"] if name.startswith("_")]
+    if code:
+        raise CheckpointError(f"ckpt_path = {path}: hyper_parameters.{code[0]}: a checkpoint may not say what is built")
+    left = [text for text in _texts(checkpoint.get("callbacks")) if ".." in Path(text).parts]
+    if left:
+        raise CheckpointError(f"ckpt_path = {path}: callbacks: the path {left[0]!r} leaves its folder")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from _texts(part)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, RuntimeError | OSError | zipfile.BadZipFile):
+    if isinstance(error, CheckpointError | RuntimeError | OSError | zipfile.BadZipFile):
         return str(error).strip().split("\n")[0][:200]
     return "not made of tensors and plain containers"  # the unpickler's messages say nothing, or how to let it run code
+
+
+def check_model(
+    module_class: type[Module],
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    changes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """See that a loaded checkpoint's hyper-parameters describe the module of its weights, without memory for it.
+
+    Args:
+        changes: hyper-parameters that stand in for those of the checkpoint.
+
+    Returns:
+        The arguments of `module_class`.
+
+    Raises:
+        CheckpointError: they describe no module, or another one.
+    """
+    given = {**checkpoint["hyper_parameters"], **(changes or {})}
+    described = {name: given[name] for name in _HyperParameters.model_fields}
+    check_depth(described["model"].get("num_layers"), checkpoint["state_dict"], path)
+    try:
+        with torch.device("meta"):  # without memory: sizes that are wrong may be huge
+            check_weights(checkpoint["state_dict"], module_class(**described), path)
+    except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
+    return described
 
 
 def restore(
@@ -136,13 +179,7 @@ def restore(
     Raises:
         CheckpointError: its hyper-parameters describe no module, or another one than that of its weights.
     """
-    described = {name: checkpoint["hyper_parameters"][name] for name in _HyperParameters.model_fields}
-    try:
-        with torch.device("meta"):  # without memory: sizes that are wrong may be huge
-            check_weights(checkpoint["state_dict"], module_class(**described), path)
-    except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
+    described = check_model(module_class, checkpoint, path)
     module = module_class(**described, rollout=rollout)
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"])
@@ -190,6 +227,16 @@ def check_weights(state_dict: Mapping[str, Tensor], module: nn.Module, path: str
         more = [f"  and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         listed = "\n".join([*(f"  {line}" for line in lines[:_LISTED]), *more])
         raise CheckpointError(f"ckpt_path = {path}: its weights are not those of the model:\n{listed}")
+
+
+def check_depth(num_layers: Any, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """See that a model isn't said to have more layers than there are weights: building layers takes time.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if isinstance(num_layers, int) and num_layers > max(len(state_dict), _FEW_LAYERS):
+        raise CheckpointError(f"ckpt_path = {path}: model.num_layers = {num_layers}, but {len(state_dict)} weights")
 
 
 def check_resume(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import lightning.pytorch as pl
@@ -113,6 +114,18 @@ class EnergyFlowModule(pl.LightningModule):
         """The module of a config, such as `energy_flow.config.compose()` gives, for embeddings of dimension `dim`."""
         sections = ("lattice", "model", "loss", "optimizer", "seed", "rollout")
         return cls(dim, **{section: config[section] for section in sections})
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
+        """The module of a checkpoint, as Lightning builds it; nothing in the file can run code.
+
+        Raises:
+            CheckpointError: missing, damaged, or not written by energy_flow.
+        """
+        checkpoint = checkpoints.load(checkpoint_path)
+        if options.get("strict") is not False:  # which takes weights of other models
+            checkpoints.check_model(cls, checkpoint, checkpoint_path, options)
+        return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property
     def num_parameters(self) -> int:
@@ -369,14 +382,14 @@ class EnergyFlowModule(pl.LightningModule):
         return gathered.flatten(0, 1)
 
 
-<<<<<<< HEAD
 def _rate(settings: OptimizerSettings, step: int, total: int) -> float:
     """Linear warm-up to 1, then a half cosine down to `final_lr` at the last step."""
     if step < settings.warmup_steps:
         return (step + 1) / (settings.warmup_steps + 1)
     progress = min(1.0, (step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
     return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-=======
+
+
 def _made(output: FlowOutput, losses: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
     """What a training batch gave, from its beginning to its end."""
     parts = {
@@ -385,7 +398,6 @@ def _made(output: FlowOutput, losses: dict[str, Tensor], loss: Tensor) -> dict[s
         "output embedding (map out)": output.embedding,
     }
     return {**parts, **{f"{name} loss": value for name, value in losses.items()}, "loss": loss}
->>>>>>> guard
 
 
 def _in_order(kept: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 _SEED = re.compile(r"\+{0,2}seed=")
 
@@ -55,11 +56,17 @@ def _job_number(overrides: Path) -> tuple[int, str]:
 def _read(overrides: Path) -> Job:
     run = overrides.parent.parent
     metrics = run / "metrics.json"
-    config = OmegaConf.load(overrides.with_name("config.yaml"))
+    config = _plain(overrides.with_name("config.yaml"))
+    seed = config.get("seed") if isinstance(config, dict) else None
     return Job(
         name=run.name,
         folder=run,
-        words=tuple(OmegaConf.load(overrides)),
-        seed=OmegaConf.select(config, "seed"),
+        words=tuple(map(str, _plain(overrides) or ())),
+        seed=seed if isinstance(seed, int) else None,
         metrics=json.loads(metrics.read_text()) if metrics.is_file() else {},
     )
+
+
+def _plain(path: Path) -> Any:
+    """A file of a run folder as it stands: references such as ${oc.env:HOME} stay text."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from energy_flow.check import main as check_main
 from energy_flow.encode import main as encode_main
 from energy_flow.evaluate import main as evaluate_main
 from energy_flow.predict import main as predict_main
@@ -52,6 +53,7 @@ MODULES = {
     "evaluate": (evaluate_main, EVALUATE),
     "predict": (predict_main, PREDICT),
     "encode": (encode_main, ENCODE),
+    "check": (check_main, {"data": "files"}),
 }
 
 
@@ -115,6 +117,9 @@ class Program:
 
     def encode(self, *overrides: str) -> Outcome:
         return self._run("encode", overrides)
+
+    def check(self, *overrides: str) -> Outcome:
+        return self._run("check", overrides)
 
     def refused(self, *overrides: str, program: str = "train") -> str:
         """Must end before any training with a short message; returns it."""

@@ -25,7 +25,7 @@ class Tokenizer:
 
 
 class Library(types.ModuleType):
-    """The module; models are called `stand/in-DIM`.
+    """The module; models are called `stand/in-DIM`, or `sentence-transformers/in-DIM`.
 
     Attributes:
         cached: whether models are on this machine.
@@ -53,9 +53,10 @@ class Library(types.ModuleType):
                 library.asked_hub |= not local_files_only
                 if local_files_only and not library.whole:
                     raise TypeError("a part is missing")
-                if not name.startswith("stand/in-"):
+                publisher, _, dim = name.partition("/in-")
+                if publisher not in ("stand", "sentence-transformers"):
                     raise OSError(f"{name} is not a valid model identifier\nand more")
-                self.dim = int(name.removeprefix("stand/in-"))
+                self.dim = int(dim)
 
             def encode(self, texts: list[str], *, batch_size: int, **options: Any) -> NDArray[np.float32]:
                 assert options == {"normalize_embeddings": True, "show_progress_bar": False}

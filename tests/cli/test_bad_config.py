@@ -15,7 +15,11 @@ UNKNOWN = [
     ("+trainer.callbacks=[]", "trainer.callbacks", "the group `callbacks`"),
     ("+callbacks.early_stopping.patiance=3", "callbacks.early_stopping.patiance", "did you mean patience?"),
     ("+callbacks.foo=1", "callbacks.foo = 1", "_target_"),
-    ("callbacks.early_stopping._target_=nope.Nope", "callbacks.early_stopping._target_ = nope.Nope", "No module named"),
+    (
+        "callbacks.early_stopping._target_=nope.Nope",
+        "callbacks.early_stopping._target_ = nope.Nope",
+        "ENERGY_FLOW_TRUST",
+    ),
     ("+data.x=1", "data.x", "known: batch_size"),
     ("+model.x=1", "model.x", "known: energy_dim"),
     ("size=smal", "size = smal", "did you mean small?"),

@@ -26,7 +26,7 @@ def ckpt(trained: Outcome) -> str:
 
 @pytest.fixture
 def model(trained: Outcome) -> EnergyFlowModel:
-    return EnergyFlowModel.from_checkpoint(trained.folder / "checkpoints" / "best.ckpt", "stand/in-16")
+    return EnergyFlowModel.from_checkpoint(trained.folder / "checkpoints" / "best.ckpt", "sentence-transformers/in-16")
 
 
 @pytest.fixture
@@ -251,3 +251,16 @@ def test_a_folder_that_holds_no_model(program: Program, ckpt: str, encoder: Libr
         message = program.refused(ckpt, "text=x", f"encoder={name}", program="predict")
         assert f"encoder = {name}: can't be loaded" in message
     assert not encoder.asked_hub
+
+
+@pytest.mark.parametrize("name", ["stranger/model", "./model", "/tmp/model", "sentence-transformers/../../x", "model"])
+def test_an_encoder_that_a_file_names_is_one_of_a_known_publisher(
+    program: Program, model: EnergyFlowModel, encoder: Library, name: str
+) -> None:
+    path = program.folder / "sent.safetensors"
+    sent = EnergyFlowModel(model.card.model_copy(update={"encoder": name}))
+    sent.save_pretrained(path)
+    message = program.refused(f"ckpt_path={path}", "text=x", program="predict")
+    assert f"if you trust it, give it yourself, encoder={name}" in message
+    assert encoder.seen == []
+    assert program.predict(f"ckpt_path={path}", "text=x", "encoder=stand/in-16").code == 0

@@ -219,6 +219,7 @@ def write_checkpoint(path: Path, config: dict[str, Any] | None) -> FlowProcessor
     processor = build().processor
     saved = {
         "hyper_parameters": {**{key: CARD[key] for key in ("dim", "lattice", "model", "seed")}, "loss": {}},
+        "pytorch-lightning_version": "2.6.0",
         "state_dict": {f"processor.{name}": value for name, value in processor.state_dict().items()},
         "energy_flow": {"config": config, "embedding_dim": DIM, "data_fingerprint": {"train": "0a"}},
     }

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 log = logging.getLogger(__name__)
@@ -13,12 +14,18 @@ log = logging.getLogger(__name__)
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which forgets the best score so far when a run goes on in a new folder.
 
-    Then the next epoch would count as the best, whatever it reached. Here the best checkpoint moves along.
+    Then the next epoch would count as the best, whatever it reached. Here the best checkpoint moves along. It is looked
+    for beside the checkpoint that the run goes on from: a path in a file may be a stranger's.
     """
 
+    _folder = Path()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._folder = Path(trainer.ckpt_path or "").parent  # Lightning hands over the state after this
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        best = Path(state_dict["best_model_path"])
-        if self.dirpath is None or state_dict["dirpath"] == self.dirpath or not best.name:
+        best = self._folder / Path(state_dict["best_model_path"]).name
+        if self.dirpath is None or state_dict["dirpath"] == self.dirpath or not state_dict["best_model_path"]:
             super().load_state_dict(state_dict)
             return
         if not best.is_file():
@@ -26,7 +33,8 @@ class BestCheckpoint(ModelCheckpoint):
             return
         copy = Path(self.dirpath) / best.name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(best, copy)
+        if copy.resolve() != best.resolve():  # or it has moved already, and is being tested
+            shutil.copyfile(best, copy)
         score = state_dict["best_model_score"]
         super().load_state_dict(
             {
