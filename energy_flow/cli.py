@@ -91,10 +91,11 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
 def _say(error: Exception) -> None:
     """The message of an error that a user can mend, the traceback of another one where Python won't show it."""
-    log.info("ended by an error: %s", error)
-    log.debug("where it was found", exc_info=True)
+    ours = isinstance(error, EnergyFlowError)
+    log.info("ended by an error: %s", error, exc_info=not ours)
+    log.debug("where it was found", exc_info=ours)
     sys.stdout.flush()
-    if isinstance(error, EnergyFlowError):
+    if ours:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     elif is_multirun():
         traceback.print_exception(error)

@@ -72,8 +72,8 @@ def train(config: dict[str, Any]) -> float | None:
     except KeyboardInterrupt:
         if not trainer.is_global_zero:
             sys.exit(0)  # for any other code Lightning would kill the first process before it has said all
-        how = _how_to_go_on(interrupt.path, settings.ckpt_path)
-        print(f"\n{signals.name()} at step {trainer.global_step}\n{how}", file=sys.stderr)
+        where = f" at step {trainer.global_step}" if trainer.global_step else ""  # spawned processes tell nothing
+        print(f"\n{signals.name()}{where}\n{_how_to_go_on(interrupt.path, settings.ckpt_path)}", file=sys.stderr)
         sys.exit(signals.exit_code())
     finally:
         console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)

@@ -41,6 +41,8 @@ class SaveOnInterrupt(Checkpoint):
         self._saving = False
         self._requeue: Callable[[], Any] | None = None
         self._requeue_due = False
+        self._child_ended: Any = None  # who wants to know while the optimiser writes
+        self._child_has_ended = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._versions = versions(trainer)
@@ -50,11 +52,19 @@ class SaveOnInterrupt(Checkpoint):
         if not self._mid_step:
             self._end_if_received(trainer)
 
+    def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+        # PyTorch raises the end of a data worker wherever it arrives: not among half of the weights.
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and self._child_ended is None:
+            self._child_ended = handler
+            signal.signal(signal.SIGCHLD, self._note_child)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = versions(trainer)
         self._mid_step = now == self._versions
         if not self._mid_step:
             self._versions, self._boundary = now, Boundary.here(trainer)
+        self._let_children_raise()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if _fitting(trainer) and not self._mid_step:
@@ -78,6 +88,8 @@ class SaveOnInterrupt(Checkpoint):
         signals.install()  # Lightning has put its own in the place of ours
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._child_has_ended = False
+        self._let_children_raise()
         if isinstance(exception, ConfigError) or self._saving or not _fitting(trainer):
             return
         try:
@@ -100,6 +112,16 @@ class SaveOnInterrupt(Checkpoint):
         if callable(handler):
             self._requeue = lambda: handler(signum, None)
             signal.signal(signum, self._note_requeue)
+
+    def _note_child(self, signum: int, frame: Any) -> None:
+        self._child_has_ended = True
+
+    def _let_children_raise(self) -> None:
+        handler, self._child_ended = self._child_ended, None
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+            if self._child_has_ended:
+                handler(signal.SIGCHLD, None)
 
     def _note_requeue(self, signum: int, frame: Any) -> None:
         self._requeue_due = True
