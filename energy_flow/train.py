@@ -151,7 +151,7 @@ def _finish(
             # Under names of their own: the curves of the same metrics must not get a point at step 0.
             found = {f"result/{name}": value for name, value in results.headlines().items()}
             logger.log_hyperparams(hyper_parameters(settings), found, trainer.global_step)
-            logger.save()
+            logger.finalize("success")  # once more: the line above opened a writer, which is a thread
     console.print(
         f"trained {seconds:.0f} s; TensorBoard: tensorboard --logdir {settings.paths.log_dir}", soft_wrap=True
     )

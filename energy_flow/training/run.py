@@ -179,8 +179,10 @@ def ended_by_signals(trainer: Trainer) -> Iterator[None]:
             yield
     except SystemExit:  # how Lightning and callbacks end
         raise KeyboardInterrupt from None
-    except ProcessExitedException:
-        if signals.received() is None:
+    except (ProcessExitedException, RuntimeError) as error:
+        # A signal to all processes of a job ends data workers at once.
+        ended = isinstance(error, ProcessExitedException) or str(error).startswith("DataLoader worker (pid")
+        if not ended or signals.received() is None:
             raise
         raise KeyboardInterrupt from None
 

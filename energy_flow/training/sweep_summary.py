@@ -28,7 +28,7 @@ class SweepSummary(Callback):
 
     Beside them stands the comparison of the models, where there is more than one job: `comparison.csv`, `.md` and
     `.png`. All are written after every job: an interrupted sweep, or one with a job that failed, has them too. A sweep
-    with a job that failed ends with exit code 1.
+    with a job that did not finish ends with exit code 1.
     """
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ class SweepSummary(Callback):
             console.print(f"comparison: {folder / 'comparison.png'}", highlight=False, soft_wrap=True)
         failed = [job.name for job in jobs if job.error is not None]
         if failed:
-            print(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}", file=sys.stderr)
+            print(f"{len(failed)} of {len(jobs)} jobs did not finish: {', '.join(failed)}", file=sys.stderr)
             sys.exit(1)
 
 

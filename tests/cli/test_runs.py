@@ -301,7 +301,7 @@ def test_a_bad_job_does_not_end_the_sweep(program: Program) -> None:
     assert outcome.code == 1
     assert "error: lattice.depth = 0" in outcome.err
     assert outcome.err.count("Traceback") == 1, "of the one that a user can't mend"
-    assert "2 of 4 jobs failed: 1, 2" in outcome.err
+    assert "2 of 4 jobs did not finish: 1, 2" in outcome.err
     assert "Summary of 4 jobs" in outcome.out
     (table,) = (program.folder / "logs").rglob("summary.md")
     rows = table.read_text().splitlines()[2:]
