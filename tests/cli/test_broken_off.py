@@ -38,7 +38,7 @@ def signalled(signum: signal.Signals) -> Callable[[], None]:
     return lambda: signal.raise_signal(signum)
 
 
-def broken_off(program: Program, *callbacks: Callback) -> Outcome:
+def broken_off(program: Program, *callbacks: Callback, overrides: tuple[str, ...] = ()) -> Outcome:
     """The run with callbacks that break it off; in the folder "broken"."""
     build = train.build_trainer
 
@@ -47,7 +47,7 @@ def broken_off(program: Program, *callbacks: Callback) -> Outcome:
 
     with program.patch.context() as patch:
         patch.setattr(train, "build_trainer", build_and_break)
-        return program.train(*RUN, f"hydra.run.dir={program.folder}/broken")
+        return program.train(*RUN, *overrides, f"hydra.run.dir={program.folder}/broken")
 
 
 @pytest.fixture(scope="module")
