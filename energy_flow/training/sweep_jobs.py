@@ -1,5 +1,6 @@
 """The jobs of a Hydra multirun, read back from its folder."""
 
+import functools
 import json
 import re
 import shlex
@@ -73,12 +74,19 @@ def _job_number(overrides: Path) -> tuple[int, str]:
 def _read(overrides: Path) -> Job:
     run = overrides.parent.parent
     metrics, error = run / "metrics.json", run / _ERROR
-    config = OmegaConf.load(overrides.with_name("config.yaml"))
+    words, seed = _described(overrides, overrides.stat().st_mtime_ns)
     return Job(
         name=run.name,
         folder=run,
-        words=tuple(OmegaConf.load(overrides)),
-        seed=OmegaConf.select(config, "seed"),
+        words=words,
+        seed=seed,
         metrics=json.loads(metrics.read_text()) if metrics.is_file() else {},
         error=error.read_text().partition("\n")[0] if error.is_file() else None,
     )
+
+
+@functools.cache
+def _described(overrides: Path, written: int) -> tuple[tuple[str, ...], int | None]:
+    """Overrides and seed of a job; reading YAML is slow, and all jobs are read after each."""
+    config = OmegaConf.load(overrides.with_name("config.yaml"))
+    return tuple(OmegaConf.load(overrides)), OmegaConf.select(config, "seed")
