@@ -33,6 +33,8 @@ class SweepSummary(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
+            # Hydra keeps what a job returned until the sweep ends, with copies of its whole config.
+            job_return.cfg = job_return.hydra_cfg = None
             folder = Path(config.hydra.sweep.dir)
             jobs = read_jobs(folder)
             _summarise(folder, jobs)

@@ -1,7 +1,9 @@
 """Whether memory and open files stay flat, over the steps of one run and over the runs of one process.
 
-python -m tests.campaigns.flat_memory steps [5000]    # at debug size; step 500 (a tenth) beside the last one
-python -m tests.campaigns.flat_memory jobs [200]      # of a multirun, with a model as small as they get
+python -m tests.campaigns.flat_memory steps 5000      # at debug size; step 500 (a tenth) beside the last one
+python -m tests.campaigns.flat_memory jobs 200        # of a multirun, with a model as small as they get
+
+More words are overrides: `steps 5000 lattice.width=4 lattice.height=4 model.hidden_size=8` takes minutes on a CPU.
 
 Prints lines of CSV and what grew; ends with exit code 1 where that is more than 2%.
 """
@@ -41,7 +43,7 @@ class Watch(Callback):
             self.seen[trainer.global_step] = usage()
 
 
-def steps(number: int, folder: Path) -> dict[int, Usage]:
+def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
     """One run of so many steps with everything on but the test, 500 of them in an epoch."""
     watch = Watch(number // 10)
     build = train.build_trainer
@@ -62,7 +64,7 @@ def steps(number: int, folder: Path) -> dict[int, Usage]:
     return watch.seen
 
 
-def jobs(number: int, folder: Path) -> dict[int, Usage]:
+def jobs(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
     """A multirun of so many tiny runs, with their tests."""
     write_pairs(folder)
     seen: dict[int, Usage] = {}
@@ -75,7 +77,7 @@ def jobs(number: int, folder: Path) -> dict[int, Usage]:
 
     train.train = train_and_look
     own = words("train", folder, ())
-    run("-m", *own, f"seed=range(1,{number + 1})", folder=folder)
+    run("-m", *own, f"seed=range(1,{number + 1})", *overrides, folder=folder)
     return seen
 
 
@@ -85,19 +87,24 @@ def run(*arguments: str, folder: Path) -> None:
     train.main()
 
 
+def grown(first: Usage, last: Usage) -> dict[str, float]:
+    """By which share each has grown."""
+    names = ("resident memory", "open files", "threads")
+    return {name: after / before - 1 for name, before, after in zip(names, first, last, strict=True)}
+
+
 def main() -> None:
-    kind, number = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    kind, number, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        measure = {"steps": steps, "jobs": jobs}[kind]
-        seen = measure(number or {"steps": 5000, "jobs": 200}[kind], Path(folder))
+        seen = {"steps": steps, "jobs": jobs}[kind](int(number), overrides, Path(folder))
     print(f"{kind},resident MiB,open files,threads")
     shown = list(seen)[:: max(1, len(seen) // 10)]
     for index in dict.fromkeys([*shown, max(seen)]):
         resident, files, threads = seen[index]
         print(f"{index},{resident / 2**20:.1f},{files},{threads}")
     first, last = seen[shown[min(1, len(shown) - 1)] if kind == "jobs" else min(seen)], seen[max(seen)]
-    growth = {what: last[i] / first[i] - 1 for i, what in enumerate(("resident memory", "open files", "threads"))}
+    growth = grown(first, last)
     print(", ".join(f"{what} {value:+.2%}" for what, value in growth.items()))
     sys.exit(any(value > LIMIT for value in growth.values()))
 

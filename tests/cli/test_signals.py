@@ -1,5 +1,6 @@
 """Signals and data workers that end: what a program says, what it leaves, its exit code."""
 
+import gc
 import os
 import shlex
 import signal
@@ -11,10 +12,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from hydra.core.utils import JobReturn
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from torch.utils.data import get_worker_info
 
 from energy_flow.data.pairs import PairDataset
 from energy_flow.training import run
+from energy_flow.training.sweep_summary import SweepSummary
 from tests.cli.helpers import Program, start, wait_for, write_pairs
 from tests.cli.test_broken_off import At, broken_off, goes_on_exactly, saved_step, signalled
 
@@ -114,6 +119,24 @@ def test_a_worker_fails(program: Program, straight: Any, do: Callable[[], Any], 
     assert 1 <= step <= 8, "after the first batches of an epoch, the workers being a few ahead"
     assert psutil.Process().children() == []
     goes_on_exactly(program, straight)
+
+
+def test_a_run_leaves_nothing_open(program: Program) -> None:
+    """Hundreds of them share the process of a multirun."""
+    process, used = psutil.Process(), []
+    for _ in range(2):
+        assert program.train("baselines.enabled=true", "baselines.training.epochs=1").code == 0
+        gc.collect()
+        used.append((process.num_threads(), process.num_fds(), len(process.children())))
+    assert used[0] == used[1]
+
+
+def test_a_sweep_does_not_keep_configs(program: Program) -> None:
+    config = OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN, "sweep": {"dir": str(program.folder)}}})
+    job = JobReturn(cfg=config, hydra_cfg=config)
+    SweepSummary().on_job_end(config, job)
+    assert job.cfg is None
+    assert job.hydra_cfg is None
 
 
 @pytest.mark.slow
