@@ -52,15 +52,9 @@ def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
         return build(*args, callbacks=[*callbacks, watch], **kwargs)
 
     train.build_trainer = build_and_watch
-    epochs = ("trainer.max_epochs=-1", "+trainer.limit_train_batches=500", "callbacks.early_stopping=null")
-    run(
-        "size=debug",
-        f"trainer.max_steps={number}",
-        *epochs,
-        "test=false",
-        "+trainer.limit_val_batches=1",
-        folder=folder,
-    )
+    own = ["size=debug", f"trainer.max_steps={number}", "trainer.max_epochs=-1", "+trainer.limit_train_batches=500"]
+    own += ["callbacks.early_stopping=null", "test=false", "+trainer.limit_val_batches=1"]
+    run(*own, *overrides, folder=folder)
     return watch.seen
 
 

@@ -90,12 +90,12 @@ class SaveOnInterrupt(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         self._child_has_ended = False
         self._let_children_raise()
-        if isinstance(exception, ConfigError) or self._saving or not _fitting(trainer):
-            return
-        try:
-            self._save(trainer)
-        except (OSError, RuntimeError) as error:
-            exception.add_note(f"{self.path} could not be written: {' '.join(str(error).split())}")
+        if not isinstance(exception, ConfigError) and not self._saving and _fitting(trainer):
+            try:
+                self._save(trainer)
+            except (OSError, RuntimeError) as error:
+                exception.add_note(f"{self.path} could not be written: {' '.join(str(error).split())}")
+        signals.let_through()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._saving and self._boundary is not None:
