@@ -44,7 +44,7 @@ class Watch(Callback):
 
 
 def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
-    """One run of so many steps with everything on but the test, 500 of them in an epoch."""
+    """One run of so many steps in 25 epochs with everything on but the test; the first tenth has seen all of it."""
     watch = Watch(number // 10)
     build = train.build_trainer
 
@@ -52,7 +52,12 @@ def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
         return build(*args, callbacks=[*callbacks, watch], **kwargs)
 
     train.build_trainer = build_and_watch
-    own = ["size=debug", f"trainer.max_steps={number}", "trainer.max_epochs=-1", "+trainer.limit_train_batches=500"]
+    own = [
+        "size=debug",
+        f"trainer.max_steps={number}",
+        "trainer.max_epochs=-1",
+        f"+trainer.limit_train_batches={number // 25}",
+    ]
     own += ["callbacks.early_stopping=null", "test=false", "+trainer.limit_val_batches=1"]
     run(*own, *overrides, folder=folder)
     return watch.seen

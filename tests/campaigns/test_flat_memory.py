@@ -19,7 +19,7 @@ def test_growth_is_judged() -> None:
 def test_a_short_campaign() -> None:
     own = ["lattice.width=4", "lattice.height=4", "model.hidden_size=8"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.campaigns.flat_memory", "steps", "20", *own],
+        [sys.executable, "-m", "tests.campaigns.flat_memory", "steps", "50", *own],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -28,7 +28,7 @@ def test_a_short_campaign() -> None:
     )
     lines = done.stdout.splitlines()
     start = lines.index("steps,resident MiB,open files,threads")
-    assert [line.split(",")[0] for line in lines[start + 1 : -1]] == [str(step) for step in range(2, 21, 2)], (
+    assert [line.split(",")[0] for line in lines[start + 1 : -1]] == [str(step) for step in range(5, 51, 5)], (
         done.stderr
     )
     assert "resident memory" in lines[-1]
