@@ -1,6 +1,7 @@
 """What the entry points share: Hydra around them, and how errors reach the user."""
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -9,9 +10,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,9 +21,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from energy_flow import signals
 from energy_flow.config import config_dir
 from energy_flow.errors import ConfigError, EnergyFlowError
 from energy_flow.settings import did_you_mean
+from energy_flow.training.sweep_jobs import clear_error, write_error
 
 log = logging.getLogger(__name__)
 
@@ -39,27 +42,30 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
     """Decorator: a task on a plain config becomes a Hydra application.
 
     Errors that a user can mend end the program with their message and exit code 1, without a traceback. A job of a
-    sweep that ends so doesn't keep the other jobs from running. `HYDRA_FULL_ERROR=1` brings the tracebacks back.
+    sweep that fails, in whatever way, doesn't keep the others from running; the sweep ends with exit code 1 then. After
+    Ctrl-C the exit code is 130, after SIGTERM 143. `HYDRA_FULL_ERROR=1` brings the tracebacks back.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
         asked = os.environ.get(_FULL_ERROR)
 
         def run(config: DictConfig) -> Any:
+            clear_error(_run_folder())
             try:
                 with _environment(_FULL_ERROR, asked):
                     return task(_plain(config))
-            except EnergyFlowError as error:
-                log.info("ended by an error of the user's: %s", error)
-                log.debug("where it was found", exc_info=True)
-                sys.stdout.flush()
-                print(f"error: {error}", file=sys.stderr)
+            except (KeyboardInterrupt, SystemExit) as end:
+                _end_run(end)
+            except Exception as error:
+                _say(error)
                 if is_multirun():
-                    raise  # Hydra runs the other jobs, then raises it again
-                sys.exit(1)
-            except KeyboardInterrupt:
-                print("interrupted", file=sys.stderr)
-                sys.exit(130)
+                    write_error(_run_folder(), error)
+                elif isinstance(error, EnergyFlowError):
+                    sys.exit(1)
+                else:
+                    raise
+            gc.collect()  # the frames of an error hold all that the job had; the next job needs the memory
+            return None
 
         start = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(run)
 
@@ -71,21 +77,56 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
                     file=sys.stderr,
                 )
                 sys.exit(1)
-            try:
-                with _environment(_FULL_ERROR, "1"):
-                    start()
-            except EnergyFlowError:
-                sys.exit(1)  # of a sweep's job, which has printed it
-            except (*_HYDRAS, OSError) as error:
-                ours = any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
-                if asked == "1" or ours or not (isinstance(error, _HYDRAS) or _file_of(error)):
-                    raise
-                print(f"error: {_explain(error, config_name)}", file=sys.stderr)
-                sys.exit(1)
+            with signals.handled():
+                try:
+                    with _environment(_FULL_ERROR, "1"):
+                        start()
+                except KeyboardInterrupt as end:  # before or after the run
+                    _leave(end)
+                except (*_HYDRAS, OSError) as error:
+                    ours = any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+                    if asked == "1" or ours or not (isinstance(error, _HYDRAS) or _file_of(error)):
+                        raise
+                    print(f"error: {_explain(error, config_name)}", file=sys.stderr)
+                    sys.exit(1)
 
         return main
 
     return decorate
+
+
+def _say(error: Exception) -> None:
+    """The message of an error that a user can mend, the traceback of another one where Python won't show it."""
+    ours = isinstance(error, EnergyFlowError)
+    log.info("ended by an error: %s", error, exc_info=not ours)
+    log.debug("where it was found", exc_info=ours)
+    sys.stdout.flush()
+    if ours:
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+    elif is_multirun():
+        traceback.print_exception(error)
+
+
+def _end_run(end: KeyboardInterrupt | SystemExit) -> NoReturn:
+    """End the program, and with it the sweep, of whose end Hydra would tell its callbacks nothing."""
+    if is_multirun():
+        write_error(_run_folder(), KeyboardInterrupt(signals.name()))
+        config: Any = HydraConfig.instance().cfg
+        for callback in config.hydra.callbacks.values():
+            with suppress(SystemExit):  # its exit code; ours says more
+                hydra.utils.instantiate(callback).on_multirun_end(config=config)
+    _leave(end)
+
+
+def _leave(end: KeyboardInterrupt | SystemExit) -> NoReturn:
+    if isinstance(end, SystemExit):  # by one who has said why
+        raise end
+    print(signals.name(), file=sys.stderr)
+    sys.exit(signals.exit_code())
+
+
+def _run_folder() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def command_to_go_on(checkpoint: Path) -> str:

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from energy_flow import cli
+from energy_flow import cli, signals
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
@@ -24,6 +24,7 @@ from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
     TrainSettings,
     check_loss,
+    ended_by_signals,
     finish,
     hyper_parameters,
     refuse_processes,
@@ -59,17 +60,24 @@ def train(config: dict[str, Any]) -> float | None:
     interrupt = SaveOnInterrupt(Path(settings.paths.output_dir, "checkpoints", "last.ckpt"))
     trainer = build_trainer(
         settings.trainer,
-        callbacks=[*build_all(settings.callbacks, "callbacks"), interrupt],
+        callbacks=build_all(settings.callbacks, "callbacks"),
         loggers=build_all(settings.logger, "logger"),
         output_dir=settings.paths.output_dir,
         num_batches=len(data.train_dataloader()),
     )
+    trainer.callbacks.append(interrupt)  # type: ignore[attr-defined]
     refuse_processes(trainer, module.processor.settings, cli.is_multirun())
     console.quiet = not trainer.is_global_zero
     _introduce(console, settings, module, data, trainer)
     try:
         seconds = _fit(trainer, module, data, settings.ckpt_path, interrupt)
         return _finish(settings, trainer, module, data, seconds, console)
+    except KeyboardInterrupt:
+        if not trainer.is_global_zero:
+            sys.exit(0)  # for any other code Lightning would kill the first process before it has said all
+        where = f" at step {trainer.global_step}" if trainer.global_step else ""  # spawned processes tell nothing
+        print(f"\n{signals.name()}{where}\n{_how_to_go_on(interrupt.path, settings.ckpt_path)}", file=sys.stderr)
+        sys.exit(signals.exit_code())
     finally:
         console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
 
@@ -98,21 +106,27 @@ def _fit(
     ckpt_path: str | None,
     interrupt: SaveOnInterrupt,
 ) -> float:
-    """Train; returns the seconds it took. Ctrl-C ends the program with 130 and says how to go on."""
+    """Train; returns the seconds it took. A note in an error says how to go on."""
     started = time.perf_counter()
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        with ended_by_signals(trainer):
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    except SystemExit:  # how Lightning ends on Ctrl-C, after callbacks have saved what they can
-        print(f"\ninterrupted at step {trainer.global_step}", file=sys.stderr)
-        if interrupt.path.is_file():  # saved now, or in a validation the one of the last epoch
-            step = checkpoints.load(interrupt.path)["global_step"]
-            print(f"to go on from step {step}:\n{cli.command_to_go_on(interrupt.path)}", file=sys.stderr)
-        else:
-            print("there is no checkpoint yet to go on from", file=sys.stderr)
-        sys.exit(130)
+    except ConfigError:
+        raise
+    except Exception as error:
+        error.add_note(_how_to_go_on(interrupt.path, ckpt_path))
+        raise
     return time.perf_counter() - started
+
+
+def _how_to_go_on(last: Path, ckpt_path: str | None) -> str:
+    if last.is_file():
+        return f"to go on from step {checkpoints.load(last)['global_step']}:\n{cli.command_to_go_on(last)}"
+    if ckpt_path is not None:
+        return f"to go on from where this began:\n{cli.command_to_go_on(Path(ckpt_path))}"
+    return "there is no checkpoint yet to go on from"
 
 
 def _finish(
@@ -141,7 +155,7 @@ def _finish(
             # Under names of their own: the curves of the same metrics must not get a point at step 0.
             found = {f"result/{name}": value for name, value in results.headlines().items()}
             logger.log_hyperparams(hyper_parameters(settings), found, trainer.global_step)
-            logger.save()
+            logger.finalize("success")  # once more: the line above opened a writer, which is a thread
     console.print(
         f"trained {seconds:.0f} s; TensorBoard: tensorboard --logdir {settings.paths.log_dir}", soft_wrap=True
     )

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "energy_flow"
 ENTRY_POINT = 3
 TIERS = {"ops": 0, "core": 1, "training": 2, "viz": 2, "data": 2, "benchmarks": ENTRY_POINT}
-FREE = {"atomic", "errors", "settings", "version"}
+FREE = {"atomic", "errors", "settings", "signals", "version"}
 HEAVY = {"lightning", "hydra", "omegaconf", "matplotlib", "tensorboard"}
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "synchronize"}
 # Called between batches, by whoever looks at a result, or on a CPU alone: these may wait.

@@ -204,6 +204,19 @@ class EnergyDataModule(LightningDataModule):
         """The test rows again."""
         return self._ordered("test")
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Say what to do where workers failed: PyTorch says what happened, and knows no config."""
+        workers = f"data.num_workers = {self.settings.num_workers}"
+        if "DataLoader timed out" in str(exception):
+            exception.add_note(
+                f"data.timeout = {self.settings.timeout:g}: no batch came in this time. If reading takes that long, "
+                f"raise it; {workers}: with 0 nothing waits, and Ctrl-C twice shows where reading hangs"
+            )
+        elif "DataLoader worker (pid" in str(exception):
+            exception.add_note(
+                f"{workers}: one of them was ended from outside, as a system does that has no memory left. Set fewer"
+            )
+
     def _ordered(self, split: str) -> DataLoader:
         return DataLoader(self._dataset(split), batch_size=self.settings.eval_batch_size, **self._loader_options())
 
@@ -211,6 +224,7 @@ class EnergyDataModule(LightningDataModule):
         return {
             "num_workers": self.settings.num_workers,
             "persistent_workers": self.settings.num_workers > 0,
+            "timeout": self.settings.timeout if self.settings.num_workers > 0 else 0,
             "collate_fn": _as_it_is,
             "pin_memory": torch.cuda.is_available(),
             # Its own: otherwise every pass over a loader would move torch's global stream.

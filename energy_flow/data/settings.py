@@ -18,6 +18,7 @@ class DataSettings(Settings):
     batch_size: int = Field(ge=1)
     eval_batch_size: int = Field(ge=1)
     num_workers: int = Field(ge=0)
+    timeout: float = Field(gt=0, allow_inf_nan=False)
     seed: int = Field(ge=0)
 
     @abstractmethod

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,15 +11,16 @@ from typing import Annotated, Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.nn import functional
 
+from energy_flow import signals
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.data import EnergyDataModule
 from energy_flow.data.samples import Samples
@@ -193,6 +195,23 @@ def refuse_processes(trainer: Trainer, lattice: LatticeSettings, multirun: bool)
         )
 
 
+@contextmanager
+def ended_by_signals(trainer: Trainer) -> Iterator[None]:
+    """Inside the trainer works; all ways in which a signal makes it end are one KeyboardInterrupt outside."""
+    launcher = trainer.strategy.launcher
+    try:
+        with signals.passed_on(launcher.kill) if isinstance(launcher, _MultiProcessingLauncher) else nullcontext():
+            yield
+    except SystemExit:  # how Lightning and callbacks end
+        raise KeyboardInterrupt from None
+    except (ProcessExitedException, RuntimeError) as error:
+        # A signal to all processes of a job ends data workers at once.
+        ended = isinstance(error, ProcessExitedException) or str(error).startswith("DataLoader worker (pid")
+        if not ended or signals.received() is None:
+            raise
+        raise KeyboardInterrupt from None
+
+
 def test(
     trainer: Trainer,
     module: EnergyFlowModule,
@@ -200,20 +219,19 @@ def test(
     ckpt_path: str | None,
     keep: Mapping[str, Path],
 ) -> dict[str, float]:
-    """Test metrics of the module, or of a checkpoint of it. Ctrl-C ends the program with 130.
+    """Test metrics of the module, or of a checkpoint of it.
 
     Args:
         keep: which of the module's `test_rows` are written, and where.
+
+    Raises:
+        KeyboardInterrupt: a signal has come.
     """
     others = [callback for callback in trainer.callbacks if not isinstance(callback, KeepTestRows)]  # type: ignore[attr-defined]
     kept = [KeepTestRows(path, measure) for measure, path in keep.items()]
     trainer.callbacks = [*others, *kept]  # type: ignore[attr-defined]
-    try:
+    with ended_by_signals(trainer):
         trainer.test(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
-    except SystemExit:  # how Lightning ends on Ctrl-C
-        if trainer.state.status == TrainerStatus.INTERRUPTED:
-            raise KeyboardInterrupt from None
-        raise
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
 
 

@@ -2,7 +2,8 @@
 
 import csv
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,21 @@ from energy_flow.training.comparison_files import comparison_table, write_compar
 from energy_flow.training.sweep_jobs import Job, read_jobs, told_apart
 from energy_flow.training.task import TASKS
 
+_WORDS = ("job", "overrides", "error")
+
 
 class SweepSummary(Callback):
     """Writes `summary.csv` (every metric) and `summary.md` into the multirun folder, and prints the table.
 
     Beside them stands the comparison of the models, where there is more than one job: `comparison.csv`, `.md` and
-    `.png`. All are written after every job: an interrupted sweep, or one with a job that failed, has them too.
+    `.png`. All are written after every job: an interrupted sweep, or one with a job that failed, has them too. A sweep
+    with a job that did not finish ends with exit code 1.
     """
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
+            # Hydra keeps what a job returned until the sweep ends, with copies of its whole config.
+            job_return.cfg = job_return.hydra_cfg = None
             folder = Path(config.hydra.sweep.dir)
             jobs = read_jobs(folder)
             _summarise(folder, jobs)
@@ -41,10 +47,10 @@ class SweepSummary(Callback):
         jobs = read_jobs(folder)
         columns = _summarise(folder, jobs)
         table = Table(title=f"Summary of {len(jobs)} jobs: {folder}", title_justify="left")
-        for name in ("job", "overrides", *columns):
-            table.add_column(name, justify="left" if name in ("job", "overrides") else "right", overflow="fold")
-        for job, words in zip(jobs, told_apart([job.words for job in jobs]), strict=True):
-            table.add_row(job.name, escape(words), *(_number(job.metrics.get(name)) for name in columns))
+        for name in columns:
+            table.add_column(name, justify="left" if name in _WORDS else "right", overflow="fold")
+        for cells in _cells(jobs, columns):
+            table.add_row(*map(escape, cells))
         console = Console()
         console.print(table)
         comparison = compare(jobs)
@@ -52,11 +58,17 @@ class SweepSummary(Callback):
             write_comparison(folder, comparison)
             console.print(comparison_table(comparison))
             console.print(f"comparison: {folder / 'comparison.png'}", highlight=False, soft_wrap=True)
+        failed = [job.name for job in jobs if job.error is not None]
+        if failed:
+            print(f"{len(failed)} of {len(jobs)} jobs did not finish: {', '.join(failed)}", file=sys.stderr)
+            sys.exit(1)
 
 
 def _summarise(folder: Path, jobs: Sequence[Job]) -> list[str]:
-    """Write both files; returns the metrics that are shown."""
-    columns = [name for name in _shown(jobs) if any(name in job.metrics for job in jobs)]
+    """Write both files; returns the columns that are shown."""
+    columns = ["job", "overrides", *(name for name in _shown(jobs) if any(name in job.metrics for job in jobs))]
+    if any(job.error is not None for job in jobs):
+        columns.append("error")
     _write_csv(folder / "summary.csv", jobs)
     _write_markdown(folder / "summary.md", jobs, columns)
     return columns
@@ -70,7 +82,7 @@ def _shown(jobs: Sequence[Job]) -> list[str]:
 
 
 def _write_csv(path: Path, jobs: Sequence[Job]) -> None:
-    lines = [{"job": job.name, "overrides": shlex.join(job.words), **job.metrics} for job in jobs]
+    lines = [{"job": job.name, "overrides": shlex.join(job.words), **job.metrics, "error": job.error} for job in jobs]
     names = list(dict.fromkeys(name for line in lines for name in line))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
@@ -79,12 +91,16 @@ def _write_csv(path: Path, jobs: Sequence[Job]) -> None:
 
 
 def _write_markdown(path: Path, jobs: Sequence[Job], columns: Sequence[str]) -> None:
-    names = ["job", "overrides", *columns]
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for job, words in zip(jobs, told_apart([job.words for job in jobs]), strict=True):
-        cells = [job.name, words, *(_number(job.metrics.get(name)) for name in columns)]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in _cells(jobs, columns)]
     path.write_text("\n".join(lines) + "\n")
+
+
+def _cells(jobs: Sequence[Job], columns: Sequence[str]) -> Iterator[list[str]]:
+    """The lines of a table."""
+    for job, words in zip(jobs, told_apart([job.words for job in jobs]), strict=True):
+        texts = {"job": job.name, "overrides": words, "error": job.error or ""}
+        yield [texts[name] if name in _WORDS else _number(job.metrics.get(name)) for name in columns]
 
 
 def _number(value: float | None) -> str:

@@ -10,11 +10,11 @@ from tests.cli.helpers import Outcome, Program, spawn, write_pairs
 
 
 @pytest.fixture
-def program(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Program:
+def program(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Program:
     """The entry points on tiny files in a fresh folder, which is the working directory."""
     write_pairs(tmp_path, seed=1)
     monkeypatch.chdir(tmp_path)
-    return Program(tmp_path, capsys, monkeypatch)
+    return Program(tmp_path, capfd, monkeypatch)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tests.cli.helpers import (
     check_message,
     environment,
     interrupt,
-    read_metrics,
     start,
     wait_for,
     write_pairs,
@@ -104,29 +103,6 @@ def stopped(program: Program, step: int, error: BaseException) -> Outcome:
         return program.train(*BUSY, f"hydra.run.dir={program.folder}/broken")
 
 
-class InterruptValidation(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(("step", "said"), [(4, "there is no checkpoint yet"), (8, "to go on from step 4:")])
-def test_interrupted_in_a_validation(program: Program, step: int, said: str) -> None:
-    """Lightning can't go on from the middle of a validation: what is there to go on from is named."""
-    build = train.build_trainer
-
-    def build_and_interrupt(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, InterruptValidation(step)], **kwargs)
-
-    program.patch.setattr(train, "build_trainer", build_and_interrupt)
-    outcome = program.train(*BUSY)
-    assert outcome.code == 130
-    assert f"interrupted at step {step}\n{said}" in outcome.err
-
-
 def test_the_printed_command_survives_special_characters(program: Program) -> None:
     folder = program.folder / "a=1, b"
     path = f'hydra.run.dir="{folder}"'
@@ -144,79 +120,6 @@ def test_the_printed_command_survives_special_characters(program: Program) -> No
     )
     assert (again.code, again.err) == (0, "")
     assert again.folder == folder
-
-
-class Press(Callback):
-    """Ctrl-C in the middle of a step, so many times."""
-
-    def __init__(self, step: int, times: int) -> None:
-        self.step, self.times = step, times
-
-    def on_before_backward(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            for _ in range(self.times):
-                signal.raise_signal(signal.SIGINT)
-
-
-def pressed(program: Program, step: int, times: int) -> Outcome:
-    """The same run with Ctrl-C; in the folder "broken"."""
-    build = train.build_trainer
-
-    def build_and_press(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, Press(step, times)], **kwargs)
-
-    with program.patch.context() as patch:
-        patch.setattr(train, "build_trainer", build_and_press)
-        return program.train(*BUSY, f"hydra.run.dir={program.folder}/broken")
-
-
-@pytest.mark.parametrize("step", [9, 11])
-def test_ctrl_c_finishes_the_step(program: Program, through: Path, step: int) -> None:
-    """In the middle of an epoch, and in its last batch, after which comes a validation."""
-    before = signal.getsignal(signal.SIGINT)
-    outcome = pressed(program, step, times=1)
-    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on, as the program ends
-    assert outcome.code == 130
-    assert "ending after this batch; again to end at once" in outcome.err
-    last = program.folder / "broken" / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == (10 if step == 9 else 8)
-    outcome = program.train(*BUSY, f"hydra.run.dir={program.folder}/broken", f"ckpt_path={last}")
-    assert outcome.code == 0, outcome.err
-    found = differences(checkpoint(through), checkpoint(outcome.folder))
-    assert [path for path in found if not path.startswith("/loops/")] == []  # Lightning counts the batch that was begun
-    assert signal.getsignal(signal.SIGINT) is before, "a run that ends gives the handler back"
-
-
-def test_a_second_ctrl_c_does_not_wait(program: Program) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    outcome = pressed(program, 9, times=2)
-    signal.signal(signal.SIGINT, before)
-    assert outcome.code == 130
-    assert "interrupted at step 9\nto go on from step 9:" in outcome.err
-
-
-@pytest.mark.parametrize(("step", "kind"), [(8, RuntimeError), (10, RuntimeError), (10, KeyboardInterrupt)])
-def test_resumed_equals_straight(program: Program, through: Path, step: int, kind: type[BaseException]) -> None:
-    """An error loses the epoch that it ends; Ctrl-C saves what was done of it."""
-    last = program.folder / "broken" / "checkpoints" / "last.ckpt"
-    if kind is KeyboardInterrupt:
-        assert stopped(program, step, kind()).code == 130
-    else:
-        with pytest.raises(kind, match="power cut"):
-            stopped(program, step, kind("power cut"))
-    assert torch.load(last, weights_only=True)["global_step"] == (step if kind is KeyboardInterrupt else 8)
-    torch.manual_seed(step)  # a resumed run must not live on the state of the process
-    outcome = program.train(*BUSY, f"hydra.run.dir={program.folder}/broken", f"ckpt_path={last}")
-    assert (outcome.code, outcome.err) == (0, "")
-    for name in ("last", "best"):
-        found = differences(checkpoint(through, name), checkpoint(outcome.folder, name))
-        if kind is KeyboardInterrupt:  # Lightning counts the batch that was begun and not done
-            found = [path for path in found if not path.startswith("/loops/")]
-        assert found == []
-    expected = read_metrics(through)
-    for name, value in outcome.metrics().items():
-        if name.startswith(("test/", "val/")):
-            assert value == expected[name], name
 
 
 def test_noise_and_seed_change_the_result(program: Program, through: Path) -> None:

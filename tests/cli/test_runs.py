@@ -279,21 +279,37 @@ def test_an_interrupted_sweep_has_its_comparison(program: Program) -> None:
         return inner(config)
 
     program.patch.setattr(train, "train", stopped)
-    assert program.train("lattice.depth=4,6,8", multirun=True).code == 130
+    outcome = program.train("lattice.depth=4,6,8,10", multirun=True)
+    assert outcome.code == 130
+    assert "Summary of 3 jobs" in outcome.out
     [path] = (program.folder / "logs").rglob("comparison.csv")
     rows = list(csv.DictReader(path.open()))
-    assert [row["method"] for row in rows] == ["lattice.depth=4", "lattice.depth=6"]
+    assert [row["method"] for row in rows if row["mrr"]] == ["lattice.depth=4", "lattice.depth=6"]
+    rows = list(csv.DictReader(path.with_name("summary.csv").open()))
+    assert [row["error"] for row in rows] == ["", "", "interrupted"]
 
 
 @pytest.mark.slow
 def test_a_bad_job_does_not_end_the_sweep(program: Program) -> None:
-    outcome = program.train("lattice.depth=4,0,6", multirun=True)
+    def broken(config: dict[str, Any], inner: Any = train.train) -> Any:
+        if config["lattice"]["depth"] == 8:
+            raise torch.OutOfMemoryError("out of memory\nby far")
+        return inner(config)
+
+    program.patch.setattr(train, "train", broken)
+    outcome = program.train("lattice.depth=4,0,8,6", multirun=True)
     assert outcome.code == 1
     assert "error: lattice.depth = 0" in outcome.err
-    assert "Traceback" not in outcome.err
+    assert outcome.err.count("Traceback") == 1, "of the one that a user can't mend"
+    assert "2 of 4 jobs did not finish: 1, 2" in outcome.err
+    assert "Summary of 4 jobs" in outcome.out
     (table,) = (program.folder / "logs").rglob("summary.md")
     rows = table.read_text().splitlines()[2:]
-    assert [" - |" in row for row in rows] == [False, True, False]
+    assert [" - |" in row for row in rows] == [False, True, True, False]
+    assert "| lattice.depth = 0" in rows[1]
+    assert rows[2].endswith("| OutOfMemoryError: out of memory |")
+    assert [row["error"] for row in csv.DictReader(table.with_name("summary.csv").open())][::3] == ["", ""]
+    assert "Traceback" in (table.parent / "2" / "error.txt").read_text()
     (compared,) = (program.folder / "logs").rglob("comparison.md")
     assert "| lattice.depth=0 | 0 | - |" in compared.read_text()
     assert "missing: seed 1 (job 1)" in compared.read_text()

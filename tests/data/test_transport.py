@@ -28,6 +28,7 @@ SECTION: dict[str, Any] = {
     "batch_size": 3,
     "eval_batch_size": 4,
     "num_workers": 0,
+    "timeout": 60.0,
     "seed": 1,
 }
 

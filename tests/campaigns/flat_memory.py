@@ -1,0 +1,112 @@
+"""Whether memory and open files stay flat, over the steps of one run and over the runs of one process.
+
+python -m tests.campaigns.flat_memory steps 5000      # at debug size; step 500 (a tenth) beside the last one
+python -m tests.campaigns.flat_memory jobs 200        # of a multirun, with a model as small as they get
+
+More words are overrides: `steps 5000 lattice.width=4 lattice.height=4 model.hidden_size=8` takes minutes on a CPU.
+
+Prints lines of CSV and what grew; ends with exit code 1 where that is more than 2%.
+"""
+
+import gc
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from energy_flow import train
+from tests.cli.helpers import words, write_pairs
+
+LIMIT = 0.02
+Usage = tuple[int, int, int]  # resident bytes, open files, threads
+
+
+def usage() -> Usage:
+    process = psutil.Process()
+    return process.memory_info().rss, process.num_fds(), process.num_threads()
+
+
+class Watch(Callback):
+    """Keeps the usage of some steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.seen: dict[int, Usage] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self.seen[trainer.global_step] = usage()
+
+
+def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
+    """One run of so many steps in 25 epochs with everything on but the test; the first tenth has seen all of it."""
+    watch = Watch(number // 10)
+    build = train.build_trainer
+
+    def build_and_watch(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, watch], **kwargs)
+
+    train.build_trainer = build_and_watch
+    own = [
+        "size=debug",
+        f"trainer.max_steps={number}",
+        "trainer.max_epochs=-1",
+        f"+trainer.limit_train_batches={number // 25}",
+    ]
+    own += ["callbacks.early_stopping=null", "test=false", "+trainer.limit_val_batches=1"]
+    run(*own, *overrides, folder=folder)
+    return watch.seen
+
+
+def jobs(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
+    """A multirun of so many tiny runs, with their tests."""
+    write_pairs(folder)
+    seen: dict[int, Usage] = {}
+    inner: Callable[[dict[str, Any]], float | None] = train.train
+
+    def train_and_look(config: dict[str, Any]) -> float | None:
+        gc.collect()
+        seen[len(seen)] = usage()  # before a job: after all of the one before
+        return inner(config)
+
+    train.train = train_and_look
+    own = words("train", folder, ())
+    run("-m", *own, f"seed=range(1,{number + 1})", *overrides, folder=folder)
+    return seen
+
+
+def run(*arguments: str, folder: Path) -> None:
+    quiet = ("trainer.enable_progress_bar=false", f"paths.log_dir={folder}/logs")
+    sys.argv = ["train", *arguments, *(word for word in quiet if word not in arguments)]
+    train.main()
+
+
+def grown(first: Usage, last: Usage) -> dict[str, float]:
+    """By which share each has grown."""
+    names = ("resident memory", "open files", "threads")
+    return {name: after / before - 1 for name, before, after in zip(names, first, last, strict=True)}
+
+
+def main() -> None:
+    kind, number, *overrides = sys.argv[1:]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        seen = {"steps": steps, "jobs": jobs}[kind](int(number), overrides, Path(folder))
+    print(f"{kind},resident MiB,open files,threads")
+    shown = list(seen)[:: max(1, len(seen) // 10)]
+    for index in dict.fromkeys([*shown, max(seen)]):
+        resident, files, threads = seen[index]
+        print(f"{index},{resident / 2**20:.1f},{files},{threads}")
+    first, last = seen[shown[min(1, len(shown) - 1)] if kind == "jobs" else min(seen)], seen[max(seen)]
+    growth = grown(first, last)
+    print(", ".join(f"{what} {value:+.2%}" for what, value in growth.items()))
+    sys.exit(any(value > LIMIT for value in growth.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Whatever breaks a training off, between two steps or in the middle of one, it goes on as if nothing had happened."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from energy_flow import train
+from tests.cli.helpers import Outcome, Program
+from tests.cli.test_resume import BUSY, checkpoint, differences
+
+RUN = (*BUSY, "data.batch_size=8", "trainer.accumulate_grad_batches=2", "data.eval_batch_size=16")  # 4 steps an epoch
+
+
+class At(Callback):
+    """Does something in a hook, once, after so many optimiser steps and in the last batch that meets them."""
+
+    def __init__(self, hook: str, step: int, do: Callable[[], Any], batch: int = 0) -> None:
+        self.left = batch
+        setattr(self, hook, lambda trainer, *args, **kwargs: self._look(trainer, step, do))
+
+    def _look(self, trainer: Any, step: int, do: Callable[[], Any]) -> None:
+        if trainer.global_step == step and not trainer.testing:
+            self.left -= 1
+            if self.left == -1:
+                do()
+
+
+def fail() -> None:
+    raise RuntimeError("a stone in the way")
+
+
+def signalled(signum: signal.Signals) -> Callable[[], None]:
+    return lambda: signal.raise_signal(signum)
+
+
+def broken_off(program: Program, *callbacks: Callback, overrides: tuple[str, ...] = ()) -> Outcome:
+    """The run with callbacks that break it off; in the folder "broken"."""
+    build = train.build_trainer
+
+    def build_and_break(*args: Any, callbacks: list[Callback], own: Any = callbacks, **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, *own], **kwargs)
+
+    with program.patch.context() as patch:
+        patch.setattr(train, "build_trainer", build_and_break)
+        return program.train(*RUN, *overrides, f"hydra.run.dir={program.folder}/broken")
+
+
+@pytest.fixture(scope="module")
+def straight() -> dict[str, dict[str, Any]]:
+    """What a run that nothing broke off leaves, once it has run."""
+    return {}
+
+
+def goes_on_exactly(program: Program, straight: dict[str, dict[str, Any]]) -> None:
+    if not straight:
+        outcome = program.train(*RUN)
+        assert outcome.code == 0, outcome.err
+        straight |= {name: checkpoint(outcome.folder, name) for name in ("last", "best")}
+    folder = program.folder / "broken"
+    torch.manual_seed(5)  # a run that goes on must not live on the state of the process
+    outcome = program.train(*RUN, f"hydra.run.dir={folder}", f"ckpt_path={folder}/checkpoints/last.ckpt")
+    assert (outcome.code, outcome.err) == (0, "")
+    for name, expected in straight.items():
+        found = differences(expected, checkpoint(folder, name))
+        # How often batches of an evaluation were begun; that of the step of logs alone has meaning here.
+        assert [path for path in found if "val_loop.batch_progress/total" not in path] == []
+
+
+def saved_step(folder: Path) -> int:
+    return torch.load(folder / "broken" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "batch", "saved"),
+    [
+        ("on_before_backward", 5, 0, 6),  # finishes the step, also where it takes two batches
+        ("on_before_backward", 5, 1, 6),
+        ("on_before_backward", 7, 1, 8),  # the last one of an epoch: a validation comes next
+        ("on_validation_batch_end", 4, 0, 4),  # the first epoch has no checkpoint yet
+        ("on_validation_epoch_end", 8, 0, 8),
+    ],
+)
+def test_a_signal(program: Program, straight: Any, hook: str, step: int, batch: int, saved: int) -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    outcome = broken_off(program, At(hook, step, signalled(signal.SIGTERM), batch))
+    assert outcome.code == 143
+    assert "terminated: ending after this batch; again to end at once" in outcome.err
+    assert f"terminated at step {saved}\nto go on from step {saved}:\npython -m energy_flow.train" in outcome.err
+    assert saved_step(program.folder) == saved
+    goes_on_exactly(program, straight)
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "batch", "saved"),
+    [
+        ("on_before_backward", 5, 0, 5),
+        ("on_before_backward", 5, 1, 5),  # gradients of half a step are lost: the step is done anew
+        ("on_train_batch_start", 8, 0, 8),
+        ("on_train_batch_end", 6, 0, 6),
+        ("on_validation_epoch_end", 8, 0, 8),
+    ],
+)
+def test_an_error(program: Program, straight: Any, hook: str, step: int, batch: int, saved: int) -> None:
+    with pytest.raises(RuntimeError, match="stone") as caught:
+        broken_off(program, At(hook, step, fail, batch))
+    [note] = caught.value.__notes__
+    assert f"to go on from step {saved}:\npython -m energy_flow.train" in note
+    assert saved_step(program.folder) == saved
+    goes_on_exactly(program, straight)
+
+
+def test_an_error_while_the_optimiser_writes(program: Program, straight: Any) -> None:
+    """Weights of half a step are worth nothing: the last checkpoint stands."""
+    step = torch.optim.AdamW.step
+
+    def broken(self: Any, closure: Any = None) -> Any:
+        result = step(self, closure)
+        if self.param_groups[0]["params"][0] in self.state and len(calls) == 6:
+            fail()
+        calls.append(0)
+        return result
+
+    calls: list[int] = []
+    with program.patch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", broken)
+        with pytest.raises(RuntimeError, match="stone") as caught:
+            broken_off(program)
+    assert "to go on from step 4:" in caught.value.__notes__[0]
+    goes_on_exactly(program, straight)
+
+
+def test_a_second_signal_does_not_wait(program: Program, straight: Any) -> None:
+    twice = At("on_before_backward", 5, lambda: [signalled(signal.SIGINT)() for _ in range(2)])
+    outcome = broken_off(program, twice)
+    assert outcome.code == 130
+    assert "interrupted at step 5\nto go on from step 5:" in outcome.err
+    goes_on_exactly(program, straight)
+
+
+def test_before_the_first_step(program: Program) -> None:
+    outcome = broken_off(program, At("on_train_batch_start", 0, lambda: [signalled(signal.SIGINT)() for _ in range(2)]))
+    assert outcome.code == 130
+    assert "interrupted\nthere is no checkpoint yet to go on from" in outcome.err
