@@ -24,6 +24,9 @@ class Tokenizer:
         return {"input_ids": [[0] * len(text.split()) for text in texts]}
 
 
+PREFIXES = ("stand/in-", "sentence-transformers/in-")
+
+
 class Library(types.ModuleType):
     """The module; models are called `stand/in-DIM`, or `sentence-transformers/in-DIM`.
 
@@ -53,10 +56,9 @@ class Library(types.ModuleType):
                 library.asked_hub |= not local_files_only
                 if local_files_only and not library.whole:
                     raise TypeError("a part is missing")
-                publisher, _, dim = name.partition("/in-")
-                if publisher not in ("stand", "sentence-transformers"):
+                if not name.startswith(PREFIXES):
                     raise OSError(f"{name} is not a valid model identifier\nand more")
-                self.dim = int(dim)
+                self.dim = int(name.rpartition("-")[2])
 
             def encode(self, texts: list[str], *, batch_size: int, **options: Any) -> NDArray[np.float32]:
                 assert options == {"normalize_embeddings": True, "show_progress_bar": False}
@@ -71,7 +73,7 @@ class Library(types.ModuleType):
 
     def _is_model(self, name: str, *, local_files_only: bool) -> bool:
         assert local_files_only
-        return self.cached and name.startswith("stand/in-")
+        return self.cached and name.startswith(PREFIXES)
 
 
 class Bars(types.ModuleType):
