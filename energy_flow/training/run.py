@@ -5,18 +5,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
+from energy_flow.atomic import write_whole
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.data import EnergyDataModule
 from energy_flow.data.samples import Samples
@@ -47,6 +48,7 @@ class TrainSettings(Settings):
     task_name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     ckpt_path: str | None
+    resume: Literal["auto"] | None
     optimized_metric: str
     test: bool
     baselines: BaselineSettings
@@ -60,6 +62,18 @@ class TrainSettings(Settings):
     callbacks: Section | None = None
     logger: Section | None = None
     paths: PathSettings
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> Self:
+        if self.resume is not None and self.ckpt_path is not None:
+            raise ValueError(f"resume = {self.resume} and ckpt_path = {self.ckpt_path}: give one of them")
+        return self
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the run keeps the checkpoints that it goes on from."""
+        last = (self.callbacks or {}).get("last_checkpoint") or {}
+        return Path(last.get("dirpath", Path(self.paths.output_dir, "checkpoints")))
 
 
 class SizeSettings(Settings):
@@ -220,10 +234,15 @@ def write_metrics(results: Results, output_dir: str | Path) -> None:
     path = Path(output_dir) / "metrics.json"
     flat = results.flat()
     finite = {key: value if math.isfinite(value) else None for key, value in flat.items()}
-    path.write_text(json.dumps(finite, indent=2) + "\n")
+    write_whole(path, (json.dumps(finite, indent=2) + "\n").encode())
     bad = [key for key, value in finite.items() if value is None]
     if bad:
         Console(stderr=True).print(f"not finite, null in {path}: {', '.join(bad)}", style="bold red")
+
+
+def read_metrics(output_dir: str | Path) -> dict[str, Any]:
+    """`metrics.json` of a finished run."""
+    return dict(json.loads((Path(output_dir) / "metrics.json").read_text()))
 
 
 def _write_baseline_rows(results: Results, path: Path, console: Console) -> None:

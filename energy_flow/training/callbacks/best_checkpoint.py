@@ -17,6 +17,7 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.current_score = state_dict["current_score"]  # which Lightning forgets
         best = Path(state_dict["best_model_path"])
         if self.dirpath is None or state_dict["dirpath"] == self.dirpath or not best.name:
             super().load_state_dict(state_dict)
