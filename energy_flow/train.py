@@ -70,6 +70,7 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
         checkpoints.check_resume(checkpoint, module.hparams, ckpt_path)
         checkpoints.check_weights(checkpoint["state_dict"], module, ckpt_path)
         say_whose_data(checkpoints.origin(checkpoint)[1], data, console)
+        console.print(f"going on from step {checkpoint['global_step']} of {ckpt_path}", highlight=False, soft_wrap=True)
         step = checkpoint["global_step"]
     interrupt = SaveOnInterrupt(Path(settings.paths.output_dir, "checkpoints", "last.ckpt"))
     trainer = build_trainer(

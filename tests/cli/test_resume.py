@@ -194,9 +194,12 @@ def test_a_second_ctrl_c_does_not_wait(program: Program) -> None:
     assert "interrupted at step 9\nto go on from step 9:" in outcome.err
 
 
-@pytest.mark.parametrize(("step", "kind"), [(8, RuntimeError), (10, RuntimeError), (10, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [(8, RuntimeError), (10, RuntimeError), (8, KeyboardInterrupt), (10, KeyboardInterrupt), (11, KeyboardInterrupt)],
+)
 def test_resumed_equals_straight(program: Program, through: Path, step: int, kind: type[BaseException]) -> None:
-    """An error loses the epoch that it ends; Ctrl-C saves what was done of it."""
+    """An error loses the epoch that it ends; Ctrl-C saves what was done of it, also before its first or last batch."""
     last = program.folder / "broken" / "checkpoints" / "last.ckpt"
     if kind is KeyboardInterrupt:
         assert stopped(program, step, kind()).code == 130
