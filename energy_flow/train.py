@@ -1,5 +1,6 @@
 """Train a flow lattice: python -m energy_flow.train [key=value ...]"""
 
+import errno
 import gc
 import logging
 import sys
@@ -15,14 +16,14 @@ from rich.console import Console
 
 from energy_flow import cli
 from energy_flow.data import EnergyDataModule
-from energy_flow.errors import CheckpointError, ConfigError
+from energy_flow.errors import CheckpointError, ConfigError, EnergyFlowError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training import run_folder
 from energy_flow.training.building import build_all, build_loggers, build_trainer
 from energy_flow.training.callbacks.exact_resume import ExactResume
 from energy_flow.training.callbacks.interrupt import SaveOnInterrupt
-from energy_flow.training.checkpoint_io import WholeCheckpoints
+from energy_flow.training.checkpoint_io import LAST, WholeCheckpoints
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
     TrainSettings,
@@ -47,6 +48,10 @@ def train(config: dict[str, Any]) -> float | None:
     settings = read(TrainSettings, config, "")
     task_of(settings.optimized_metric)
     folder = Path(settings.paths.output_dir)
+    if settings.resume == "auto" and cli.is_multirun():
+        raise ConfigError(
+            "resume = auto: is for single runs. Go on with the jobs of a multirun one by one, by ckpt_path"
+        )
     if settings.resume == "auto" and run_folder.is_finished(folder):
         print(f"run folder: {folder}\nfinished already, there is nothing to go on with")
         return read_metrics(folder).get(settings.optimized_metric)
@@ -72,7 +77,7 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
         say_whose_data(checkpoints.origin(checkpoint)[1], data, console)
         console.print(f"going on from step {checkpoint['global_step']} of {ckpt_path}", highlight=False, soft_wrap=True)
         step = checkpoint["global_step"]
-    interrupt = SaveOnInterrupt(Path(settings.paths.output_dir, "checkpoints", "last.ckpt"))
+    interrupt = SaveOnInterrupt(settings.checkpoint_folder / LAST)
     trainer = build_trainer(
         settings.trainer,
         callbacks=[ExactResume(), *build_all(settings.callbacks, "callbacks"), interrupt],
@@ -83,6 +88,7 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
     refuse_processes(trainer, module.processor.settings, cli.is_multirun())
     console.quiet = not trainer.is_global_zero
     _introduce(console, settings, module, data, trainer)
+    run_folder.mark_unfinished(Path(settings.paths.output_dir))
     try:
         seconds = _fit(trainer, module, data, ckpt_path, interrupt)
         _check_written(trainer)
@@ -188,6 +194,15 @@ def _finish(
     return metrics.get(settings.optimized_metric)
 
 
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error of a disk without room that an error comes from, if it does."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return error
+        error = error.__cause__
+    return None
+
+
 def _free() -> None:
     """Jobs of a multirun share one process: leave nothing of this one to the next."""
     gc.collect()
@@ -201,6 +216,14 @@ def main(config: dict[str, Any]) -> float | None:
     cli.quieten(resuming=config.get("ckpt_path") is not None or config.get("resume") is not None)
     try:
         return train(config)
+    except (OSError, ValueError) as error:  # ValueError: what Lightning makes of an error of TensorBoard's
+        full = _full_disk(error)
+        if full is None:
+            raise
+        raise EnergyFlowError(
+            f"{full.filename or 'the disk of the run folder'}: {full.strerror}. Make room and repeat the command with "
+            "resume=auto: it goes on from the last checkpoint"
+        ) from error
     finally:
         _free()
 

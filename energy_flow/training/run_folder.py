@@ -13,6 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from energy_flow.atomic import UNFINISHED, write_whole
 from energy_flow.errors import CheckpointError, ConfigError
@@ -39,7 +40,9 @@ class RunFolder(Callback):
             if config.resume == "auto" and not _is_given(config, "hydra.run.dir"):
                 self._go_on_with_the_newest(config)
             _check_use(Path(config.hydra.run.dir), config)
-        except (ConfigError, CheckpointError) as error:
+        except OmegaConfBaseException:
+            return  # Hydra meets it next, and says so
+        except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
@@ -88,6 +91,12 @@ def mark_finished(folder: Path) -> None:
         write_whole(folder / FINISHED, f"{datetime.now().isoformat(timespec='seconds')}\n".encode())
 
 
+def mark_unfinished(folder: Path) -> None:
+    """A run that had all its results trains on; on the first process."""
+    if is_first_process():
+        (folder / FINISHED).unlink(missing_ok=True)
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """A run's folder for this process alone, without what a killed one left half written.
@@ -95,17 +104,22 @@ def held(folder: Path) -> Iterator[None]:
     The lock dies with the process. Processes that another one started are let in.
 
     Raises:
-        ConfigError: another process trains in it.
+        ConfigError: another process trains in it, or it can't be made.
     """
     if not is_first_process():
         yield
         return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"paths.output_dir = {folder}: can't be written ({error.strerror}). Give another folder"
+        ) from error
     descriptor = _lock(folder)
     _locked.add(descriptor)
     try:
         for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")):
             path.unlink()
-        (folder / FINISHED).unlink(missing_ok=True)
         yield
     finally:
         _locked.discard(descriptor)

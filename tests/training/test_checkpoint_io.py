@@ -62,7 +62,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
 
 def test_leftovers_go_when_a_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    for name in ("metrics.json.unfinished", "checkpoints/last.ckpt.unfinished", "checkpoints/last.ckpt", "finished"):
+    for name in ("metrics.json.unfinished", "checkpoints/last.ckpt.unfinished", "checkpoints/last.ckpt"):
         (tmp_path / name).write_bytes(b"")
     with held(tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["last.ckpt"]

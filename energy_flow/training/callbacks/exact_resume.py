@@ -65,7 +65,7 @@ def _random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -74,5 +74,5 @@ def _set_random_states(states: dict[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():  # else other devices: their streams have no counterpart
+    if 0 < len(states["cuda"]) == torch.cuda.device_count():  # else other devices: their streams have no counterpart
         torch.cuda.set_rng_state_all(states["cuda"])

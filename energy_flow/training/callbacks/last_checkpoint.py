@@ -82,5 +82,7 @@ class LastCheckpoint(Checkpoint):
         return due
 
     def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # leaves nothing behind
+            return
         trainer.save_checkpoint(Path(self.dirpath, LAST), weights_only=False)
         self._saved_at = self._clock()
