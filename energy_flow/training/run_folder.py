@@ -169,6 +169,9 @@ def _check_use(folder: Path, config: DictConfig) -> None:
             "give another folder"
         )
     os.close(_lock(folder))
+    if config.resume == "auto" and (folder / ".hydra" / "config.yaml").is_file():
+        with open_dict(config):
+            config.hydra.output_subdir = None  # a kill while Hydra writes the same files again would leave half of them
 
 
 def _lock(folder: Path) -> int:

@@ -69,7 +69,7 @@ def campaign(folder: Path, runs: int, most_kills: int, seed: int) -> Findings:
         place = folder / f"run_{number}"
         _run(folder, place, [rng.uniform(0, span) for _ in range(rng.randint(1, most_kills))], findings)
         findings.runs += 1
-        if not list(place.glob("train/runs/*/finished")):  # the last kill may have come after the end
+        if not list(place.glob("train/runs/*/finished")):
             ended = spawn("train", folder, *_overrides(place))
             if ended.code != 0:
                 findings.failed.append(f"{place.name}: exit code {ended.code}: {ended.err[-500:]}")
@@ -97,6 +97,8 @@ def _training_seconds(place: Path) -> float:
 
 def _run(folder: Path, place: Path, moments: list[float], findings: Findings) -> None:
     for moment in moments:
+        if list(place.glob("train/runs/*/finished")):  # the last kill came after the end: the next would be a new run
+            return
         stage = Path(f"{place}.stage")
         stage.unlink(missing_ok=True)
         process = start("train", folder, *_overrides(place))

@@ -1,5 +1,6 @@
 """A run that died anywhere goes on with resume=auto as if nothing had been: weights, counters, curves, results."""
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
+from torch.utils.tensorboard import SummaryWriter
 
 from energy_flow import train
 from energy_flow.training import run_folder
@@ -87,6 +89,8 @@ def test_the_newest_unfinished_run_of_the_config(program: Program) -> None:
         died(program, StopAt(9, CUT), *BUSY, *overrides)
     finished, older, newer, other = runs(program)
     assert finished == new.folder
+    described = newer / ".hydra" / "config.yaml"
+    before = described.stat().st_mtime_ns
     outcome = program.train(*BUSY, "resume=auto")
     assert (outcome.code, outcome.err) == (0, "")
     assert f"resume = auto: going on with {newer}, the newest of 2 unfinished ones" in outcome.out.replace("\n", "")
@@ -95,6 +99,7 @@ def test_the_newest_unfinished_run_of_the_config(program: Program) -> None:
     assert differences(checkpoint(finished), checkpoint(newer)) == []
     assert [run_folder.is_finished(folder) for folder in (finished, older, newer, other)] == [True, False, True, False]
     assert len(runs(program)) == 4
+    assert described.stat().st_mtime_ns == before, "a kill while it is written again would leave half of it"
 
 
 def test_a_finished_run_is_left_alone(program: Program) -> None:
@@ -206,6 +211,38 @@ def test_what_can_not_be_written(program: Program, until: int) -> None:
         assert "from step 8" in outcome.out
     through = program.train(*BUSY, "optimizer.lr=1e-5")
     assert differences(checkpoint(through.folder), checkpoint(outcome.folder)) == []
+
+
+def test_a_best_one_that_can_not_be_written(program: Program) -> None:
+    """The state must not say of the file that is there what the lost one had reached."""
+    build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
+    fault = NoFolder(program.folder / "run" / "checkpoints", (6, 10))
+
+    def build_faulty(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, fault], **kwargs)
+
+    with program.patch.context() as patch:
+        patch.setattr(train, "build_trainer", build_faulty)
+        outcome = program.train(*BUSY, "optimizer.lr=0.01", "trainer.max_epochs=3", here)
+    assert "best.ckpt: the checkpoint of step 8 can't be written (File exists)" in outcome.out
+    states = [
+        state
+        for name in ("best", "last")
+        for key, state in checkpoint(outcome.folder, name)["callbacks"].items()
+        if key.startswith("BestCheckpoint")
+    ]
+    assert states[0]["best_model_score"] == states[1]["best_model_score"]
+
+
+def test_no_room_for_curves(program: Program) -> None:
+    def no_room(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    program.patch.setattr(SummaryWriter, "add_scalar", no_room)
+    outcome = program.train(*BUSY)
+    assert outcome.code == 1
+    check_message(outcome.err)
+    assert "No space left on device. Make room and repeat the command with resume=auto" in outcome.err
 
 
 def test_half_a_row_of_csv(program: Program) -> None:

@@ -1,11 +1,16 @@
 """The best checkpoint of a run, also of one that goes on in another folder."""
 
+import copy
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from energy_flow.training.checkpoint_io import WholeCheckpoints
 
 log = logging.getLogger(__name__)
 
@@ -13,8 +18,26 @@ log = logging.getLogger(__name__)
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which forgets the best score so far when a run goes on in a new folder.
 
-    Then the next epoch would count as the best, whatever it reached. Here the best checkpoint moves along.
+    Then the next epoch would count as the best, whatever it reached. Here the best checkpoint moves along. One that
+    couldn't be written doesn't count as the best: the file that is there would be taken for it.
     """
+
+    def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        before = copy.deepcopy(self.state_dict())
+        super()._update_best_and_save(current, trainer, monitor_candidates)
+        if self._is_lost(trainer):
+            self.load_state_dict(before)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if not self._is_lost(trainer):  # what it should have replaced stays
+            super()._remove_checkpoint(trainer, filepath)
+
+    def _is_lost(self, trainer: Trainer) -> bool:
+        """Whether the checkpoint that was saved last could not be written."""
+        written_by = trainer.strategy.checkpoint_io
+        lost = isinstance(written_by, WholeCheckpoints) and self._last_checkpoint_saved in written_by.failed
+        decided: bool = trainer.strategy.broadcast(lost)
+        return decided
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.current_score = state_dict["current_score"]  # which Lightning forgets
