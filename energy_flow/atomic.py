@@ -2,11 +2,40 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+UNFINISHED = ".unfinished"  # ends the names of files that are being written
+
+
+@contextmanager
+def whole_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write beside `path`; what was written takes its place at the end, if nothing was raised.
+
+    Args:
+        keep: where the file that stood there goes; None: it is replaced. A kill between the two renames leaves nothing
+            at `path`, but that file here.
+
+    Raises:
+        OSError: the path can't be written; what stood there stands there still.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the content must not reach the disk later than the name
+        if keep is not None and path.is_file():
+            os.replace(path, keep)
+        os.replace(unfinished, path)
+        _sync_folder(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -15,15 +44,19 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: the path can't be written; what stood there stands there still.
     """
-    unfinished = path.with_name(path.name + ".unfinished")
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name must outlive a power cut, too."""
+    if os.name != "posix":  # elsewhere a folder can't be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # the content must not reach the disk later than the name
-        os.replace(unfinished, path)
+        os.fsync(descriptor)
     finally:
-        unfinished.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:

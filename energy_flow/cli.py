@@ -132,7 +132,7 @@ def _run_folder() -> Path:
 def command_to_go_on(checkpoint: Path) -> str:
     """The command line that continues an interrupted run, in its own folder."""
     config = HydraConfig.get()
-    overrides = [o for o in config.overrides.task if not o.startswith("ckpt_path=")]
+    overrides = [o for o in config.overrides.task if not o.startswith(("ckpt_path=", "resume="))]
     paths = {"ckpt_path": str(checkpoint), "hydra.run.dir": config.runtime.output_dir}
     overrides += [f"{key}={_hydra_quoted(path)}" for key, path in paths.items()]
     return " ".join(["python -m energy_flow.train", *map(shlex.quote, overrides)])

@@ -1,5 +1,6 @@
 """Train a flow lattice: python -m energy_flow.train [key=value ...]"""
 
+import errno
 import gc
 import logging
 import sys
@@ -15,11 +16,14 @@ from rich.console import Console
 
 from energy_flow import cli, signals
 from energy_flow.data import EnergyDataModule
-from energy_flow.errors import ConfigError
+from energy_flow.errors import CheckpointError, ConfigError, EnergyFlowError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
-from energy_flow.training.building import build_all, build_trainer
+from energy_flow.training import run_folder
+from energy_flow.training.building import build_all, build_loggers, build_trainer
+from energy_flow.training.callbacks.exact_resume import ExactResume
 from energy_flow.training.callbacks.interrupt import SaveOnInterrupt
+from energy_flow.training.checkpoint_io import LAST, WholeCheckpoints
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
     TrainSettings,
@@ -27,6 +31,7 @@ from energy_flow.training.run import (
     ended_by_signals,
     finish,
     hyper_parameters,
+    read_metrics,
     refuse_processes,
     say_whose_data,
     test,
@@ -45,6 +50,21 @@ def train(config: dict[str, Any]) -> float | None:
     """
     settings = read(TrainSettings, config, "")
     task_of(settings.optimized_metric)
+    folder = Path(settings.paths.output_dir)
+    if settings.resume == "auto" and cli.is_multirun():
+        raise ConfigError(
+            "resume = auto: is for single runs. Go on with the jobs of a multirun one by one, by ckpt_path"
+        )
+    if settings.resume == "auto" and run_folder.is_finished(folder):
+        print(f"run folder: {folder}\nfinished already, there is nothing to go on with")
+        return read_metrics(folder).get(settings.optimized_metric)
+    with run_folder.held(folder):
+        value = _train(config, settings)
+        run_folder.mark_finished(folder)
+        return value
+
+
+def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     data = EnergyDataModule.from_config(config)
     data.setup("fit")
@@ -52,16 +72,20 @@ def train(config: dict[str, Any]) -> float | None:
     check_loss(settings.optimized_metric, module.loss)
     module.run_config = config
     console = Console()
-    if settings.ckpt_path is not None:
-        checkpoint = checkpoints.load(settings.ckpt_path)
-        checkpoints.check_resume(checkpoint, module.hparams, settings.ckpt_path)
-        checkpoints.check_weights(checkpoint["state_dict"], module, settings.ckpt_path)
+    ckpt_path = _goes_on_from(settings)
+    step = 0 if settings.resume == "auto" else None
+    if ckpt_path is not None:
+        checkpoint = checkpoints.load(ckpt_path)
+        checkpoints.check_resume(checkpoint, module.hparams, ckpt_path)
+        checkpoints.check_weights(checkpoint["state_dict"], module, ckpt_path)
         say_whose_data(checkpoints.origin(checkpoint)[1], data, console)
-    interrupt = SaveOnInterrupt(Path(settings.paths.output_dir, "checkpoints", "last.ckpt"))
+        console.print(f"going on from step {checkpoint['global_step']} of {ckpt_path}", highlight=False, soft_wrap=True)
+        step = checkpoint["global_step"]
+    interrupt = SaveOnInterrupt(settings.checkpoint_folder / LAST)
     trainer = build_trainer(
         settings.trainer,
-        callbacks=build_all(settings.callbacks, "callbacks"),
-        loggers=build_all(settings.logger, "logger"),
+        callbacks=[ExactResume(), *build_all(settings.callbacks, "callbacks")],
+        loggers=build_loggers(settings.logger, step),
         output_dir=settings.paths.output_dir,
         num_batches=len(data.train_dataloader()),
     )
@@ -69,17 +93,43 @@ def train(config: dict[str, Any]) -> float | None:
     refuse_processes(trainer, module.processor.settings, cli.is_multirun())
     console.quiet = not trainer.is_global_zero
     _introduce(console, settings, module, data, trainer)
+    run_folder.mark_unfinished(Path(settings.paths.output_dir))
     try:
-        seconds = _fit(trainer, module, data, settings.ckpt_path, interrupt)
+        seconds = _fit(trainer, module, data, ckpt_path, interrupt)
+        _check_written(trainer)
         return _finish(settings, trainer, module, data, seconds, console)
     except KeyboardInterrupt:
         if not trainer.is_global_zero:
             sys.exit(0)  # for any other code Lightning would kill the first process before it has said all
         where = f" at step {trainer.global_step}" if trainer.global_step else ""  # spawned processes tell nothing
-        print(f"\n{signals.name()}{where}\n{_how_to_go_on(interrupt.path, settings.ckpt_path)}", file=sys.stderr)
+        print(f"\n{signals.name()}{where}\n{_how_to_go_on(interrupt.path, ckpt_path)}", file=sys.stderr)
         sys.exit(signals.exit_code())
     finally:
         console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
+
+
+def _goes_on_from(settings: TrainSettings) -> str | None:
+    """The checkpoint that a run goes on from, if it does."""
+    if settings.resume is None:
+        return settings.ckpt_path
+    found = run_folder.newest_whole(settings.checkpoint_folder)
+    return None if found is None else str(found)
+
+
+def _check_written(trainer: pl.Trainer) -> None:
+    """See that every checkpoint of a run that ends is on the disk.
+
+    Raises:
+        CheckpointError: one isn't; the best one on the disk may be another than the best one.
+    """
+    assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpoints)
+    failed = trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failed)
+    if failed:
+        listed = "\n".join(f"  {path}: {reason}" for path, reason in failed.items())
+        raise CheckpointError(
+            f"training has ended, and checkpoints could not be written:\n{listed}\nMake room and repeat the command "
+            "with resume=auto: it goes on from the last one that was"
+        )
 
 
 def _introduce(
@@ -162,6 +212,15 @@ def _finish(
     return metrics.get(settings.optimized_metric)
 
 
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error of a disk without room that an error comes from, if it does."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return error
+        error = error.__cause__
+    return None
+
+
 def _free() -> None:
     """Jobs of a multirun share one process: leave nothing of this one to the next."""
     gc.collect()
@@ -172,9 +231,17 @@ def _free() -> None:
 @cli.application("train")
 def main(config: dict[str, Any]) -> float | None:
     """Entry point."""
-    cli.quieten(resuming=config.get("ckpt_path") is not None)
+    cli.quieten(resuming=config.get("ckpt_path") is not None or config.get("resume") is not None)
     try:
         return train(config)
+    except (OSError, ValueError) as error:  # ValueError: what Lightning makes of an error of TensorBoard's
+        full = _full_disk(error)
+        if full is None:
+            raise
+        raise EnergyFlowError(
+            f"{full.filename or 'the disk of the run folder'}: {full.strerror}. Make room and repeat the command with "
+            "resume=auto: it goes on from the last checkpoint"
+        ) from error
     finally:
         _free()
 

@@ -14,12 +14,15 @@ import hydra
 import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from pydantic import ConfigDict, Field, model_validator
 
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, check_type, did_you_mean, read
+from energy_flow.training.callbacks.last_checkpoint import LastCheckpoint
+from energy_flow.training.checkpoint_io import WholeCheckpoints
+from energy_flow.training.csv_logger import ResumableCSVLogger
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,10 @@ _BUILT = ("energy_flow.training", "lightning.pytorch.callbacks", "lightning.pyto
 _ARGUMENTS = (*_BUILT, "torch.optim", "datetime")
 # Packages that a user trusts beside these, with commas between them; a config can't set it.
 TRUST = "ENERGY_FLOW_TRUST"
+# Loggers that can go on with their own files.
+_PURGING = {f"{cls.__module__}.{cls.__qualname__}" for cls in (ResumableCSVLogger, TensorBoardLogger)} | {
+    "lightning.pytorch.loggers.TensorBoardLogger"
+}
 
 _RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 
@@ -111,7 +118,11 @@ def build_trainer(
     try:
         profiler = {"profiler": _profiler(section.get("profiler"), output_dir)}
         trainer = pl.Trainer(
-            **{**section, **profiler}, callbacks=callbacks, logger=loggers, default_root_dir=output_dir
+            **{**section, **profiler},
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[*(section.get("plugins") or []), WholeCheckpoints()],
+            default_root_dir=output_dir,
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         remedy = "" if settings.accelerator in ("auto", "cpu") else ". trainer.accelerator=auto takes what there is"
@@ -187,7 +198,7 @@ def _check_folders(trainer: pl.Trainer) -> None:
     folders += [
         (f"{getattr(callback, _KEY, 'callbacks')}.dirpath", callback.dirpath)
         for callback in trainer.checkpoint_callbacks
-        if isinstance(callback, pl.callbacks.ModelCheckpoint)
+        if isinstance(callback, pl.callbacks.ModelCheckpoint | LastCheckpoint)
     ]
     for key, folder in folders:
         if folder is None or "://" in str(folder):  # in its default place, or not of this machine
@@ -218,6 +229,20 @@ def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
         built.append(_build(entry, f"{key}.{name}"))
         setattr(built[-1], _KEY, f"{key}.{name}")
     return built
+
+
+def build_loggers(section: Mapping[str, Any] | None, purge_step: int | None) -> list[Logger]:
+    """The loggers of the group `logger`.
+
+    Args:
+        purge_step: the step that a run goes on from: what its files hold of this step and later isn't shown twice.
+            None: a new run.
+    """
+    entries = dict(section or {})
+    for name, entry in entries.items():
+        if purge_step is not None and isinstance(entry, Mapping) and entry.get("_target_") in _PURGING:
+            entries[name] = {**entry, "purge_step": purge_step}
+    return build_all(entries, "logger")
 
 
 def _build(entry: Mapping[str, Any], key: str) -> Any:

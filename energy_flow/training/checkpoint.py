@@ -96,12 +96,11 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"ckpt_path = {path}: there is no such file")
     try:
-        checkpoint = read_archive(path)
-    except Exception as error:  # of any type: zip and unpickler run on damaged bytes
-        raise CheckpointError(
-            f"ckpt_path = {path}: damaged, or no checkpoint ({_reason(error)}). "
-            "Give another one, such as last.ckpt beside it"
-        ) from error
+        checkpoint = _read(path)
+    except _DamagedError as error:
+        others = ", ".join(other.name for other in beside(path) if other != path and damage(other) is None)
+        remedy = f"Whole ones beside it: {others}" if others else "There is no whole one beside it"
+        raise CheckpointError(f"ckpt_path = {path}: damaged, or no checkpoint ({error}). {remedy}") from error
     try:
         _Contents.model_validate(checkpoint)
     except ValidationError as error:
@@ -128,6 +127,35 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list | tuple):
         for part in [*value, *value.values()] if isinstance(value, Mapping) else value:
             yield from _texts(part)
+
+
+def beside(path: Path) -> list[Path]:
+    """All checkpoints in the folder of a file, those to go on from first: the last ones, then the others, by age."""
+
+    def newer(found: Path) -> tuple[bool, float]:
+        return found.name.startswith("last"), found.stat().st_mtime
+
+    return sorted(path.parent.glob("*.ckpt"), key=newer, reverse=True)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None: it is whole."""
+    try:
+        _read(path)
+    except _DamagedError as error:
+        return str(error)
+    return None
+
+
+class _DamagedError(CheckpointError):
+    """The bytes of a file are not those of a checkpoint; says why."""
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_archive(path)
+    except Exception as error:  # of any type: zip and unpickler run on damaged bytes
+        raise _DamagedError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

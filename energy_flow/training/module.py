@@ -195,13 +195,13 @@ class EnergyFlowModule(pl.LightningModule):
         self.fingerprint = getattr(self.trainer.datamodule, "fingerprint", {})  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._write_scalars(wait=False)
+        self.write_scalars(wait=False)
 
     def on_train_epoch_end(self) -> None:
         self.guard.read()
 
     def on_train_end(self) -> None:
-        self._write_scalars(wait=True)
+        self.write_scalars(wait=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.processor.optimizer_step.fill_(self.trainer.global_step)
@@ -267,8 +267,8 @@ class EnergyFlowModule(pl.LightningModule):
             self.run_config = config
         self.fingerprint = fingerprint
 
-    def _write_scalars(self, *, wait: bool) -> None:
-        """Log what has arrived from the device."""
+    def write_scalars(self, *, wait: bool) -> None:
+        """Log what has arrived from the device; with `wait`, all of it."""
         for step, scalars in self._scalars.take(wait=wait):
             self.latest_loss = scalars["train/loss"]
             log_scalars(self.trainer, scalars, step)

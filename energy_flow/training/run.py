@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from torch.nn import functional
 
 from energy_flow import signals
+from energy_flow.atomic import write_whole
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.data import EnergyDataModule
 from energy_flow.data.samples import Samples
@@ -53,6 +54,7 @@ class TrainSettings(Settings):
     task_name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     ckpt_path: str | None
+    resume: Literal["auto"] | None
     optimized_metric: str
     test: bool
     baselines: BaselineSettings
@@ -66,6 +68,18 @@ class TrainSettings(Settings):
     callbacks: Section | None = None
     logger: Section | None = None
     paths: PathSettings
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> Self:
+        if self.resume is not None and self.ckpt_path is not None:
+            raise ValueError(f"resume = {self.resume} and ckpt_path = {self.ckpt_path}: give one of them")
+        return self
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the run keeps the checkpoints that it goes on from."""
+        last = (self.callbacks or {}).get("last_checkpoint") or {}
+        return Path(last.get("dirpath", Path(self.paths.output_dir, "checkpoints")))
 
 
 class SizeSettings(Settings):
@@ -268,10 +282,15 @@ def write_metrics(metrics: Mapping[str, float], output_dir: str | Path) -> None:
     """Write `metrics.json`, flat; a number that isn't finite is null, and said so."""
     path = Path(output_dir) / "metrics.json"
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    path.write_text(json.dumps(finite, indent=2) + "\n")
+    write_whole(path, (json.dumps(finite, indent=2) + "\n").encode())
     bad = [key for key, value in finite.items() if value is None]
     if bad:
         Console(stderr=True).print(f"not finite, null in {path}: {', '.join(bad)}", style="bold red")
+
+
+def read_metrics(output_dir: str | Path) -> dict[str, Any]:
+    """`metrics.json` of a finished run."""
+    return dict(json.loads((Path(output_dir) / "metrics.json").read_text()))
 
 
 def write_baseline_rows(rows: Mapping[str, Tensor], path: Path, console: Console) -> None:

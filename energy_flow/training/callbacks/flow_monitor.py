@@ -52,8 +52,9 @@ class FlowMonitor(Callback):
     At the end of a validation, in every `every_n_epochs`-th epoch, and once more at the end of training, the processor
     runs the first `samples` rows of the first validation batch in evaluation mode, without gradient. Every TensorBoard
     logger gets histograms (`flow_values/*`) and pictures (`surfaces/*`, `landings/*`, `groups/*`, `trajectories/*`,
-    `population`, and `field/*` where the data know where energies should go) at the trainer's global step. Without a
-    TensorBoard logger, in the sanity check and on processes other than the first it does nothing.
+    `population`, and `field/*` where the data know where energies should go) at the step just done, like the metrics of
+    the validation. Without a TensorBoard logger, in the sanity check and on processes other than the first it does
+    nothing.
 
     Args:
         every_n_epochs: at least 1.
@@ -71,6 +72,12 @@ class FlowMonitor(Callback):
         self._batch: tuple[Tensor, Tensor | None] | None = None
         self._drawn_epoch: int | None = None
         self._drawn_step: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn_epoch": self._drawn_epoch, "drawn_step": self._drawn_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._drawn_epoch, self._drawn_step = state_dict["drawn_epoch"], state_dict["drawn_step"]
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -107,11 +114,12 @@ class FlowMonitor(Callback):
         figures = _figures(output, lattice.width, lattice.height, lattice.deposit, self._max_flows)
         images = {tag: render(figure) for tag, figure in figures}
         images |= {tag: render(figure) for tag, figure in self._fields(trainer, processor, output)}
+        step = max(0, trainer.global_step - 1)  # the one just done, as of all that a validation logs
         for writer in writers:
             for tag, values in histograms.items():
-                writer.add_histogram(tag, values, self._drawn_step)
+                writer.add_histogram(tag, values, step)
             for tag, image in images.items():
-                writer.add_image(tag, image, self._drawn_step, dataformats="HWC")
+                writer.add_image(tag, image, step, dataformats="HWC")
 
     def _fields(self, trainer: Trainer, processor: FlowProcessor, output: FlowOutput) -> Iterator[tuple[str, Figure]]:
         """Where the energies of cells should have gone, where the data know it and every flow is that of a cell."""

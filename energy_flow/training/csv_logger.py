@@ -1,0 +1,75 @@
+"""Lightning's CSV logger, for a run that goes on."""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from energy_flow.atomic import write_whole
+
+Rows = Iterable[dict[str, Any]]
+
+
+class ResumableCSVLogger(CSVLogger):
+    """Keeps the rows of a run that goes on, where Lightning's deletes them; a kill leaves no half file.
+
+    Args:
+        save_dir, name, version: as Lightning's: the file is `<save_dir>/<name>/<version>/metrics.csv`.
+        purge_step: rows of this step and later are dropped, the run logs them again. None: a new run.
+    """
+
+    def __init__(self, save_dir: str, name: str, version: str, purge_step: int | None = None) -> None:
+        super().__init__(save_dir=save_dir, name=name, version=version)
+        self._purge_step = purge_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the file, on the first process."""
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir, self._purge_step)
+        return self._experiment
+
+
+class _Writer(ExperimentWriter):
+    def __init__(self, log_dir: str, purge_step: int | None) -> None:
+        self._purge_step = purge_step
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            self.metrics_keys = next(csv.reader([path.read_text().split("\n", 1)[0]]))
+
+    def _check_log_dir_exists(self) -> None:
+        """Called before the first row; what is there stays up to the step that the run goes on from."""
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        lines = path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            del lines[-1]  # half of a row
+        rows = csv.DictReader(lines)
+        purge_step = self._purge_step or 0
+        kept = [row for row in rows if int(row["step"]) < purge_step]
+        if kept:
+            _write(path, list(kept[0]), kept)
+        else:
+            path.unlink()
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _write(path, fieldnames, rows)
+
+
+def _write(path: Path, fieldnames: list[str], rows: Rows) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=fieldnames)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())

@@ -1,0 +1,38 @@
+"""Whether two runs left the same behind: checkpoints, results, curves."""
+
+import csv
+from pathlib import Path
+
+from tests.cli.helpers import read_metrics
+from tests.cli.test_resume import checkpoint, differences
+from tests.training.runs import scalars
+
+_MEASURED = ("time/", "memory/", "cleanup/", "result/fit_seconds")  # of the machine
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All of TensorBoard's scalars but what is measured of the machine."""
+    return {tag: points for tag, points in scalars(folder / "tensorboard").items() if not tag.startswith(_MEASURED)}
+
+
+def rows(folder: Path) -> dict[str, list[tuple[int, str]]]:
+    """The same of metrics.csv."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    with (folder / "csv" / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            for key, value in row.items():
+                if value and key != "step" and not key.startswith(_MEASURED):
+                    found.setdefault(key, []).append((int(row["step"]), value))
+    return found
+
+
+def unlike(one: Path, other: Path) -> list[str]:
+    """What differs between two run folders, bit for bit; times apart."""
+    found = []
+    for name in ("last", "best"):
+        found += [f"{name}.ckpt{path}" for path in differences(checkpoint(one, name), checkpoint(other, name))]
+    for what, read in (("metrics.json", read_metrics), ("tensorboard", curves), ("csv", rows)):
+        left, right = read(one), read(other)
+        keys = [key for key in {**left, **right} if key != "fit_seconds"]
+        found += [f"{what}: {key}" for key in keys if left.get(key) != right.get(key)]
+    return found

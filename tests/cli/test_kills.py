@@ -1,0 +1,255 @@
+"""A run that died anywhere goes on with resume=auto as if nothing had been: weights, counters, curves, results."""
+
+import errno
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
+from torch.utils.tensorboard import SummaryWriter
+
+from energy_flow import train
+from energy_flow.training import run_folder
+from tests.cli.helpers import Program, check_message
+from tests.cli.same import curves, rows, unlike
+from tests.cli.test_resume import BUSY, StopAt, checkpoint, differences
+
+# Every step is saved; both loggers write every step.
+OFTEN = (
+    *BUSY,
+    "callbacks.last_checkpoint.every_seconds=1e-9",
+    "logger=[tensorboard,csv]",
+    "trainer.log_every_n_steps=1",
+)
+EMA = ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.7")
+
+
+def died(program: Program, callback: Callback, *overrides: str) -> None:
+    """A run that a callback ends by an error, in a folder of its own below the place of runs."""
+    build = train.build_trainer
+
+    def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, callback], **kwargs)
+
+    with program.patch.context() as patch:
+        patch.setattr(train, "build_trainer", build_and_stop)
+        with pytest.raises(RuntimeError, match="power cut"):
+            program.train(*overrides)
+    # Readers go by the second in the name, and two runs of one process can begin in the same.
+    for count, file in enumerate(sorted(program.folder.rglob("tensorboard/events*"))):
+        file.rename(file.with_name(re.sub(r"\d{10}", f"{1000000000 + count}", file.name, count=1)))
+
+
+def runs(program: Program) -> list[Path]:
+    return sorted((program.folder / "logs" / "train" / "runs").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("trainer.accumulate_grad_batches=3",),
+        ("trainer.val_check_interval=0.5",),
+        ("trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=3"),
+        EMA,
+    ],
+    ids=" ".join,
+)
+def test_from_any_batch(program: Program, overrides: tuple[str, ...]) -> None:
+    run = (*OFTEN, *overrides)
+    through = program.train(*run)
+    assert (through.code, through.err) == (0, "")
+    assert max(map(len, curves(through.folder).values())) > 5
+    for step in (3, 4, 6):  # of 4 in an epoch, 2 with accumulation
+        here = f"hydra.run.dir={program.folder}/at_{step}"
+        died(program, StopAt(step, RuntimeError("power cut")), *run, here)
+        last = torch.load(program.folder / f"at_{step}" / "checkpoints" / "last.ckpt", weights_only=True)
+        assert last["global_step"] == step
+        torch.manual_seed(step)  # a resumed run must not live on the state of the process
+        program.patch.setattr(
+            event_file_writer, "_global_uid", AtomicCounter(0)
+        )  # the process's first file, as after a kill
+        outcome = program.train(*run, "resume=auto", here)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert unlike(through.folder, outcome.folder) == []
+
+
+CUT = RuntimeError("power cut")
+
+
+def test_the_newest_unfinished_run_of_the_config(program: Program) -> None:
+    new = program.train(*BUSY, "resume=auto")
+    assert (new.code, new.err) == (0, "")
+    assert "no unfinished run with this config" in new.out
+    for overrides in ((), (), ("seed=2",)):
+        died(program, StopAt(9, CUT), *BUSY, *overrides)
+    finished, older, newer, other = runs(program)
+    assert finished == new.folder
+    described = newer / ".hydra" / "config.yaml"
+    before = described.stat().st_mtime_ns
+    outcome = program.train(*BUSY, "resume=auto")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"resume = auto: going on with {newer}, the newest of 2 unfinished ones" in outcome.out.replace("\n", "")
+    assert "from step 8" in outcome.out
+    assert outcome.folder == newer
+    assert differences(checkpoint(finished), checkpoint(newer)) == []
+    assert [run_folder.is_finished(folder) for folder in (finished, older, newer, other)] == [True, False, True, False]
+    assert len(runs(program)) == 4
+    assert described.stat().st_mtime_ns == before, "a kill while it is written again would leave half of it"
+
+
+def test_a_finished_run_is_left_alone(program: Program) -> None:
+    here = f"hydra.run.dir={program.folder}/run"
+    first = program.train(*BUSY, here)
+    before = (first.folder / "checkpoints" / "last.ckpt").stat()
+    again = program.train(*BUSY, here, "resume=auto")
+    assert (again.code, again.err) == (0, "")
+    assert "finished already" in again.out
+    assert (first.folder / "checkpoints" / "last.ckpt").stat() == before
+
+
+def test_a_folder_with_a_run_is_not_overwritten(program: Program) -> None:
+    here = f"hydra.run.dir={program.folder}/run"
+    died(program, StopAt(9, CUT), *BUSY, here)
+    config = (program.folder / "run" / ".hydra" / "config.yaml").read_text()
+    message = program.refused("seed=5", here)
+    assert "holds a run, which would be overwritten. Go on with it by resume=auto" in message
+    message = program.refused(*BUSY, "seed=5", here, "resume=auto")
+    assert "its run has another config: seed, data.seed differ" in message
+    assert (program.folder / "run" / ".hydra" / "config.yaml").read_text() == config
+
+
+def test_two_at_once(program: Program) -> None:
+    here = f"hydra.run.dir={program.folder}/run"
+    died(program, StopAt(9, CUT), *BUSY, here)
+    with run_folder.held(program.folder / "run"):
+        assert "another process trains in it" in program.refused(*BUSY, here, "resume=auto")
+    assert program.train(*BUSY, here, "resume=auto").code == 0
+
+
+def test_one_way_to_go_on(program: Program) -> None:
+    assert "resume = auto and ckpt_path = a.ckpt: give one of them" in program.refused(
+        "resume=auto", "ckpt_path=a.ckpt"
+    )
+    assert "resume = 'yes'" in program.refused("resume=yes")
+
+
+def test_damaged_checkpoints(program: Program) -> None:
+    here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
+    died(program, StopAt(10, CUT), *OFTEN, here)
+    last, before = folder / "last.ckpt", folder / "last-1.ckpt"
+    assert [torch.load(path, weights_only=True)["global_step"] for path in (before, last)] == [9, 10]
+    last.write_bytes(last.read_bytes()[:-1000])
+    message = program.refused(*OFTEN, here, f"ckpt_path={last}")
+    assert "damaged, or no checkpoint" in message
+    assert "Whole ones beside it: last-1.ckpt, best.ckpt" in message
+    (folder / "last.ckpt.unfinished").write_bytes(b"half")
+    outcome = program.train(*OFTEN, here, "resume=auto")
+    assert outcome.code == 0
+    assert "last.ckpt: damaged" in outcome.out
+    assert "from step 9" in outcome.out
+    assert not list(program.folder.rglob("*.unfinished"))
+    assert unlike(program.train(*OFTEN).folder, outcome.folder) == []
+
+
+def test_all_checkpoints_damaged(program: Program) -> None:
+    here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
+    died(program, StopAt(9, CUT), *BUSY, here)
+    for path in folder.glob("*.ckpt"):
+        path.write_bytes(b"")
+    outcome = program.train(*BUSY, here, "resume=auto")
+    assert outcome.code == 1
+    assert "error: resume = auto: all checkpoints in" in outcome.err
+    assert "Remove them to begin anew" in outcome.err
+
+
+class NoFolder(Callback):
+    """The checkpoints' folder can't be written from one step to another."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int]) -> None:
+        self.folder, self.steps = folder, steps
+        self.aside = folder.with_name("aside")
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.steps[0]:
+            self.folder.rename(self.aside)
+            self.folder.write_text("in the way")
+        if trainer.global_step == self.steps[1]:
+            self.put_back()
+
+    def put_back(self) -> None:
+        self.folder.unlink()
+        self.aside.rename(self.folder)
+
+
+@pytest.mark.parametrize("until", [14, 99])
+def test_what_can_not_be_written(program: Program, until: int) -> None:
+    build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
+    fault = NoFolder(program.folder / "run" / "checkpoints", (10, until))
+
+    def build_faulty(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, fault], **kwargs)
+
+    with program.patch.context() as patch:
+        patch.setattr(train, "build_trainer", build_faulty)
+        outcome = program.train(*BUSY, "optimizer.lr=1e-5", here)
+    assert "last.ckpt: the checkpoint of step 12 can't be written (File exists)" in outcome.out
+    if until == 14:
+        assert outcome.code == 0
+    else:
+        assert outcome.code == 1
+        check_message(outcome.err)
+        assert "checkpoints could not be written" in outcome.err
+        assert not (program.folder / "run" / "metrics.json").exists()
+        fault.put_back()
+        outcome = program.train(*BUSY, "optimizer.lr=1e-5", here, "resume=auto")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "from step 8" in outcome.out
+    through = program.train(*BUSY, "optimizer.lr=1e-5")
+    assert differences(checkpoint(through.folder), checkpoint(outcome.folder)) == []
+
+
+def test_a_best_one_that_can_not_be_written(program: Program) -> None:
+    """The state must not say of the file that is there what the lost one had reached."""
+    build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
+    fault = NoFolder(program.folder / "run" / "checkpoints", (6, 10))
+
+    def build_faulty(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+        return build(*args, callbacks=[*callbacks, fault], **kwargs)
+
+    with program.patch.context() as patch:
+        patch.setattr(train, "build_trainer", build_faulty)
+        outcome = program.train(*BUSY, "optimizer.lr=0.01", "trainer.max_epochs=3", here)
+    assert "best.ckpt: the checkpoint of step 8 can't be written (File exists)" in outcome.out
+    states = [
+        state
+        for name in ("best", "last")
+        for key, state in checkpoint(outcome.folder, name)["callbacks"].items()
+        if key.startswith("BestCheckpoint")
+    ]
+    assert states[0]["best_model_score"] == states[1]["best_model_score"]
+
+
+def test_no_room_for_curves(program: Program) -> None:
+    def no_room(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    program.patch.setattr(SummaryWriter, "add_scalar", no_room)
+    outcome = program.train(*BUSY)
+    assert outcome.code == 1
+    check_message(outcome.err)
+    assert "No space left on device. Make room and repeat the command with resume=auto" in outcome.err
+
+
+def test_half_a_row_of_csv(program: Program) -> None:
+    here, file = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "csv" / "metrics.csv"
+    died(program, StopAt(9, CUT), *OFTEN, here)
+    with file.open("a") as end:
+        end.write(file.read_text().splitlines()[-1][:-1])
+    outcome = program.train(*OFTEN, here, "resume=auto")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert rows(outcome.folder) == rows(program.train(*OFTEN).folder)
