@@ -212,7 +212,7 @@ class EnergyDataModule(LightningDataModule):
                 f"data.timeout = {self.settings.timeout:g}: no batch came in this time. If reading takes that long, "
                 f"raise it; {workers}: with 0 nothing waits, and Ctrl-C twice shows where reading hangs"
             )
-        elif "DataLoader worker (pid" in str(exception):
+        elif "DataLoader worker (pid" in str(exception) or isinstance(exception, ConnectionError | EOFError):
             exception.add_note(
                 f"{workers}: one of them was ended from outside, as a system does that has no memory left. Set fewer"
             )

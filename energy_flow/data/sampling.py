@@ -1,5 +1,6 @@
 """The order of the training rows: the same for the same seed and epoch, also resumed and on several processes."""
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
 from energy_flow.data.samples import Samples
+
+_SIGNAL_SECONDS = 0.5  # in which the end of a worker is heard of
 
 
 def epoch_sampler(dataset: Samples, seed: int, batch_size: int, num_processes: int, process: int) -> DistributedSampler:
@@ -42,7 +45,13 @@ class ResumableLoader(DataLoader):
         # A generator: nothing is read before the first batch is asked for. By then Lightning has told the sampler the
         # epoch and restored its counts; workers started by `iter` would have prefetched the first rows of epoch 0.
         done = self.batches_done() if self.batches_done is not None else 0
-        yield from islice(super().__iter__(), done, None)
+        try:
+            yield from islice(super().__iter__(), done, None)
+        except (ConnectionError, EOFError):
+            # A worker ended while it handed over a batch. PyTorch raises that where the signal arrives, a moment later:
+            # here, and not among those who clean up after this error.
+            time.sleep(_SIGNAL_SECONDS)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: see the class. That it is there tells Lightning that this loader can go on in the middle."""

@@ -48,7 +48,7 @@ VALUES = (None, -1, 0, 10**9, 2**62, 2**70, 1e308, float("nan"), "", "os.system"
 # The settings of the data, but for the files.
 DATA = {
     **{"name": "files", "test": None, "normalize": True, "dimension": None},
-    **{"batch_size": 4, "eval_batch_size": 4, "num_workers": 0, "seed": 1},
+    **{"batch_size": 4, "eval_batch_size": 4, "num_workers": 0, "timeout": 60, "seed": 1},
 }
 
 

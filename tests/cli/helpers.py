@@ -175,7 +175,9 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", **changes}
+    """Of a program that is started; its configs may name callbacks of the tests."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", "ENERGY_FLOW_TRUST": "tests"}
+    return {**os.environ, **own, **changes}
 
 
 def spawn(program: str, folder: Path, *overrides: str, cwd: Path | None = None, check: bool = False) -> Outcome:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from energy_flow import train
+from energy_flow.training.step_guard import SkippingAdamW
 from tests.cli.helpers import Outcome, Program
 from tests.cli.test_resume import BUSY, checkpoint, differences
 
@@ -117,7 +118,7 @@ def test_an_error(program: Program, straight: Any, hook: str, step: int, batch: 
 
 def test_an_error_while_the_optimiser_writes(program: Program, straight: Any) -> None:
     """Weights of half a step are worth nothing: the last checkpoint stands."""
-    step = torch.optim.AdamW.step
+    step = SkippingAdamW.step
 
     def broken(self: Any, closure: Any = None) -> Any:
         result = step(self, closure)
@@ -128,7 +129,7 @@ def test_an_error_while_the_optimiser_writes(program: Program, straight: Any) ->
 
     calls: list[int] = []
     with program.patch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", broken)
+        patch.setattr(SkippingAdamW, "step", broken)
         with pytest.raises(RuntimeError, match="stone") as caught:
             broken_off(program)
     assert "to go on from step 4:" in caught.value.__notes__[0]

@@ -94,7 +94,7 @@ def test_the_newest_unfinished_run_of_the_config(program: Program) -> None:
     outcome = program.train(*BUSY, "resume=auto")
     assert (outcome.code, outcome.err) == (0, "")
     assert f"resume = auto: going on with {newer}, the newest of 2 unfinished ones" in outcome.out.replace("\n", "")
-    assert "from step 8" in outcome.out
+    assert "from step 9" in outcome.out
     assert outcome.folder == newer
     assert differences(checkpoint(finished), checkpoint(newer)) == []
     assert [run_folder.is_finished(folder) for folder in (finished, older, newer, other)] == [True, False, True, False]
@@ -142,7 +142,7 @@ def test_damaged_checkpoints(program: Program) -> None:
     here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
     died(program, StopAt(10, CUT), *OFTEN, here)
     last, before = folder / "last.ckpt", folder / "last-1.ckpt"
-    assert [torch.load(path, weights_only=True)["global_step"] for path in (before, last)] == [9, 10]
+    assert [torch.load(path, weights_only=True)["global_step"] for path in (before, last)] == [10, 10], "the error, too"
     last.write_bytes(last.read_bytes()[:-1000])
     message = program.refused(*OFTEN, here, f"ckpt_path={last}")
     assert "damaged, or no checkpoint" in message
@@ -151,7 +151,7 @@ def test_damaged_checkpoints(program: Program) -> None:
     outcome = program.train(*OFTEN, here, "resume=auto")
     assert outcome.code == 0
     assert "last.ckpt: damaged" in outcome.out
-    assert "from step 9" in outcome.out
+    assert "from step 10" in outcome.out
     assert not list(program.folder.rglob("*.unfinished"))
     assert unlike(program.train(*OFTEN).folder, outcome.folder) == []
 

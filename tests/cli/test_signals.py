@@ -33,7 +33,8 @@ def test_while_a_checkpoint_is_written(program: Program, straight: Any) -> None:
     outcome = broken_off(program, At("on_save_checkpoint", 4, signalled(signal.SIGTERM)))
     assert outcome.code == 143
     assert "terminated at step 4\nto go on from step 4:" in outcome.err
-    assert {path.name for path in (program.folder / "broken" / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    there = {path.name for path in (program.folder / "broken" / "checkpoints").iterdir()}
+    assert there == {"last.ckpt", "last-1.ckpt", "best.ckpt"}
     goes_on_exactly(program, straight)
 
 
@@ -159,7 +160,7 @@ def test_a_signal_to_all_processes_of_a_job(tmp_path: Path) -> None:
     psutil.Process(process.pid).children()[0].kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.count("Traceback") == 1
+    assert "data.num_workers = 2: one of them was ended from outside" in err
     assert err.strip().splitlines()[-2].startswith("to go on from step")
 
 

@@ -305,6 +305,7 @@ def test_a_run_folder_is_read_as_it_stands(tmp_path: Path, monkeypatch: Any) -> 
     (hydra / "overrides.yaml").write_text("- seed=${oc.env:SECRET}\n")
     (job,) = read_jobs(tmp_path)
     assert (job.seed, job.words) == (None, ("seed=${oc.env:SECRET}",))
+    (hydra / "overrides.yaml").write_text("[]\n")  # a job is read once, unless it is run again
     (hydra / "config.yaml").write_text("seed: !!python/object/apply:os.mkdir [trap]\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception, match="could not determine a constructor"):

@@ -54,8 +54,8 @@ class SaveOnInterrupt(Checkpoint):
 
     def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
         # PyTorch raises the end of a data worker wherever it arrives: not among half of the weights.
-        handler = signal.getsignal(signal.SIGCHLD)
-        if callable(handler) and self._child_ended is None:
+        handler = _callable_handler(signal.SIGCHLD)
+        if handler is not None and self._child_ended is None:
             self._child_ended = handler
             signal.signal(signal.SIGCHLD, self._note_child)
 
@@ -88,13 +88,16 @@ class SaveOnInterrupt(Checkpoint):
         signals.install()  # Lightning has put its own in the place of ours
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._child_has_ended = False
-        self._let_children_raise()
+        self._child_ended = self._child_ended or _callable_handler(signal.SIGCHLD)
+        if self._child_ended is not None:
+            signal.signal(signal.SIGCHLD, self._note_child)  # the end of a worker must not break into the saving either
         if not isinstance(exception, ConfigError) and not self._saving and _fitting(trainer):
             try:
                 self._save(trainer)
             except (OSError, RuntimeError) as error:
                 exception.add_note(f"{self.path} could not be written: {' '.join(str(error).split())}")
+        self._child_has_ended = False
+        self._let_children_raise()
         signals.let_through()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -148,6 +151,11 @@ class SaveOnInterrupt(Checkpoint):
         self._saving = True
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         trainer.strategy.save_checkpoint(checkpoint, self.path)
+
+
+def _callable_handler(signum: signal.Signals) -> Any:
+    handler = signal.getsignal(signum)
+    return handler if callable(handler) else None
 
 
 def _fitting(trainer: Trainer) -> bool:
