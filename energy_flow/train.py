@@ -163,7 +163,7 @@ def _fit(
             trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-    except ConfigError:
+    except EnergyFlowError:  # says itself what to do
         raise
     except Exception as error:
         error.add_note(_how_to_go_on(interrupt.path, ckpt_path))

@@ -74,10 +74,10 @@ def test_unknown_keys_are_named(program: Program) -> None:
 
 
 def test_pickles_of_hydra_are_refused(
-    program: Program, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    program: Program, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save([], program.folder / "config.pickle")
     monkeypatch.setattr(sys, "argv", ["check", "--experimental-rerun", "config.pickle"])
     with pytest.raises(SystemExit, match="1"):
         main()
-    assert "reads a pickle, which could run code" in capsys.readouterr().err
+    assert "reads a pickle, which could run code" in capfd.readouterr().err
