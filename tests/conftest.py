@@ -1,4 +1,8 @@
-"""Shared by all tests: one thread, fixed seeds, a fast hypothesis profile."""
+"""Shared by all tests: one thread, no GPU unless it is asked for, fixed seeds, a fast hypothesis profile."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
 
 import pytest
 import torch
@@ -10,6 +14,12 @@ settings.register_profile(
 settings.load_profile("suite")
 # Tiny tensors: more threads only add waiting, and the order of sums would depend on the machine.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What isn't a test of a GPU compares bits and memory of a CPU, and runs several processes at once."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)
