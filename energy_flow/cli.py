@@ -1,5 +1,6 @@
 """What the entry points share: Hydra around them, and how errors reach the user."""
 
+import errno
 import functools
 import gc
 import logging
@@ -7,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +36,15 @@ Task = Callable[[dict[str, Any]], Any]
 # What Hydra raises for a config.
 _HYDRAS = (HydraException, OmegaConfBaseException, ValueError)
 
+# Errors of a disk that can't be written, and what helps.
+_UNWRITABLE = {
+    errno.ENOSPC: "Make room",
+    errno.EDQUOT: "Make room or have the quota raised",
+    errno.EROFS: "Make it writable",
+    errno.EACCES: "Change its rights",
+    errno.EPERM: "Change its rights",
+}
+
 # Unless this is set Hydra prints its errors itself, with a traceback or with advice that is wrong here.
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -56,7 +67,8 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
                     return task(_plain(config))
             except (KeyboardInterrupt, SystemExit) as end:
                 _end_run(end)
-            except Exception as error:
+            except Exception as raised:
+                error = _mendable(raised)
                 _say(error)
                 if is_multirun():
                     write_error(_run_folder(), error)
@@ -77,7 +89,7 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
                     file=sys.stderr,
                 )
                 sys.exit(1)
-            with signals.handled():
+            with signals.handled(), _writers_raise():
                 try:
                     with _environment(_FULL_ERROR, "1"):
                         start()
@@ -85,7 +97,7 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
                     _leave(end)
                 except (*_HYDRAS, OSError) as error:
                     ours = any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
-                    if asked == "1" or ours or not (isinstance(error, _HYDRAS) or _file_of(error)):
+                    if asked == "1" or ours or not (isinstance(error, _HYDRAS) or _file_of(error) or unwritable(error)):
                         raise
                     print(f"error: {_explain(error, config_name)}", file=sys.stderr)
                     sys.exit(1)
@@ -93,6 +105,39 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def unwritable(error: BaseException | None) -> str | None:
+    """If an error comes from a disk that can't be written: which file, why, and what helps."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            somewhere = _run_folder() if HydraConfig.initialized() else "the disk"
+            remedy = f"{_UNWRITABLE[error.errno]} and repeat the command"
+            return f"{error.filename or somewhere}: {error.strerror}. {remedy}"
+        error = error.__cause__
+    return None
+
+
+def _mendable(error: Exception) -> Exception:
+    """What an error is to the user."""
+    found = None if isinstance(error, EnergyFlowError) else unwritable(error)
+    return error if found is None else EnergyFlowError(found)
+
+
+@contextmanager
+def _writers_raise() -> Iterator[None]:
+    """TensorBoard's thread leaves its error to whoever writes next or closes: Python needn't print it as well."""
+    shown = threading.excepthook
+
+    def show(args: Any) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            shown(args)
+
+    threading.excepthook = show
+    try:
+        yield
+    finally:
+        threading.excepthook = shown
 
 
 def _say(error: Exception) -> None:
@@ -195,12 +240,15 @@ def _set(name: str, value: str | None) -> None:
 
 def _explain(error: Exception, config_name: str) -> str:
     """A config that Hydra could not compose, or a folder that it could not make, in the words of other messages."""
-    for found in (error, error.__cause__):
-        if _file_of(found):
+    for of_file in (error, error.__cause__):
+        if _file_of(of_file):
             return (
-                f"paths.log_dir (or hydra.run.dir, hydra.sweep.dir): {found.filename}: can't be written "
-                f"({found.strerror}). Give another folder: paths.log_dir=..."
+                f"paths.log_dir (or hydra.run.dir, hydra.sweep.dir): {of_file.filename}: can't be written "
+                f"({of_file.strerror}). Give another folder: paths.log_dir=..."
             )
+    found = unwritable(error)
+    if found is not None:
+        return found
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group} = {name}: no such option; {did_you_mean(name, error.options)}"

@@ -1,6 +1,5 @@
 """Train a flow lattice: python -m energy_flow.train [key=value ...]"""
 
-import errno
 import gc
 import logging
 import sys
@@ -212,15 +211,6 @@ def _finish(
     return metrics.get(settings.optimized_metric)
 
 
-def _full_disk(error: BaseException | None) -> OSError | None:
-    """The error of a disk without room that an error comes from, if it does."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            return error
-        error = error.__cause__
-    return None
-
-
 def _free() -> None:
     """Jobs of a multirun share one process: leave nothing of this one to the next."""
     gc.collect()
@@ -235,13 +225,10 @@ def main(config: dict[str, Any]) -> float | None:
     try:
         return train(config)
     except (OSError, ValueError) as error:  # ValueError: what Lightning makes of an error of TensorBoard's
-        full = _full_disk(error)
-        if full is None:
+        found = cli.unwritable(error)
+        if found is None:
             raise
-        raise EnergyFlowError(
-            f"{full.filename or 'the disk of the run folder'}: {full.strerror}. Make room and repeat the command with "
-            "resume=auto: it goes on from the last checkpoint"
-        ) from error
+        raise EnergyFlowError(f"{found} with resume=auto: it goes on from the last checkpoint") from error
     finally:
         _free()
 

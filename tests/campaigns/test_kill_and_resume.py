@@ -1,5 +1,6 @@
 """The campaign's short form."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from tests.campaigns.kill_and_resume import campaign
 
 
 @pytest.mark.slow
-def test_two_killed_runs(tmp_path: Path) -> None:
-    findings = campaign(tmp_path, runs=2, most_kills=1, seed=0)
-    assert findings.kills > 0  # a run may end before its time has come
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_two_runs(tmp_path: Path, signum: signal.Signals) -> None:
+    findings = campaign(tmp_path, runs=2, most_signals=1, seed=0, signum=signum)
+    assert findings.events.total() > 0  # a run may end before its time has come
     assert findings.clean, findings.report()

@@ -199,10 +199,10 @@ def run_alone(program: str, cwd: Path, arguments: Sequence[str], *, check: bool 
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def start(program: str, folder: Path, *overrides: str) -> subprocess.Popen:
-    """Start it and go on."""
+def start(program: str, folder: Path, *overrides: str, prefix: Sequence[str] = ()) -> subprocess.Popen:
+    """Start it, by the command `prefix` if there is one, and go on."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"energy_flow.{program}", *words(program, folder, overrides)],
+        [*prefix, sys.executable, "-m", f"energy_flow.{program}", *words(program, folder, overrides)],
         cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,

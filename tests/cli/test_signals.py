@@ -108,7 +108,7 @@ def raise_in_worker() -> None:
     ids=["raises", "killed", "hangs"],
 )
 def test_a_worker_fails(program: Program, straight: Any, do: Callable[[], Any], said: str) -> None:
-    workers = ("data.num_workers=1", "data.timeout=2")
+    workers, before = ("data.num_workers=1", "data.timeout=2"), set(psutil.Process().children())
     with program.patch.context() as patch:
         patch.setattr(PairDataset, "__getitems__", in_worker(6, do))
         with pytest.raises((RuntimeError, ValueError)) as caught:
@@ -118,7 +118,7 @@ def test_a_worker_fails(program: Program, straight: Any, do: Callable[[], Any], 
     assert said in told
     assert f"to go on from step {step}:\npython -m energy_flow.train" in told
     assert 1 <= step <= 8, "after the first batches of an epoch, the workers being a few ahead"
-    assert psutil.Process().children() == []
+    assert set(psutil.Process().children()) <= before, "a worker is left behind"
     goes_on_exactly(program, straight)
 
 
