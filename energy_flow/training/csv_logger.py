@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,34 @@ class _Writer(ExperimentWriter):
         else:
             path.unlink()
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+    def save(self) -> None:
+        """Add the new rows, all or none: on a full disk half of one would run into the next."""
+        if not self.metrics:
+            return
         path = Path(self.metrics_file_path)
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        _write(path, fieldnames, rows)
+        keys = sorted({*self.metrics_keys, *(key for row in self.metrics for key in row)})
+        if keys == self.metrics_keys and path.is_file():
+            _append(path, keys, self.metrics)
+        else:
+            _write(path, keys, [*_rows(path), *self.metrics])
+        self.metrics, self.metrics_keys = [], keys
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _append(path: Path, fieldnames: list[str], rows: Rows) -> None:
+    size = path.stat().st_size
+    try:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, fieldnames).writerows(rows)
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def _write(path: Path, fieldnames: list[str], rows: Rows) -> None:

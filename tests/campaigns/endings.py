@@ -81,7 +81,7 @@ def finish_and_compare(folder: Path, place: Path, through: Path, findings: Findi
     if not is_finished(place):
         ended = spawn("train", folder, *overrides(place))
         if ended.code != 0:
-            findings.failed.append(f"{place.name}: exit code {ended.code}: {ended.err[-500:]}")
+            findings.failed.append(f"{place.name}: exit code {ended.code}: {ended.err[-3000:]}")
             return
     begun = {path.parent.parent for path in place.glob("train/runs/*/checkpoints/*.ckpt")}
     if len(begun) != 1:  # a run without a checkpoint has nothing to go on from

@@ -60,7 +60,7 @@ def _end(folder: Path, place: Path, moment: float, signum: signal.Signals, findi
         process.kill()
         findings.failed.append(f"{place.name}: not ended {PATIENCE:.0f} s after the signal")
         return
-    if process.returncode == 0 and is_finished(place):
+    if is_finished(place):  # it came after the run, while Python ended
         return
     writing = list(place.glob("train/runs/*/checkpoints/*.unfinished"))
     findings.events["writing a checkpoint" if writing else stage.read_text() or "changing stages"] += 1
