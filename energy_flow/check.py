@@ -71,7 +71,7 @@ def show(report: DataReport, console: Console) -> None:
             table.add_row(name, *(column[name] for column in columns))
         console.print(table)
     if report.shared:
-        shared = Table(title="Rows of a split that stand in another", title_justify="left")
+        shared = Table(title="Rows shared between splits", title_justify="left")
         for heading in ("of", "in", "source", "target", "pair"):
             shared.add_column(heading, justify="left" if heading in ("of", "in") else "right")
         for (split, other), copies in report.shared.items():

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,12 +40,21 @@ def install() -> None:
 def handled() -> Iterator[None]:
     """Both signals are handled inside; afterwards it is as if none had come."""
     before = {signum: signal.getsignal(signum) for signum in HANDLED}
-    outer = dict(vars(_state))
+    outer, unraisable = dict(vars(_state)), sys.unraisablehook
+
+    def lost(args: Any) -> None:
+        if isinstance(args.exc_value, KeyboardInterrupt):  # while an object was removed, where nothing can be raised
+            os.write(2, f"\n{name()}, but Python was tidying up: again to end\n".encode())
+        else:
+            unraisable(args)
+
     vars(_state).update(vars(_State()))
+    sys.unraisablehook = lost
     install()
     try:
         yield
     finally:
+        sys.unraisablehook = unraisable
         vars(_state).update(outer)
         if threading.current_thread() is threading.main_thread():
             for signum, handler in before.items():

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from energy_flow import cli, signals
 from energy_flow.data import EnergyDataModule
-from energy_flow.errors import CheckpointError, ConfigError, EnergyFlowError
+from energy_flow.errors import CheckpointError, ConfigError, EnergyFlowError, NotFiniteError
 from energy_flow.settings import read
 from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training import run_folder
@@ -23,6 +23,7 @@ from energy_flow.training.building import build_all, build_loggers, build_traine
 from energy_flow.training.callbacks.exact_resume import ExactResume
 from energy_flow.training.callbacks.interrupt import SaveOnInterrupt
 from energy_flow.training.checkpoint_io import LAST, WholeCheckpoints
+from energy_flow.training.faults import REMEDY
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
     TrainSettings,
@@ -55,10 +56,19 @@ def train(config: dict[str, Any]) -> float | None:
             "resume = auto: is for single runs. Go on with the jobs of a multirun one by one, by ckpt_path"
         )
     if settings.resume == "auto" and run_folder.is_finished(folder):
-        print(f"run folder: {folder}\nfinished already, there is nothing to go on with")
+        print(
+            f"run folder: {folder}\nfinished already, there is nothing to go on with. To train longer give "
+            f"ckpt_path={settings.checkpoint_folder / LAST} and a higher trainer.max_epochs, without resume"
+        )
         return read_metrics(folder).get(settings.optimized_metric)
     with run_folder.held(folder):
-        value = _train(config, settings)
+        try:
+            value = _train(config, settings)
+        except (OSError, ValueError) as error:  # ValueError: what Lightning makes of an error of TensorBoard's
+            found = cli.unwritable(error)
+            if found is None:
+                raise
+            raise EnergyFlowError(f"{found} {_by_resume(settings)}") from error
         run_folder.mark_finished(folder)
         return value
 
@@ -95,7 +105,7 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
     run_folder.mark_unfinished(Path(settings.paths.output_dir))
     try:
         seconds = _fit(trainer, module, data, ckpt_path, interrupt)
-        _check_written(trainer)
+        _check_written(trainer, settings)
         return _finish(settings, trainer, module, data, seconds, console)
     except KeyboardInterrupt:
         if not trainer.is_global_zero:
@@ -115,7 +125,15 @@ def _goes_on_from(settings: TrainSettings) -> str | None:
     return None if found is None else str(found)
 
 
-def _check_written(trainer: pl.Trainer) -> None:
+def _by_resume(settings: TrainSettings) -> str:
+    """What becomes of a run that is repeated with resume=auto."""
+    found = run_folder.newest_whole(settings.checkpoint_folder)
+    if found is None:
+        return "with resume=auto: no checkpoint could be written yet, it begins anew"
+    return f"with resume=auto: it goes on from step {checkpoints.load(found)['global_step']}"
+
+
+def _check_written(trainer: pl.Trainer, settings: TrainSettings) -> None:
     """See that every checkpoint of a run that ends is on the disk.
 
     Raises:
@@ -127,7 +145,7 @@ def _check_written(trainer: pl.Trainer) -> None:
         listed = "\n".join(f"  {path}: {reason}" for path, reason in failed.items())
         raise CheckpointError(
             f"training has ended, and checkpoints could not be written:\n{listed}\nMake room and repeat the command "
-            "with resume=auto: it goes on from the last one that was"
+            f"{_by_resume(settings)}, and then tests"
         )
 
 
@@ -138,8 +156,9 @@ def _introduce(
     frozen = f", {module.num_frozen:,} of them frozen" if module.num_frozen else ""
     pairs = ", ".join(f"{len(split):,} {name}" for name, split in data.splits().items())
     console.print(
+        f"run folder: {settings.paths.output_dir}\n"
         f"flow lattice {lattice.width} x {lattice.height} x {lattice.depth}, energy dimension {model.energy_dim}, "
-        f"{lattice.num_steps} steps, GRU {model.num_layers} x {model.hidden_size}: "
+        f"{lattice.num_steps} step{'s' * (lattice.num_steps != 1)}, GRU {model.num_layers} x {model.hidden_size}: "
         f"{module.num_parameters:,} parameters{frozen}\n"
         f"data {settings.data['name']}: {pairs} pairs of dimension {data.dim}\n"
         f"device {trainer.strategy.root_device}, precision {trainer.precision}, seed {settings.seed}",
@@ -165,6 +184,8 @@ def _fit(
     except EnergyFlowError:  # says itself what to do
         raise
     except Exception as error:
+        if "returned nan values in its" in str(error):
+            raise NotFiniteError(f"{error} The call whose gradient that is stands above. {REMEDY}") from error
         error.add_note(_how_to_go_on(interrupt.path, ckpt_path))
         raise
     return time.perf_counter() - started
@@ -224,11 +245,6 @@ def main(config: dict[str, Any]) -> float | None:
     cli.quieten(resuming=config.get("ckpt_path") is not None or config.get("resume") is not None)
     try:
         return train(config)
-    except (OSError, ValueError) as error:  # ValueError: what Lightning makes of an error of TensorBoard's
-        found = cli.unwritable(error)
-        if found is None:
-            raise
-        raise EnergyFlowError(f"{found} with resume=auto: it goes on from the last checkpoint") from error
     finally:
         _free()
 

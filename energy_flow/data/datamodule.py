@@ -1,6 +1,8 @@
 """The data of a run: settings, the three splits, loaders."""
 
 import logging
+import multiprocessing
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -212,6 +214,7 @@ class EnergyDataModule(LightningDataModule):
                 f"data.timeout = {self.settings.timeout:g}: no batch came in this time. If reading takes that long, "
                 f"raise it; {workers}: with 0 nothing waits, and Ctrl-C twice shows where reading hangs"
             )
+            _kill_workers()
         elif "DataLoader worker (pid" in str(exception) or isinstance(exception, ConnectionError | EOFError):
             exception.add_note(
                 f"{workers}: one of them was ended from outside, as a system does that has no memory left. Set fewer"
@@ -255,6 +258,16 @@ def misfits(split: str, num_rows: int, dim: int, where: str, others: Mapping[str
         if other_dim != dim
     ]
     return found + [f"data.{split}: {where}: 1 row; retrieval needs at least 2 candidates"] * (num_rows < 2)
+
+
+def _kill_workers() -> None:
+    """One that hangs may not end when it is asked to, and Python would wait for it."""
+    raises = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's: where it is just then
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+            process.join(timeout=1)
+    signal.signal(signal.SIGCHLD, raises)
 
 
 def _as_it_is(batch: Batch) -> Batch:

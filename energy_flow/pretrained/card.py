@@ -89,7 +89,8 @@ def _read(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if _CARD not in metadata:
                 raise CheckpointError(
-                    f"not a model of energy_flow: no {_CARD!r} in its metadata. Give a file that save_pretrained wrote"
+                    f"not a model of energy_flow: no {_CARD!r} in its metadata. Give a .safetensors that "
+                    "save_pretrained wrote, or a .ckpt"
                 )
             described = _described(metadata[_CARD])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -46,7 +46,9 @@ def read_archive(path: Path) -> Any:
         pickled = archive.read(f"{root}/data.pkl")
     for opcode, name, _ in pickletools.genops(pickled):
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(name)):
-            raise CheckpointError(f"names {str(name)[:80]!r}, which no checkpoint of energy_flow holds")
+            raise CheckpointError(
+                f"names {str(name)[:80]!r}, which no checkpoint of energy_flow does; nothing of it was run"
+            )
     _Sizes(pickled, {name.removeprefix(f"{root}/data/"): size for name, size in records.items()}).check()
     contents = torch.load(path, map_location="cpu", weights_only=True)
     check_tree(contents)

@@ -287,8 +287,8 @@ def _target(entry: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> typ
     packages = (*allowed, *filter(None, os.environ.get(TRUST, "").split(",")))
     where = f"{key}._target_ = {path}"
     refusal = (
-        f"{where}: a config builds classes of {', '.join(packages)} alone. If you trust it, name its package in the "
-        f"environment: {TRUST}=my_package"
+        f"{where}: refused, nothing of it was run: a config builds classes of {', '.join(packages)} alone. To trust "
+        f"another package, name it in the environment: {TRUST}=my_package"
     )
     if not isinstance(path, str) or not _within(path, packages):
         raise ConfigError(refusal)

@@ -290,7 +290,7 @@ def _refuse(path: str | Path, why: str, saved: Mapping[str, Any], ours: Mapping[
     lines = list(_differences(saved, ours))
     if lines:
         listed = "\n".join(f"  {line}" for line in lines)
-        raise CheckpointError(f"ckpt_path = {path}: {why}:\n{listed}")
+        raise CheckpointError(f"ckpt_path = {path}: {why}:\n{listed}\nSet them as in the checkpoint, or train anew")
 
 
 def _prefixed(section: str, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,5 +304,6 @@ def _architecture(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys([*saved, *ours]):
-        if saved.get(key) != ours.get(key):
+        later_and_off = key not in saved and not ours[key]  # there was no such key yet
+        if saved.get(key) != ours.get(key) and not later_and_off:
             yield f"{key}: {saved.get(key)} in the checkpoint, {ours.get(key)} here"

@@ -75,7 +75,7 @@ class FaultQueue:
             return  # said before, nearly; every batch's number is in flows/overflow
         self._most_needed = needed
         log.warning(
-            "overflow: %d children of this batch found no slot; a sample needed %d flows, "
+            "overflow: %d children of this batch found no slot and were dropped; a sample needed %d flows, "
             "lattice.max_flows_per_sample = %d. Raise it to %d, or raise lattice.spawn.threshold",
             overflow,
             needed,

@@ -185,4 +185,4 @@ def _norms(values: Iterable[Tensor]) -> Tensor:
 def _reason(names: list[str], values: list[float]) -> str:
     """The first quantity that isn't finite."""
     name, value = next((name, value) for name, value in zip(names, values, strict=True) if not math.isfinite(value))
-    return f"{'NaN' if math.isnan(value) else 'Inf, or numbers whose squares are,'} in the {name}"
+    return f"{'NaN' if math.isnan(value) else 'Inf, or numbers too large to square,'} in the {name}"

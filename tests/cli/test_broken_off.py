@@ -84,6 +84,8 @@ def saved_step(folder: Path) -> int:
         ("on_before_backward", 7, 1, 8),  # the last one of an epoch: a validation comes next
         ("on_validation_batch_end", 4, 0, 4),  # the first epoch has no checkpoint yet
         ("on_validation_epoch_end", 8, 0, 8),
+        ("on_before_backward", 15, 1, 16),  # no other batch comes
+        ("on_validation_epoch_end", 16, 0, 16),
     ],
 )
 def test_a_signal(program: Program, straight: Any, hook: str, step: int, batch: int, saved: int) -> None:

@@ -20,7 +20,7 @@ def report(folder: Path) -> dict:
 def test_good_data(program: Program) -> None:
     outcome = program.check()
     assert (outcome.code, outcome.err) == (0, "")
-    for part in ("train", "float32", "constant columns", "Rows of a split that stand in another", "GB/s"):
+    for part in ("train", "float32", "constant columns", "Rows shared between splits", "GB/s"):
         assert part in outcome.out
     assert outcome.out.endswith("training would take these data\n")
     found = report(program.folder)

@@ -98,14 +98,20 @@ def raise_in_worker() -> None:
     raise ValueError("a bad row")
 
 
+def hang_deaf() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1000)
+
+
 @pytest.mark.parametrize(
     ("do", "said"),
     [
         (raise_in_worker, "ValueError: a bad row"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "data.num_workers = 1: one of them was ended from outside"),
         (lambda: time.sleep(1000), "data.timeout = 2: no batch came in this time."),
+        (hang_deaf, "data.timeout = 2: no batch came in this time."),
     ],
-    ids=["raises", "killed", "hangs"],
+    ids=["raises", "killed", "hangs", "hangs and can't be asked to end"],
 )
 def test_a_worker_fails(program: Program, straight: Any, do: Callable[[], Any], said: str) -> None:
     workers, before = ("data.num_workers=1", "data.timeout=2"), set(psutil.Process().children())

@@ -97,27 +97,27 @@ def left_out(module: EnergyFlowModule, step: int) -> None:
 
 FAULTS: dict[str, tuple[Inject, str]] = {
     "nan in source": (in_source(NAN), "NaN in the source (rows"),
-    "inf in source": (in_source(INF), "Inf, or numbers whose squares are, in the source (rows"),
+    "inf in source": (in_source(INF), "Inf, or numbers too large to square, in the source (rows"),
     "nan in target": (in_source(NAN, "target"), "NaN in the target (rows"),
     "nan in map in": (in_activation("map_in", NAN), "NaN in the input surface (map in) (rows"),
     "inf in map in": (
         in_activation("map_in", INF),
-        "Inf, or numbers whose squares are, in the input surface (map in) (rows",
+        "Inf, or numbers too large to square, in the input surface (map in) (rows",
     ),
     "inf in map out": (
         in_activation("map_out", -INF),
-        "Inf, or numbers whose squares are, in the output embedding (map out) (rows",
+        "Inf, or numbers too large to square, in the output embedding (map out) (rows",
     ),
-    "inf in loss": (in_loss, "Inf, or numbers whose squares are, in the contrastive loss (rows"),
+    "inf in loss": (in_loss, "Inf, or numbers too large to square, in the contrastive loss (rows"),
     "nan in gradient": (in_gradient("processor.carrier.energy_head.bias", NAN), "NaN in the gradient of processor.c"),
     "inf in gradient": (
         in_gradient("processor.carrier.energy_head.bias", -INF),
-        "Inf, or numbers whose squares are, in the gradient of processor.c",
+        "Inf, or numbers too large to square, in the gradient of processor.c",
     ),
     # Finite, but AdamW squares it: its second moment would be Inf, and the weight never move again.
     "huge gradient": (
         in_gradient("processor.carrier.energy_head.bias", 1e20),
-        "Inf, or numbers whose squares are, in the gradient of processor.c",
+        "Inf, or numbers too large to square, in the gradient of processor.c",
     ),
 }
 
@@ -301,7 +301,7 @@ def test_at_scale_one_it_is_a_fault(scale: float, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, "energy_flow"):
         module, _ = fit_in_float16(in_loss, scale)
     assert module.guard.skipped == 1
-    assert ["step 7 skipped: Inf, or numbers whose squares are, in the contrastive loss" in caplog.text] == [
+    assert ["step 7 skipped: Inf, or numbers too large to square, in the contrastive loss" in caplog.text] == [
         scale == 1.0
     ]
     assert {float(entry["step"]) for entry in module.optimizers().optimizer.state.values()} == {9.0}

@@ -80,6 +80,7 @@ class SaveOnInterrupt(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._boundary = Boundary.here(trainer)
+        self._end_if_received(trainer)  # no other batch may follow
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         signals.let_through()
