@@ -242,7 +242,8 @@ def test_no_room_for_curves(program: Program) -> None:
     outcome = program.train(*BUSY)
     assert outcome.code == 1
     check_message(outcome.err)
-    assert "No space left on device. Make room and repeat the command with resume=auto: it goes on from step" in outcome.err
+    assert "No space left on device. Make room and repeat the command with resume=auto" in outcome.err
+    assert f"it goes on from step {checkpoint(outcome.folder)['global_step']}" in outcome.err
 
 
 def test_half_a_row_of_csv(program: Program) -> None:
