@@ -176,7 +176,8 @@ def _logging_as_it_was() -> Iterator[None]:
 
 def environment(**changes: str) -> dict[str, str]:
     """Of a program that is started; its configs may name callbacks of the tests."""
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", "ENERGY_FLOW_TRUST": "tests"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "ENERGY_FLOW_TRUST": "tests"}
     return {**os.environ, **own, **changes}
 
 
