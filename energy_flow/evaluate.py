@@ -25,6 +25,7 @@ from energy_flow.training.retrieval import AllTargets, rank_metrics
 from energy_flow.training.run import (
     EvaluateSettings,
     check_normalisation,
+    describe,
     fit_baselines,
     say_whose_data,
     show_examples,
@@ -153,6 +154,7 @@ class Evaluation:
     def run(self) -> float:
         """Test the models, then fit the baselines, write and show them beside the models; on the first process."""
         for model in self.models:
+            self.console.print(f"{model.path}: {describe(model.module)}", highlight=False, markup=False, soft_wrap=True)
             name = "the checkpoint" if model.key == MODEL else model.key
             say_whose_data(model.module.fingerprint, self.data, self.console, name)
         tested = {model.key: self._test(model) for model in self.models}

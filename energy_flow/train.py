@@ -28,6 +28,7 @@ from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.run import (
     TrainSettings,
     check_loss,
+    describe,
     ended_by_signals,
     finish,
     hyper_parameters,
@@ -152,14 +153,10 @@ def _check_written(trainer: pl.Trainer, settings: TrainSettings) -> None:
 def _introduce(
     console: Console, settings: TrainSettings, module: EnergyFlowModule, data: EnergyDataModule, trainer: pl.Trainer
 ) -> None:
-    lattice, model = module.processor.settings, module.processor.model
-    frozen = f", {module.num_frozen:,} of them frozen" if module.num_frozen else ""
     pairs = ", ".join(f"{len(split):,} {name}" for name, split in data.splits().items())
     console.print(
         f"run folder: {settings.paths.output_dir}\n"
-        f"flow lattice {lattice.width} x {lattice.height} x {lattice.depth}, energy dimension {model.energy_dim}, "
-        f"{lattice.num_steps} step{'s' * (lattice.num_steps != 1)}, GRU {model.num_layers} x {model.hidden_size}: "
-        f"{module.num_parameters:,} parameters{frozen}\n"
+        f"{describe(module)}\n"
         f"data {settings.data['name']}: {pairs} pairs of dimension {data.dim}\n"
         f"device {trainer.strategy.root_device}, precision {trainer.precision}, seed {settings.seed}",
         highlight=False,

@@ -301,6 +301,17 @@ def write_baseline_rows(rows: Mapping[str, Tensor], path: Path, console: Console
         console.print(f"no {path.name}: the test was limited to some of its rows (trainer.limit_test_batches)")
 
 
+def describe(module: EnergyFlowModule) -> str:
+    """A model in one line."""
+    lattice, model = module.processor.settings, module.processor.model
+    frozen = f", {module.num_frozen:,} of them frozen" if module.num_frozen else ""
+    return (
+        f"flow lattice {lattice.width} x {lattice.height} x {lattice.depth}, energy dimension {model.energy_dim}, "
+        f"{lattice.num_steps} step{'s' * (lattice.num_steps != 1)}, GRU {model.num_layers} x {model.hidden_size}: "
+        f"{module.num_parameters:,} parameters{frozen}"
+    )
+
+
 def show_table(task: Task, title: str, rows: Mapping[str, Mapping[str, float]], console: Console) -> None:
     """Metrics of methods by name, the best method in bold; a metric that none of them has gets no column."""
     headings = {
