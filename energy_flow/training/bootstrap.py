@@ -13,6 +13,7 @@ from torch import Tensor
 DRAWS = 10_000
 LEVEL = 0.95
 _BLOCK = 2**24  # numbers of a block of draws that stand at a time
+_PART = 2**18  # of them with runs: so few that memory doesn't grow with the jobs of a sweep
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ def _drawn_means(methods: list[Tensor], seed: int) -> list[Tensor]:
         num_draws = min(block, DRAWS - start)
         rows = _drawn_shares(num_rows, num_draws, generator)
         for method, found in zip(methods, means, strict=True):
-            runs = _stretched(_drawn_shares(len(method), num_draws, generator))
-            found.append((runs * (rows @ method.T)).sum(1))
+            for part in rows.split(max(1, _PART // len(method))):
+                runs = _stretched(_drawn_shares(len(method), len(part), generator))
+                found.append((runs * (part @ method.T)).sum(1))
     return [torch.cat(found) for found in means]
 
 
