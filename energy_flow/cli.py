@@ -147,7 +147,8 @@ def _say(error: Exception) -> None:
     log.debug("where it was found", exc_info=ours)
     sys.stdout.flush()
     if ours:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        which = f"job {HydraConfig.get().job.num}: " if is_multirun() else ""
+        print("\n".join([f"error: {which}{error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     elif is_multirun():
         traceback.print_exception(error)
 

@@ -131,7 +131,7 @@ def _by_resume(settings: TrainSettings) -> str:
     found = run_folder.newest_whole(settings.checkpoint_folder)
     if found is None:
         return "with resume=auto: no checkpoint could be written yet, it begins anew"
-    return f"with resume=auto: it goes on from step {checkpoints.load(found)['global_step']}"
+    return f"with resume=auto, which finds this run: it goes on from step {checkpoints.load(found)['global_step']}"
 
 
 def _check_written(trainer: pl.Trainer, settings: TrainSettings) -> None:

@@ -124,7 +124,7 @@ def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column
     if source.num_rows != target.num_rows:
         raise DataError(
             f"{target.values.file}: target has {target.num_rows:,} rows, source {source.num_rows:,}; "
-            "row i of both must be a pair; write as many targets as sources"
+            "row i of both must be a pair; write as many of one as of the other"
         )
     if source.dim != target.dim:
         raise DataError(

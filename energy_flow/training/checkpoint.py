@@ -100,7 +100,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except _DamagedError as error:
         others = ", ".join(other.name for other in beside(path) if other != path and damage(other) is None)
         remedy = f"Whole ones beside it: {others}" if others else "There is no whole one beside it"
-        raise CheckpointError(f"ckpt_path = {path}: damaged, or no checkpoint ({error}). {remedy}") from error
+        raise CheckpointError(f"ckpt_path = {path}: refused: damaged, or no checkpoint ({error}). {remedy}") from error
     try:
         _Contents.model_validate(checkpoint)
     except ValidationError as error:
@@ -281,9 +281,9 @@ def check_resume(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, A
     saved = checkpoint["hyper_parameters"]
     _refuse(path, "belongs to another architecture", _architecture(saved), _architecture(hyper_parameters))
     # Lightning restores the optimiser with its old values: new ones would be shown, and not used.
-    _refuse(
-        path, "its optimiser goes on as it was", _prefixed("optimizer", saved), _prefixed("optimizer", hyper_parameters)
-    )
+    before, now = _prefixed("optimizer", saved), _prefixed("optimizer", hyper_parameters)
+    now = {key: value for key, value in now.items() if key in before or value}  # a key that came later, and is off
+    _refuse(path, "its optimiser goes on as it was", before, now)
 
 
 def _refuse(path: str | Path, why: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -304,6 +304,5 @@ def _architecture(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
     for key in dict.fromkeys([*saved, *ours]):
-        later_and_off = key not in saved and not ours[key]  # there was no such key yet
-        if saved.get(key) != ours.get(key) and not later_and_off:
+        if saved.get(key) != ours.get(key):
             yield f"{key}: {saved.get(key)} in the checkpoint, {ours.get(key)} here"

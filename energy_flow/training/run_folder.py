@@ -137,7 +137,7 @@ def newest_whole(folder: Path) -> Path | None:
         reason = damage(path)
         if reason is None:
             return path
-        log.warning("%s: damaged (%s), going on from the one before", path, reason)
+        log.warning("%s: damaged (%s), not used", path, reason)
     if found:
         raise CheckpointError(
             f"resume = auto: all checkpoints in {folder} are damaged ({', '.join(path.name for path in found)}). "

@@ -86,3 +86,11 @@ def test_several_processes_train_what_is_not_frozen() -> None:
     trainer.fit(module, make_loader(32))
     carrier = {name for name in before if name.startswith("processor.carrier.")}
     assert changed(module, before) == set(before) - carrier
+
+
+def test_going_on_from_before_there_was_such_a_key() -> None:
+    saved = {"dim": 4, "lattice": {}, "model": {}, "optimizer": {"lr": 0.1}}
+    checkpoint = {"optimizer_states": [], "hyper_parameters": saved}
+    checkpoints.check_resume(checkpoint, {**saved, "optimizer": {"lr": 0.1, "freeze": []}}, "old.ckpt")
+    with pytest.raises(CheckpointError, match=r"optimizer\.freeze: None in the checkpoint, \['carrier'\] here"):
+        checkpoints.check_resume(checkpoint, {**saved, "optimizer": {"lr": 0.1, "freeze": ["carrier"]}}, "old.ckpt")
