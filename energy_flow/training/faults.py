@@ -58,8 +58,8 @@ class FaultQueue:
             taken.append((not_finite, rows))
         return taken
 
-    def raise_all(self) -> None:
-        """As `take`, and raise also what could be skipped.
+    def raise_all(self, of: str = "the data") -> None:
+        """As `take`, and raise also what could be skipped; `of` is what the rows are of.
 
         Raises:
             NoLandingError, LostFlowError: as `take`.
@@ -67,7 +67,7 @@ class FaultQueue:
         """
         for samples, rows in self.take():
             if samples:
-                named = name_samples(samples) if rows is None else name_rows(rows[samples].tolist())
+                named = name_samples(samples) if rows is None else name_rows(rows[samples].tolist(), of)
                 raise NotFiniteError(f"NaN or Inf in the output of {len(samples)} samples ({named}). {REMEDY}")
 
     def _warn(self, overflow: int, needed: int) -> None:
@@ -84,9 +84,9 @@ class FaultQueue:
         )
 
 
-def name_rows(rows: list[int]) -> str:
+def name_rows(rows: list[int], of: str) -> str:
     """The first of some rows of the data, for messages."""
-    return f"rows {', '.join(map(str, rows[:10]))}{', ...' if len(rows) > 10 else ''} of the data"
+    return f"rows {', '.join(map(str, rows[:10]))}{', ...' if len(rows) > 10 else ''} of {of}"
 
 
 def _marked(flags: list[int]) -> list[int]:

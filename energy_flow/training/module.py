@@ -323,7 +323,7 @@ class EnergyFlowModule(pl.LightningModule):
 
     def _report(self, stage: str) -> None:
         """Metrics of an epoch: of one process's gathered, unpadded rows, however many processes looked."""
-        self._faults.raise_all()
+        self._faults.raise_all("the test data" if stage == "test" else "the validation data")
         seen, self._seen = self._seen, []
         if self.trainer.sanity_checking:
             return

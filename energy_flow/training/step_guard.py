@@ -33,7 +33,9 @@ class SeenBatch:
     def named(self, samples: list[int]) -> str:
         """Some of its samples, or all of them, by their rows where it has rows."""
         samples = samples or list(range(len(self.source)))
-        return name_samples(samples) if self.rows is None else name_rows(self.rows[samples].tolist())
+        return (
+            name_samples(samples) if self.rows is None else name_rows(self.rows[samples].tolist(), "the training data")
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     python -m tests.campaigns.mutated_files --data 20000 --checkpoints 5000
 
 In one process. Anything else is a failure: another exception, a hang, memory that grows, a file that loads and isn't
-right. File number i is the same in every run; `--only data:123` does one again.
+right. File number i is the same in every run, but for the order of names in a header of safetensors, which that writes
+as it likes; `--only data:123` does one again.
 """
 
 import argparse

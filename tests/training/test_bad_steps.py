@@ -57,7 +57,7 @@ def test_the_state_from_before_the_fault_and_its_batch_are_kept(tmp_path: Path) 
     path, file = tmp_path / "checkpoints" / "before_fault.ckpt", tmp_path / "bad_batch.safetensors"
     message = str(caught.value)
     assert "3 steps in a row were skipped" in message
-    assert "step 2: NaN in the source (rows 19 of the data)" in message
+    assert "step 2: NaN in the source (rows 19 of the training data)" in message
     for said in (str(path), str(file), "optimizer.lr", "debug=anomaly", "max_bad_steps"):
         assert said in message
     checkpoint = torch.load(path, weights_only=True)
@@ -71,7 +71,11 @@ def test_the_state_from_before_the_fault_and_its_batch_are_kept(tmp_path: Path) 
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name].nan_to_num(), value.nan_to_num()) for name, value in expected.items())
     with safe_open(file, "pt") as opened:
-        assert opened.metadata() == {"step": "2", "reason": "NaN in the source", "where": "rows 19 of the data"}
+        assert opened.metadata() == {
+            "step": "2",
+            "reason": "NaN in the source",
+            "where": "rows 19 of the training data",
+        }
 
 
 def test_training_goes_on_from_it(tmp_path: Path) -> None:

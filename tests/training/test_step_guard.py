@@ -246,7 +246,7 @@ def test_rows_of_every_accumulated_batch_are_in_the_log(caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, "energy_flow"):
         fit(FAULTS["nan in gradient"][0], 1, accumulate_grad_batches=2)
     said = said_by_the_guard(caplog)
-    assert "(rows 16, 17, 18, 19, 20, 21, 22, 23 of the data; rows 24, 25" in said[0]
+    assert "(rows 16, 17, 18, 19, 20, 21, 22, 23 of the training data; rows 24, 25" in said[0]
     assert said[1] == f"rows of a batch of step 1: {list(range(16, 24))}"
     assert said[2] == f"rows of a batch of step 1: {list(range(24, 32))}"
 
