@@ -299,7 +299,7 @@ def test_a_bad_job_does_not_end_the_sweep(program: Program) -> None:
     program.patch.setattr(train, "train", broken)
     outcome = program.train("lattice.depth=4,0,8,6", multirun=True)
     assert outcome.code == 1
-    assert "error: lattice.depth = 0" in outcome.err
+    assert "error: job 1: lattice.depth = 0" in outcome.err
     assert outcome.err.count("Traceback") == 1, "of the one that a user can't mend"
     assert "2 of 4 jobs did not finish: 1, 2" in outcome.err
     assert "Summary of 4 jobs" in outcome.out
