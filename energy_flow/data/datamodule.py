@@ -3,10 +3,12 @@
 import logging
 import multiprocessing
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import psutil
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
@@ -93,6 +95,8 @@ class FileSettings(DataSettings):
             return str(EMBEDDED / f"{split}.safetensors")
         return getattr(self, split)
 
+
+_WORKER = "pt_data_worker"  # as PyTorch names its processes
 
 # `data.name` -> the class that reads the section.
 KINDS: dict[str, type[DataSettings]] = {
@@ -262,9 +266,11 @@ def misfits(split: str, num_rows: int, dim: int, where: str, others: Mapping[str
 
 def _kill_workers() -> None:
     """One that hangs may not end when it is asked to, and Python would wait for it."""
-    raises = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's: where it is just then
+    if threading.current_thread() is not threading.main_thread():
+        return  # signal handlers are the main thread's
+    raises = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's, in the middle of what comes next
     for process in multiprocessing.active_children():
-        if process.daemon:
+        if psutil.Process(process.pid).name() == _WORKER:
             process.kill()
             process.join(timeout=1)
     signal.signal(signal.SIGCHLD, raises)
