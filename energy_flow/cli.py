@@ -110,7 +110,8 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
 def unwritable(error: BaseException | None) -> str | None:
     """If an error comes from a disk that can't be written: which file, why, and what helps."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        of_a_file = isinstance(error, OSError) and (error.filename or error.errno not in (errno.EACCES, errno.EPERM))
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE and of_a_file:
             somewhere = _run_folder() if HydraConfig.initialized() else "the disk"
             remedy = f"{_UNWRITABLE[error.errno]} and repeat the command"
             return f"{error.filename or somewhere}: {error.strerror}. {remedy}"
