@@ -96,6 +96,8 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
                 except KeyboardInterrupt as end:  # before or after the run
                     _leave(end)
                 except (*_HYDRAS, OSError) as error:
+                    if signals.received() is not None:  # what composes a config makes an error of it
+                        _leave(KeyboardInterrupt())
                     ours = any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
                     if asked == "1" or ours or not (isinstance(error, _HYDRAS) or _file_of(error) or unwritable(error)):
                         raise

@@ -12,7 +12,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hydra.core.utils import JobReturn
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from torch.utils.data import get_worker_info
@@ -126,6 +128,18 @@ def test_a_worker_fails(program: Program, straight: Any, do: Callable[[], Any], 
     assert 1 <= step <= 8, "after the first batches of an epoch, the workers being a few ahead"
     assert set(psutil.Process().children()) <= before, "a worker is left behind"
     goes_on_exactly(program, straight)
+
+
+def test_while_a_config_is_composed(program: Program) -> None:
+    def composing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ConfigCompositionException from None
+
+    program.patch.setattr(Hydra, "compose_config", composing)
+    outcome = program.train()
+    assert (outcome.code, outcome.err) == (143, "terminated\n")
 
 
 def test_a_run_leaves_nothing_open(program: Program) -> None:
