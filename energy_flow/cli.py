@@ -114,7 +114,8 @@ def unwritable(error: BaseException | None) -> str | None:
     while error is not None:
         of_a_file = isinstance(error, OSError) and (error.filename or error.errno not in (errno.EACCES, errno.EPERM))
         if isinstance(error, OSError) and error.errno in _UNWRITABLE and of_a_file:
-            somewhere = _run_folder() if HydraConfig.initialized() else "the disk"
+            in_run = HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir")
+            somewhere = _run_folder() if in_run else "the disk"
             remedy = f"{_UNWRITABLE[error.errno]} and repeat the command"
             return f"{error.filename or somewhere}: {error.strerror}. {remedy}"
         error = error.__cause__
