@@ -10,13 +10,12 @@ from hydra.core.hydra_config import HydraConfig
 from pydantic import Field
 from rich.console import Console
 
-from energy_flow import cli
-from energy_flow.benchmarks import output
-from energy_flow.benchmarks.machine import describe_machine
-from energy_flow.benchmarks.registry import read_benchmark
 from energy_flow.errors import ConfigError
-from energy_flow.settings import Settings, read
-from energy_flow.training.run import PathSettings
+from energy_flow.runs.application import application
+from energy_flow.settings import PathSettings, Settings, read
+from energy_flow_benchmarks import output
+from energy_flow_benchmarks.machine import describe_machine
+from energy_flow_benchmarks.registry import read_benchmark
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def _command() -> str:
     return shlex.join(["python", "-m", "energy_flow.benchmark", *HydraConfig.get().overrides.task])
 
 
-@cli.application("benchmark")
+@application("benchmark")
 def main(config: dict[str, Any]) -> None:
     """Entry point."""
     measure(config)

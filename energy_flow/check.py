@@ -9,13 +9,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from energy_flow import cli
 from energy_flow.atomic import write_whole
 from energy_flow.data import read_data_settings
 from energy_flow.data.inspection import DataReport, SideReport, SplitReport, inspect
 from energy_flow.errors import DataError
-from energy_flow.settings import Settings, read
-from energy_flow.training.run import PathSettings
+from energy_flow.runs.application import application
+from energy_flow.settings import PathSettings, Settings, read
 
 
 class CheckSettings(Settings):
@@ -104,7 +103,7 @@ def _cells(split: SplitReport, side: SideReport) -> dict[str, str]:
     }
 
 
-@cli.application("check")
+@application("check")
 def main(config: dict[str, Any]) -> None:
     """Entry point."""
     check(config)

@@ -7,7 +7,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from energy_flow.training.task import direction
+from energy_flow.metrics.task import direction
 
 # For conf/callbacks: what watches a metric has to know where it is best.
 OmegaConf.register_new_resolver("direction", direction, replace=True)

@@ -8,12 +8,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from energy_flow import cli
-from energy_flow.data.encoder import TextEncoder
-from energy_flow.data.encoding import PartialResult, assemble, check_output, encode_rest
-from energy_flow.data.texts import TextPairs, read_texts
-from energy_flow.settings import Settings, read
-from energy_flow.training.run import PathSettings, find_device
+from energy_flow.data.text.encoder import TextEncoder
+from energy_flow.data.text.encoding import PartialResult, assemble, check_output, encode_rest
+from energy_flow.data.text.pairs import TextPairs, read_texts
+from energy_flow.runs.application import application
+from energy_flow.runs.settings import find_device
+from energy_flow.settings import PathSettings, Settings, read
 
 
 class EncodeSettings(Settings):
@@ -95,7 +95,7 @@ def _run(
         )
 
 
-@cli.application("encode")
+@application("encode")
 def main(config: dict[str, Any]) -> None:
     """Entry point."""
     encode(config)

@@ -10,34 +10,26 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from energy_flow import cli
+from energy_flow.checkpoints import format as checkpoints
+from energy_flow.comparison.baselines import NEEDS, BaselineResults
+from energy_flow.comparison.side_by_side import MEAN, Method, SideBySide, short_names, show_how_sure
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import CheckpointError, ConfigError, EnergyFlowError
+from energy_flow.metrics.retrieval import AllTargets, rank_metrics
+from energy_flow.metrics.row_scores import MODEL, read_row_scores
+from energy_flow.metrics.task import RETRIEVAL, task_of
 from energy_flow.pretrained.card import read_model
+from energy_flow.runs.application import application
+from energy_flow.runs.checks import check_normalisation, say_whose_data
+from energy_flow.runs.log import filter_warnings
+from energy_flow.runs.results import fit_baselines, test, write_baseline_rows, write_metrics
+from energy_flow.runs.settings import EvaluateSettings
+from energy_flow.runs.tables import describe, show_examples, show_notes, show_table
+from energy_flow.runs.trainer import build_trainer
 from energy_flow.settings import read
-from energy_flow.training import checkpoint as checkpoints
-from energy_flow.training.baselines import NEEDS, BaselineResults
-from energy_flow.training.building import build_trainer
 from energy_flow.training.callbacks.progress_bar import ProgressBar
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.retrieval import AllTargets, rank_metrics
-from energy_flow.training.run import (
-    EvaluateSettings,
-    check_normalisation,
-    describe,
-    fit_baselines,
-    say_whose_data,
-    show_examples,
-    show_notes,
-    show_table,
-    test,
-    write_baseline_rows,
-    write_metrics,
-)
-from energy_flow.training.side_by_side import MEAN, Method, SideBySide, short_names, show_how_sure
-from energy_flow.training.task import RETRIEVAL, task_of
-from energy_flow.training.test_rows import MODEL, read_rows
 
 _ALL = "_all"  # ends the names of what is measured among the targets of all splits
 
@@ -188,7 +180,7 @@ class Evaluation:
             raise ConfigError("trainer.limit_test_batches = 0: nothing is tested. Raise it")
         rows = {}
         if self.trainer.is_global_zero:
-            rows = {suffix: read_rows(path).values[MODEL] for suffix, path in paths.items() if path.is_file()}
+            rows = {suffix: read_row_scores(path).values[MODEL] for suffix, path in paths.items() if path.is_file()}
         return Tested({**metrics, "params": float(model.module.num_parameters)}, rows)
 
     def _rows_path(self, suffix: str, model: Model) -> Path:
@@ -217,7 +209,7 @@ class Evaluation:
 
     def _comparison(self, suffix: str, tested: Mapping[str, Tested], baselines: BaselineResults) -> SideBySide:
         def method(metrics: Mapping[str, float], rows: Tensor | None) -> Method:
-            shares = None if rows is None else self.task.headline_of_rows(rows).unsqueeze(0)
+            shares = None if rows is None else self.task.primary_of_rows(rows).unsqueeze(0)
             return Method(dict(metrics) if not suffix or rows is None else rank_metrics(rows), shares)
 
         models = {}
@@ -269,10 +261,10 @@ def _flat(tested: Mapping[str, Tested]) -> dict[str, float]:
     return {**flat, **{name: value for name, value in mean.items() if name.startswith("test/")}}
 
 
-@cli.application("evaluate")
+@application("evaluate")
 def main(config: dict[str, Any]) -> float:
     """Entry point."""
-    cli.quieten()
+    filter_warnings()
     return evaluate(config)
 
 

@@ -17,18 +17,19 @@ from rich.text import Text
 from safetensors.torch import save
 from torch import Tensor
 
-from energy_flow import cli
 from energy_flow.atomic import write_whole
 from energy_flow.data import EnergyDataModule
-from energy_flow.data.encoder import TextEncoder
 from energy_flow.data.gallery import Gallery, names_of
-from energy_flow.data.names import read_source_text
-from energy_flow.data.rows import Rows
+from energy_flow.data.storage.names import read_source_text
+from energy_flow.data.storage.rows import Rows
+from energy_flow.data.text.encoder import TextEncoder
 from energy_flow.errors import CheckpointError, ConfigError
+from energy_flow.metrics.retrieval import nearest, ranks
 from energy_flow.pretrained import SHIPPED, EnergyFlowModel
-from energy_flow.settings import Settings, read
-from energy_flow.training.retrieval import nearest, ranks
-from energy_flow.training.run import PathSettings, check_normalisation, find_device
+from energy_flow.runs.application import application
+from energy_flow.runs.checks import check_normalisation
+from energy_flow.runs.settings import find_device
+from energy_flow.settings import PathSettings, Settings, read
 
 _SHOWN = 5  # inputs of a file
 _PUBLISHER = "sentence-transformers"  # whose encoders a model's file may name
@@ -246,7 +247,7 @@ def _write(folder: Path, inputs: Inputs, embedding: Tensor, gallery: Gallery, sc
     write_whole(folder / "neighbours.jsonl", ("\n".join(lines) + "\n").encode())
 
 
-@cli.application("predict")
+@application("predict")
 def _main(config: dict[str, Any]) -> None:
     predict(config)
 

@@ -19,6 +19,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
+class PathSettings(Settings):
+    """Config group `paths`."""
+
+    log_dir: str
+    output_dir: str
+
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 

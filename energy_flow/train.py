@@ -13,32 +13,29 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from energy_flow import cli, signals
+from energy_flow import signals
+from energy_flow.checkpoints import format as checkpoints
+from energy_flow.checkpoints.exact_resume import ExactResume
+from energy_flow.checkpoints.interrupt import SaveOnInterrupt
+from energy_flow.checkpoints.io import LAST, AtomicCheckpointIO
+from energy_flow.core.faults import REMEDY
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import CheckpointError, ConfigError, EnergyFlowError, NotFiniteError
+from energy_flow.metrics.row_scores import FILE
+from energy_flow.metrics.task import task_of
+from energy_flow.runs import folder as run_folder
+from energy_flow.runs.application import application
+from energy_flow.runs.checks import check_loss, refuse_processes, say_whose_data
+from energy_flow.runs.instantiate import build_all, build_loggers
+from energy_flow.runs.job import is_multirun, resume_command
+from energy_flow.runs.log import filter_warnings
+from energy_flow.runs.messages import unwritable
+from energy_flow.runs.results import finish, hyper_parameters, read_metrics, test
+from energy_flow.runs.settings import TrainSettings
+from energy_flow.runs.tables import describe
+from energy_flow.runs.trainer import build_trainer, ended_by_signals
 from energy_flow.settings import read
-from energy_flow.training import checkpoint as checkpoints
-from energy_flow.training import run_folder
-from energy_flow.training.building import build_all, build_loggers, build_trainer
-from energy_flow.training.callbacks.exact_resume import ExactResume
-from energy_flow.training.callbacks.interrupt import SaveOnInterrupt
-from energy_flow.training.checkpoint_io import LAST, WholeCheckpoints
-from energy_flow.training.faults import REMEDY
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.run import (
-    TrainSettings,
-    check_loss,
-    describe,
-    ended_by_signals,
-    finish,
-    hyper_parameters,
-    read_metrics,
-    refuse_processes,
-    say_whose_data,
-    test,
-)
-from energy_flow.training.task import task_of
-from energy_flow.training.test_rows import FILE
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +49,7 @@ def train(config: dict[str, Any]) -> float | None:
     settings = read(TrainSettings, config, "")
     task_of(settings.optimized_metric)
     folder = Path(settings.paths.output_dir)
-    if settings.resume == "auto" and cli.is_multirun():
+    if settings.resume == "auto" and is_multirun():
         raise ConfigError(
             "resume = auto: is for single runs. Go on with the jobs of a multirun one by one, by ckpt_path"
         )
@@ -66,7 +63,7 @@ def train(config: dict[str, Any]) -> float | None:
         try:
             value = _train(config, settings)
         except (OSError, ValueError) as error:  # ValueError: what Lightning makes of an error of TensorBoard's
-            found = cli.unwritable(error)
+            found = unwritable(error)
             if found is None:
                 raise
             raise EnergyFlowError(f"{found} {_by_resume(settings)}") from error
@@ -100,7 +97,7 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
         num_batches=len(data.train_dataloader()),
     )
     trainer.callbacks.append(interrupt)  # type: ignore[attr-defined]
-    refuse_processes(trainer, module.processor.settings, cli.is_multirun())
+    refuse_processes(trainer, module.processor.settings, is_multirun())
     console.quiet = not trainer.is_global_zero
     _introduce(console, settings, module, data, trainer)
     run_folder.mark_unfinished(Path(settings.paths.output_dir))
@@ -140,7 +137,7 @@ def _check_written(trainer: pl.Trainer, settings: TrainSettings) -> None:
     Raises:
         CheckpointError: one isn't; the best one on the disk may be another than the best one.
     """
-    assert isinstance(trainer.strategy.checkpoint_io, WholeCheckpoints)
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     failed = trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failed)
     if failed:
         listed = "\n".join(f"  {path}: {reason}" for path, reason in failed.items())
@@ -190,9 +187,9 @@ def _fit(
 
 def _how_to_go_on(last: Path, ckpt_path: str | None) -> str:
     if last.is_file():
-        return f"to go on from step {checkpoints.load(last)['global_step']}:\n{cli.command_to_go_on(last)}"
+        return f"to go on from step {checkpoints.load(last)['global_step']}:\n{resume_command(last)}"
     if ckpt_path is not None:
-        return f"to go on from where this began:\n{cli.command_to_go_on(Path(ckpt_path))}"
+        return f"to go on from where this began:\n{resume_command(Path(ckpt_path))}"
     return "there is no checkpoint yet to go on from"
 
 
@@ -236,10 +233,10 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-@cli.application("train")
+@application("train")
 def main(config: dict[str, Any]) -> float | None:
     """Entry point."""
-    cli.quieten(resuming=config.get("ckpt_path") is not None or config.get("resume") is not None)
+    filter_warnings(resuming=config.get("ckpt_path") is not None or config.get("resume") is not None)
     try:
         return train(config)
     finally:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from energy_flow.core.embedding_mapper import IdentityIn, IdentityOut, MapIn, MapOut
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.energy_lattice import Count, EnergyLattice, Landings, LatticeSettings
+from energy_flow.core.engine.engine import TapeEngine
 from energy_flow.core.flow_step import MoveRule
 from energy_flow.core.history import Counts, Trajectories
 from energy_flow.core.rollout import AutogradStepper, Rollout, RolloutCall, RolloutResult, RolloutSettings
 from energy_flow.core.simple_neuron import SimpleNeuron
-from energy_flow.core.tape_engine import TapeEngine
 from energy_flow.core.tensorized_flow_storage import FinishedFlows, TensorPool
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.errors import ConfigError

@@ -15,13 +15,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field, model_validator
 from torch.utils.data import DataLoader
 
-from energy_flow.data.columns import Column
-from energy_flow.data.copies import PairHashes, copy_warnings
-from energy_flow.data.names import read_names
 from energy_flow.data.pairs import PairDataset, find_files, pair_columns
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.sampling import ResumableLoader, epoch_sampler
 from energy_flow.data.settings import SPLITS, DataSettings
+from energy_flow.data.storage.columns import Column
+from energy_flow.data.storage.duplicates import PairHashes, copy_warnings
+from energy_flow.data.storage.names import read_names
 from energy_flow.data.transport import TransportSettings
 from energy_flow.errors import ConfigError, DataError
 from energy_flow.settings import read

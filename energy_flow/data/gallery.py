@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from energy_flow.data.rows import Rows
 from energy_flow.data.samples import Samples
+from energy_flow.data.storage.rows import Rows
 
 _SAME = 0.999  # cosine of two rows of the same text; storing them as int8 takes 0.0001 of it
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from energy_flow.data.columns import Column, Survey
-from energy_flow.data.copies import Copies, PairHashes, copies_between, copies_within, copy_warnings
 from energy_flow.data.datamodule import misfits, missing_splits
-from energy_flow.data.files import SIDES
 from energy_flow.data.pairs import fingerprint
 from energy_flow.data.settings import SPLITS, DataSettings
+from energy_flow.data.storage.arrays import SIDES
+from energy_flow.data.storage.columns import Column, Survey
+from energy_flow.data.storage.duplicates import Copies, PairHashes, copies_between, copies_within, copy_warnings
 from energy_flow.errors import DataError
 
 FAR_OFF = 10.0  # times longer or shorter than the median: rows that come from somewhere else

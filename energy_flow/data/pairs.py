@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from energy_flow.data.columns import Column, Survey
-from energy_flow.data.copies import PairHashes
-from energy_flow.data.files import SIDES, read_npy, read_sides
-from energy_flow.data.names import read_names
 from energy_flow.data.samples import Batch, Samples
+from energy_flow.data.storage.arrays import SIDES, read_npy, read_sides
+from energy_flow.data.storage.columns import Column, Survey
+from energy_flow.data.storage.duplicates import PairHashes
+from energy_flow.data.storage.names import read_names
 from energy_flow.errors import DataError
 
 PathLike = str | Path

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from energy_flow.data.copies import PairHashes
+from energy_flow.data.storage.duplicates import PairHashes
 
 Batch = dict[str, Tensor]
 

@@ -4,8 +4,8 @@ from abc import abstractmethod
 
 from pydantic import Field
 
-from energy_flow.data.columns import Column
 from energy_flow.data.samples import Samples
+from energy_flow.data.storage.columns import Column
 from energy_flow.settings import Settings
 
 SPLITS = ("train", "val", "test")

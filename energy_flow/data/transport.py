@@ -43,10 +43,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from energy_flow.core.geometry import cell_centres, deposit_cells, fold
-from energy_flow.data.columns import Column
-from energy_flow.data.files import SIDES, HeldArray
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.settings import SPLITS, DataSettings
+from energy_flow.data.storage.arrays import SIDES, HeldArray
+from energy_flow.data.storage.columns import Column
 from energy_flow.ops.group_softmax import group_softmax_deposit
 
 # Counts the changes of the formulas above: it goes into the fingerprint, which knows nothing of the numbers.

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from energy_flow.ops.leading_rows import addmm_leading, mm_leading
+from energy_flow.ops.prefix_matmul import addmm_leading, mm_leading
 
 
 @dataclass(frozen=True)

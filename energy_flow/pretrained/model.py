@@ -7,12 +7,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from energy_flow.checkpoints import format as checkpoints
+from energy_flow.core.faults import FaultQueue
 from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow.errors import CheckpointError, ConfigError, DataError
 from energy_flow.pretrained.card import FORMAT, ModelCard, read_model, write_model
 from energy_flow.settings import read
-from energy_flow.training import checkpoint as checkpoints
-from energy_flow.training.faults import FaultQueue
 from energy_flow.version import __version__
 
 SHIPPED = Path(__file__).parent / "reverse_dictionary.safetensors"

@@ -11,17 +11,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 from torch import Tensor
 
+from energy_flow.checkpoints import format as checkpoints
 from energy_flow.core.energy_lattice import LatticeSettings
+from energy_flow.core.faults import FaultQueue
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
 from energy_flow.core.host_copy import DelayedScalars
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
+from energy_flow.metrics.retrieval import AllTargets, ranks, retrieval_metrics
+from energy_flow.metrics.task import squared_errors
 from energy_flow.settings import Settings, did_you_mean, read
-from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
-from energy_flow.training.faults import FaultQueue
 from energy_flow.training.losses import (
     Candidates,
     LossSettings,
@@ -31,9 +33,7 @@ from energy_flow.training.losses import (
     surface_loss,
     weighted,
 )
-from energy_flow.training.retrieval import AllTargets, ranks, retrieval_metrics
-from energy_flow.training.step_guard import SkippingAdamW, StepGuard, spoil
-from energy_flow.training.task import squared_errors
+from energy_flow.training.step_guard import SkippingAdamW, StepGuard, propagate_nonfinite
 
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
 _CHUNK = 1024  # rows of an evaluation whose scores stand at a time
@@ -172,7 +172,7 @@ class EnergyFlowModule(pl.LightningModule):
             self._scalars.put(logging_step(self.trainer), scalars)
             log_scalars(self.trainer, {"train/skipped": float(self.guard.skipped)}, logging_step(self.trainer))
         # Anomaly mode looks for the operation that made a NaN: it must not be this one.
-        return loss if torch.is_anomaly_enabled() else spoil(loss)
+        return loss if torch.is_anomaly_enabled() else propagate_nonfinite(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         sick = [samples for samples, _ in self._faults.take()]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from energy_flow.atomic import write_whole
 from energy_flow.core.energy_lattice import name_samples
+from energy_flow.core.faults import name_rows
 from energy_flow.core.host_copy import HostCopy
-from energy_flow.training.faults import name_rows
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class _Judged:
 class StepGuard:
     """Judges every step by its gradients, on the device; the host hears of it when the next step is judged.
 
-    A loss that isn't finite is passed on to the gradients (`spoil`). So several processes, which share the gradients,
-    all decide the same, and nothing more need be sent.
+    A loss that isn't finite is passed on to the gradients (`propagate_nonfinite`). Several processes share the
+    gradients, so all decide the same, and nothing more need be sent.
 
     Attributes:
         limit: bad steps in a row after which no step is taken any more; None: however many.
@@ -172,7 +172,7 @@ class SkippingAdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "param_groups": groups})
 
 
-def spoil(loss: Tensor) -> Tensor:
+def propagate_nonfinite(loss: Tensor) -> Tensor:
     """The same loss, but one that isn't finite gives gradients that aren't, too; an infinite one needn't."""
     return loss * torch.ones_like(loss).masked_fill(~loss.detach().isfinite(), torch.nan)
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from energy_flow.benchmarks import collect
-from energy_flow.benchmarks.collect import CollectSettings, collectors, forward_backward, make_problem, require_same
 from energy_flow.core.geometry import Deposit
 from energy_flow.settings import read
+from energy_flow_benchmarks import collect
+from energy_flow_benchmarks.collect import CollectSettings, collectors, forward_backward, make_problem, require_same
 
 CPU = torch.device("cpu")
 WAYS = [(deposit, name) for deposit in collect.DEPOSITS for name in collectors(deposit)]

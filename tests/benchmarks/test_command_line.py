@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 
 from energy_flow.benchmark import main
-from energy_flow.benchmarks import collect, registry
+from energy_flow_benchmarks import collect, registry
 from tests.benchmarks.training import TRAINING
 from tests.cli.helpers import Outcome, _logging_as_it_was, check_message
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from energy_flow.benchmarks import measure
-from energy_flow.benchmarks.machine import describe_machine
-from energy_flow.benchmarks.measure import Prepared, compare, copy_rate, gemm_rate, peak_memory
+from energy_flow_benchmarks import measure
+from energy_flow_benchmarks.machine import describe_machine
+from energy_flow_benchmarks.measure import Prepared, compare, copy_rate, gemm_rate, peak_memory
 
 CPU = torch.device("cpu")
 MIB = 2**20

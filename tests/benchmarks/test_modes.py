@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from energy_flow.benchmarks import modes
-from energy_flow.benchmarks.workload import Step
+from energy_flow_benchmarks import modes
+from energy_flow_benchmarks.workload import Step
 from tests.benchmarks.test_step import workload
 
 

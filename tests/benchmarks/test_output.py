@@ -2,10 +2,10 @@
 
 import pytest
 
-from energy_flow.benchmarks.figures import BYTES, SECONDS, Panel, figure_of_panels
-from energy_flow.benchmarks.findings import Findings, Grid, Row, find, rows_of, sizes
-from energy_flow.benchmarks.output import BYTE_UNITS, TIME_UNITS, in_units, markdown
 from energy_flow.viz.style import render
+from energy_flow_benchmarks.figures import BYTES, SECONDS, Panel, figure_of_panels
+from energy_flow_benchmarks.findings import Findings, Grid, Row, find, rows_of, sizes
+from energy_flow_benchmarks.output import BYTE_UNITS, TIME_UNITS, in_units, markdown
 
 MACHINE = {"cpu": "a CPU", "date": "2025-01-02", "command": "python -m energy_flow.benchmark", "gpu": None}
 

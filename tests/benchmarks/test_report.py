@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from energy_flow.benchmarks import answers, before, report
-from energy_flow.benchmarks.curves import loss_curves, training_step
-from energy_flow.benchmarks.findings import Row
-from energy_flow.benchmarks.flows import (
+from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.tensorized_flow_storage import FlowStatus
+from energy_flow.errors import ConfigError
+from energy_flow.settings import read
+from energy_flow_benchmarks import answers, before, report
+from energy_flow_benchmarks.curves import loss_curves, training_step
+from energy_flow_benchmarks.findings import Row
+from energy_flow_benchmarks.flows import (
     as_list,
     as_tensors,
     finished_flows,
@@ -20,12 +24,8 @@ from energy_flow.benchmarks.flows import (
     plane_of,
     under_way,
 )
-from energy_flow.benchmarks.measure import Prepared, Work
-from energy_flow.benchmarks.report import EndOfBatch, ReportSettings, require_equal
-from energy_flow.core.flow_processor import FlowProcessor
-from energy_flow.core.tensorized_flow_storage import FlowStatus
-from energy_flow.errors import ConfigError
-from energy_flow.settings import read
+from energy_flow_benchmarks.measure import Prepared, Work
+from energy_flow_benchmarks.report import EndOfBatch, ReportSettings, require_equal
 from tests.helpers import Case, assert_near
 
 ROOT = Path(__file__).parents[2]

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 
-from energy_flow.benchmarks import step, user_step
-from energy_flow.benchmarks.findings import Row
-from energy_flow.benchmarks.step import StepSettings, check, steps_of, usable_dtypes
-from energy_flow.benchmarks.user_step import Recurrence, UserModel, gru_of, parameters_of
-from energy_flow.benchmarks.workload import SizeSettings, Workload
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
+from energy_flow_benchmarks import step, user_step
+from energy_flow_benchmarks.findings import Row
+from energy_flow_benchmarks.step import StepSettings, check, steps_of, usable_dtypes
+from energy_flow_benchmarks.user_step import Recurrence, UserModel, gru_of, parameters_of
+from energy_flow_benchmarks.workload import SizeSettings, Workload
 from tests.benchmarks.training import tiny_size
 from tests.helpers import GRADIENT_TOLERANCE, assert_near
 

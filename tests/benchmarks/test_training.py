@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from energy_flow.benchmarks import memory, scaling, stability
-from energy_flow.benchmarks.findings import Row, find
-from energy_flow.benchmarks.memory import MemorySettings, SweepSettings, chunked
-from energy_flow.benchmarks.scaling import ScalingSettings
-from energy_flow.benchmarks.stability import StabilitySettings, Training, around, looks_at
-from energy_flow.benchmarks.turns import measure_in_turns
-from energy_flow.benchmarks.workload import Workload
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
 from energy_flow.viz.style import render
+from energy_flow_benchmarks import memory, scaling, stability
+from energy_flow_benchmarks.findings import Row, find
+from energy_flow_benchmarks.memory import MemorySettings, SweepSettings, chunked
+from energy_flow_benchmarks.scaling import ScalingSettings
+from energy_flow_benchmarks.stability import StabilitySettings, Training, around, looks_at
+from energy_flow_benchmarks.turns import measure_in_turns
+from energy_flow_benchmarks.workload import Workload
 from tests.benchmarks.training import tiny_size
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from energy_flow.training.checkpoint import damage
+from energy_flow.checkpoints.format import damage
 from tests.cli.helpers import spawn, start
 from tests.cli.same import unlike
 from tests.cli.test_resume import BUSY

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from energy_flow.training.checkpoint import load
+from energy_flow.checkpoints.format import load
 from tests.campaigns.endings import Findings, begin, finish_and_compare, is_finished, overrides, seconds_of
 from tests.cli.helpers import spawn, write_pairs
 

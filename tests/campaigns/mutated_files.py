@@ -29,12 +29,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from energy_flow.atomic import digest
+from energy_flow.checkpoints import format as checkpoints
 from energy_flow.data import PairDataset, read_data_settings
 from energy_flow.data.inspection import inspect
-from energy_flow.data.texts import read_texts
+from energy_flow.data.text.pairs import read_texts
 from energy_flow.errors import DataError, EnergyFlowError
 from energy_flow.pretrained import EnergyFlowModel
-from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.module import EnergyFlowModule
 from tests.campaigns.mutations import MUTATIONS
 from tests.campaigns.seeds import Seed, data_seeds, model_seeds

@@ -11,9 +11,9 @@ import torch
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import save as save_torch
 
+from energy_flow.checkpoints import format as checkpoints
 from energy_flow.config import compose
 from energy_flow.pretrained import EnergyFlowModel
-from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.module import EnergyFlowModule
 
 N, D = 6, 4

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from energy_flow.checkpoints import format as checkpoints
 from energy_flow.errors import EnergyFlowError
-from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.module import EnergyFlowModule
 from tests.campaigns import mutated_files
 from tests.campaigns.mutated_files import Outcome, campaign, load_data, prepare

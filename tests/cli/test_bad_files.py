@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from energy_flow.checkpoints import format as checkpoints
 from energy_flow.errors import CheckpointError
-from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.module import EnergyFlowModule
 from tests.cli.helpers import DIM, Outcome, Program, write_pairs
 

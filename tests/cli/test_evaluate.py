@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from energy_flow.metrics.retrieval import ranks
+from energy_flow.metrics.row_scores import read_row_scores
 from energy_flow.pretrained import EnergyFlowModel
-from energy_flow.training.retrieval import ranks
-from energy_flow.training.test_rows import read_rows
 from tests.cli.helpers import DIM, SIZES, Outcome, Program, write_pairs
 from tests.cli.test_transport import rows_of_table
 
@@ -61,7 +61,7 @@ def test_rows_are_kept_of_each(program: Program, best: Path, other: Path) -> Non
     found = outcome.metrics()
     for key in ("best", "other"):
         for suffix in ("", "_all"):
-            rows = read_rows(outcome.folder / f"test{suffix}_rows_{key}.safetensors").values
+            rows = read_row_scores(outcome.folder / f"test{suffix}_rows_{key}.safetensors").values
             assert (1 / rows["model"]).mean().item() == pytest.approx(found[f"model{suffix}/{key}/mrr"])
             assert (1 / rows["ridge"]).mean().item() == pytest.approx(found[f"baseline{suffix}/ridge/mrr"])
             assert found[f"model{suffix}/{key}/mrr_low"] < found[f"model{suffix}/{key}/mrr"]
@@ -72,8 +72,8 @@ def test_rows_are_kept_of_each(program: Program, best: Path, other: Path) -> Non
 def test_ranks_among_all_targets(program: Program, best: Path) -> None:
     outcome = program.evaluate(f"ckpt_path={best}", *FITTED)
     assert outcome.metrics()["test_all/candidates"] == sum(SIZES.values())
-    near = read_rows(outcome.folder / "test_rows.safetensors").values
-    wide = read_rows(outcome.folder / "test_all_rows.safetensors").values
+    near = read_row_scores(outcome.folder / "test_rows.safetensors").values
+    wide = read_row_scores(outcome.folder / "test_all_rows.safetensors").values
     assert set(near) == set(wide) > {"model", "identity", "mlp"}
     for name, rank in near.items():
         assert (wide[name] >= rank).all(), name

@@ -12,8 +12,9 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 from torch.utils.tensorboard import SummaryWriter
 
-from energy_flow import cli, train
-from energy_flow.training import run_folder
+from energy_flow import train
+from energy_flow.runs import folder as run_folder
+from energy_flow.runs.messages import unwritable
 from tests.cli.helpers import Program, check_message
 from tests.cli.same import curves, rows, unlike
 from tests.cli.test_resume import BUSY, StopAt, checkpoint, differences
@@ -257,11 +258,11 @@ def test_half_a_row_of_csv(program: Program) -> None:
 
 
 def test_what_counts_as_a_disk_that_can_not_be_written() -> None:
-    assert cli.unwritable(OSError(errno.ENOSPC, "No space left on device")) == (
+    assert unwritable(OSError(errno.ENOSPC, "No space left on device")) == (
         "the disk: No space left on device. Make room and repeat the command"
     )
     wrapped = ValueError("by a library")
     wrapped.__cause__ = PermissionError(errno.EACCES, "Permission denied", "a.csv")
-    assert cli.unwritable(wrapped) == "a.csv: Permission denied. Change its rights and repeat the command"
-    assert cli.unwritable(PermissionError(errno.EPERM, "Operation not permitted")) is None  # of a process, say
-    assert cli.unwritable(FileNotFoundError(errno.ENOENT, "No such file", "a.csv")) is None
+    assert unwritable(wrapped) == "a.csv: Permission denied. Change its rights and repeat the command"
+    assert unwritable(PermissionError(errno.EPERM, "Operation not permitted")) is None  # of a process, say
+    assert unwritable(FileNotFoundError(errno.ENOENT, "No such file", "a.csv")) is None

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from energy_flow import train
-from energy_flow.training import run
+from energy_flow.runs import results
 from energy_flow.training.module import EnergyFlowModule
 from tests.cli.helpers import Program, check_message, files_of_runs
 
@@ -19,7 +19,7 @@ def test_failing_baselines_lose_no_metrics(program: Program, monkeypatch: pytest
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run, "run_baselines", fail)
+    monkeypatch.setattr(results, "run_baselines", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         program.train("baselines.enabled=true")
     [written] = [path for path in files_of_runs(program.folder) if path.name == "metrics.json"]
@@ -27,7 +27,7 @@ def test_failing_baselines_lose_no_metrics(program: Program, monkeypatch: pytest
 
 
 def test_without_a_test_no_baselines_are_fitted(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "run_baselines", lambda *args, **kwargs: pytest.fail("fitted for nothing"))
+    monkeypatch.setattr(results, "run_baselines", lambda *args, **kwargs: pytest.fail("fitted for nothing"))
     outcome = program.train("baselines.enabled=true", "test=false")
     assert outcome.code == 0
     assert "no test: test=false" in outcome.out

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from energy_flow import train
 from energy_flow.errors import ConfigError
-from energy_flow.training.building import VALIDATED
+from energy_flow.metrics.row_scores import read_row_scores
+from energy_flow.runs.trainer import VALIDATED
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.test_rows import read_rows
 from tests.cli.helpers import DIM, Outcome, Program
 from tests.training.runs import NO_WARNINGS, scalars
 
@@ -45,7 +45,7 @@ def test_metrics_are_flat_finite_and_complete(trained: Outcome) -> None:
 
 
 def test_the_rows_behind_the_metrics(program: Program, trained: Outcome, trained_folder: Path) -> None:
-    found, metrics = read_rows(trained.folder / "test_rows.safetensors"), trained.metrics()
+    found, metrics = read_row_scores(trained.folder / "test_rows.safetensors"), trained.metrics()
     assert next(iter(found.values)) == "model"
     assert set(found.values) == {"model", *(name.split("/")[1] for name in metrics if name.startswith("baseline/"))}
     for name, rank in found.values.items():
@@ -56,7 +56,7 @@ def test_the_rows_behind_the_metrics(program: Program, trained: Outcome, trained
     outcome = program.evaluate(
         f"ckpt_path={trained.folder}/checkpoints/best.ckpt", f"data.test={trained_folder}/test.safetensors"
     )
-    again = read_rows(outcome.folder / "test_rows.safetensors")
+    again = read_row_scores(outcome.folder / "test_rows.safetensors")
     assert torch.equal(again.values["model"], found.values["model"])
 
 
@@ -70,7 +70,7 @@ def test_errors_have_rows_too(program: Program) -> None:
     outcome = program.train(
         "optimized_metric=val/mse", "loss=mse", "baselines.enabled=true", "baselines.training.epochs=1"
     )
-    found, metrics = read_rows(outcome.folder / "test_rows.safetensors"), outcome.metrics()
+    found, metrics = read_row_scores(outcome.folder / "test_rows.safetensors"), outcome.metrics()
     assert found.measure == "mse"
     assert found.values["model"].mean().item() == pytest.approx(metrics["test/mse"], rel=1e-5)
     assert found.values["ridge"].mean().item() == pytest.approx(metrics["baseline/ridge/mse"])

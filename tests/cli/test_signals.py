@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from torch.utils.data import get_worker_info
 
 from energy_flow.data.pairs import PairDataset
-from energy_flow.training import run
-from energy_flow.training.sweep_summary import SweepSummary
+from energy_flow.runs import results
+from energy_flow.runs.sweep import SweepSummary
 from tests.cli.helpers import Program, start, wait_for, write_pairs
 from tests.cli.test_broken_off import At, broken_off, goes_on_exactly, saved_step, signalled
 
@@ -42,7 +42,7 @@ def test_while_a_checkpoint_is_written(program: Program, straight: Any) -> None:
 
 def test_in_the_test_and_at_the_baselines(program: Program) -> None:
     with program.patch.context() as patch:
-        patch.setattr(run, "run_baselines", lambda *_, **__: signalled(signal.SIGTERM)())
+        patch.setattr(results, "run_baselines", lambda *_, **__: signalled(signal.SIGTERM)())
         outcome = program.train("baselines.enabled=true")
     assert outcome.code == 143
     assert "terminated at step 4\nto go on from step 4:" in outcome.err

@@ -163,7 +163,7 @@ def test_zero_rows_only_matter_when_normalising(tmp_path, good):
 
 
 def test_bad_rows_are_found_in_every_chunk(tmp_path, good, monkeypatch):
-    monkeypatch.setattr("energy_flow.data.columns._CHUNK_BYTES", 8 * D)  # one row a chunk
+    monkeypatch.setattr("energy_flow.data.storage.columns._CHUNK_BYTES", 8 * D)  # one row a chunk
     good["target"][[4, 5], 0] = np.nan
     refused(npz(tmp_path, **good), "target row 4", "2 of 6 rows")
 

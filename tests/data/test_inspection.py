@@ -9,9 +9,9 @@ import pytest
 
 from energy_flow.config import compose
 from energy_flow.data import EnergyDataModule, read_data_settings
-from energy_flow.data.columns import Column
-from energy_flow.data.copies import Copies
 from energy_flow.data.inspection import inspect
+from energy_flow.data.storage.columns import Column
+from energy_flow.data.storage.duplicates import Copies
 from energy_flow.errors import EnergyFlowError
 
 N, D = 40, 8
@@ -19,7 +19,7 @@ N, D = 40, 8
 
 @pytest.fixture(params=[1, 7, 1000], ids=lambda rows: f"{rows} rows a chunk")
 def chunks(request, monkeypatch):
-    monkeypatch.setattr("energy_flow.data.columns._CHUNK_BYTES", 8 * D * request.param)
+    monkeypatch.setattr("energy_flow.data.storage.columns._CHUNK_BYTES", 8 * D * request.param)
 
 
 def splits():

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from energy_flow.benchmarks import collect, stability, step
-from energy_flow.benchmarks.measure import compare, peak_memory
-from energy_flow.benchmarks.report import EndOfBatch, ReportSettings
-from energy_flow.benchmarks.stability import StabilitySettings
-from energy_flow.benchmarks.turns import measure_in_turns
-from energy_flow.benchmarks.workload import SizeSettings, Workload
 from energy_flow.settings import read
+from energy_flow_benchmarks import collect, stability, step
+from energy_flow_benchmarks.measure import compare, peak_memory
+from energy_flow_benchmarks.report import EndOfBatch, ReportSettings
+from energy_flow_benchmarks.stability import StabilitySettings
+from energy_flow_benchmarks.turns import measure_in_turns
+from energy_flow_benchmarks.workload import SizeSettings, Workload
 from tests.benchmarks.test_report import TINY
 from tests.benchmarks.training import tiny_size
 

@@ -17,8 +17,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from energy_flow.core.engine.compiled import step_kernels
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
-from energy_flow.core.functions import step_functions
 from energy_flow.ops.counter_noise import counter_noise
 from energy_flow.training.callbacks.bad_steps import StopOnBadSteps
 from tests.helpers import Case
@@ -76,7 +76,7 @@ def test_noise_has_the_same_bits_on_both_devices() -> None:
 
 @pytest.mark.parametrize("num_slots", [1, 37, 1000])
 def test_compiled_noise_has_the_same_bits_too(num_slots: int) -> None:
-    rows, noise = torch.tensor([0, 7, 2**31, 2**32 - 1]), step_functions(True, False).counter_noise
+    rows, noise = torch.tensor([0, 7, 2**31, 2**32 - 1]), step_kernels(True, False).counter_noise
     for optimizer_step in (0, 123456):
         for step in range(4):
             now = torch.tensor(optimizer_step)
@@ -205,7 +205,7 @@ import faulthandler
 faulthandler.dump_traceback_later(180, exit=True)
 import torch
 from energy_flow.core.rollout import Rollout
-from energy_flow.core.tape import Tape
+from energy_flow.core.engine.tape import Tape
 from tests.gpu.test_cuda import LIVELY_CASE, run
 
 works = {waiting}

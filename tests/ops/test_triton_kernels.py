@@ -12,16 +12,16 @@ from torch import Tensor
 
 from energy_flow.ops.backend import require_adjacent_columns, use_triton
 from energy_flow.ops.gru_gates import gates_backward, gates_forward, next_hidden
-from energy_flow.ops.heads import heads_backward, heads_forward
+from energy_flow.ops.narrow_linear import heads_backward, heads_forward
 from tests.ops.kernels import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 BOTH_WAYS = [
     "ops/test_gru_gates.py",
-    "ops/test_heads.py",
-    "ops/test_leading_rows.py",
+    "ops/test_narrow_linear.py",
+    "ops/test_prefix_matmul.py",
     "ops/test_triton_kernels.py",
-    "core/test_compaction_in_halves.py",
+    "core/engine/test_compaction_in_halves.py",
 ]
 
 

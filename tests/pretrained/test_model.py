@@ -19,10 +19,10 @@ from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow.data import PairDataset
 from energy_flow.data.datamodule import EMBEDDED
 from energy_flow.errors import CheckpointError, ConfigError, DataError, NotFiniteError
+from energy_flow.metrics.retrieval import retrieval_metrics
 from energy_flow.pretrained import SHIPPED, EnergyFlowModel, ModelCard, card
 from energy_flow.pretrained.model import _ENCODERS
 from energy_flow.settings import read
-from energy_flow.training.retrieval import retrieval_metrics
 from tests.helpers import DIM, LATTICE, MODEL, fill_parameters, section
 
 CARD: dict[str, Any] = {

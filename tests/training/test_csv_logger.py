@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from energy_flow.training.csv_logger import ResumableCSVLogger
-from tests.training.test_checkpoint_io import room
+from tests.checkpoints.test_io import room
 
 
 def steps(path: Path) -> list[str]:

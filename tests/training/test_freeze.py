@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from energy_flow.checkpoints import format as checkpoints
 from energy_flow.errors import CheckpointError, ConfigError
-from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.module import EnergyFlowModule
 from tests.training.test_module import LIVELY, make_loader, make_module, make_trainer
 

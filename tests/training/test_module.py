@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from energy_flow.checkpoints import format as checkpoints
 from energy_flow.config import compose
 from energy_flow.core.energy_lattice import Landings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.errors import ConfigError, NoLandingError, NotFiniteError
+from energy_flow.metrics.retrieval import retrieval_metrics
 from energy_flow.settings import read
-from energy_flow.training import checkpoint as checkpoints
 from energy_flow.training.losses import embedding_losses
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.retrieval import retrieval_metrics
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 DIM = 12

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from energy_flow.comparison.baselines import run_baselines
+from energy_flow.comparison.trained_baselines import TrainedBaseline, hidden_size, mlp
 from energy_flow.config import compose
 from energy_flow.errors import ConfigError
-from energy_flow.training.baselines import run_baselines
-from energy_flow.training.task import REGRESSION, RETRIEVAL, direction, regression_metrics, task_of
-from energy_flow.training.trained_baselines import TrainedBaseline, hidden_size, mlp
-from tests.training.test_baselines import ERRORS, MSE, SETTINGS, epochs, mapped, numbers, rotation, three_splits
+from energy_flow.metrics.task import REGRESSION, RETRIEVAL, direction, regression_metrics, task_of
+from tests.comparison.test_baselines import ERRORS, MSE, SETTINGS, epochs, mapped, numbers, rotation, three_splits
 
 
 def test_metrics_by_hand() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.step_guard import SkippingAdamW, StepGuard, spoil
+from energy_flow.training.step_guard import SkippingAdamW, StepGuard, propagate_nonfinite
 from tests.helpers import tensors_of
 from tests.training.runs import scalars
 from tests.training.runs import trainer as logging_trainer
@@ -227,9 +227,9 @@ def test_an_infinite_loss_reaches_every_gradient_and_a_finite_one_stays_as_it_is
     for shift, finite in ((0.0, True), (INF, False), (NAN, False)):
         loss = weight.square().sum() + shift
         [plain] = torch.autograd.grad(loss, weight, retain_graph=True)
-        [found] = torch.autograd.grad(spoil(loss), weight)
+        [found] = torch.autograd.grad(propagate_nonfinite(loss), weight)
         assert torch.equal(found, plain) if finite else found.isnan().all()
-        assert not finite or torch.equal(spoil(loss), loss)
+        assert not finite or torch.equal(propagate_nonfinite(loss), loss)
 
 
 def test_averaged_weights_are_those_without_it_too() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from energy_flow.core.faults import REMEDY
 from energy_flow.errors import ConfigError, NotFiniteError
 from energy_flow.training.callbacks.scalars import log_scalars
-from energy_flow.training.faults import REMEDY
 from energy_flow.training.step_guard import BadStep, StepGuard
 
 

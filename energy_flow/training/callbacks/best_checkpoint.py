@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from energy_flow.training.checkpoint_io import WholeCheckpoints
+from energy_flow.checkpoints.io import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class BestCheckpoint(ModelCheckpoint):
     def _is_lost(self, trainer: Trainer) -> bool:
         """Whether the checkpoint that was saved last could not be written."""
         written_by = trainer.strategy.checkpoint_io
-        lost = isinstance(written_by, WholeCheckpoints) and self._last_checkpoint_saved in written_by.failed
+        lost = isinstance(written_by, AtomicCheckpointIO) and self._last_checkpoint_saved in written_by.failed
         decided: bool = trainer.strategy.broadcast(lost)
         return decided
 

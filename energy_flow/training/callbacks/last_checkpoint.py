@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import field_validator
 
+from energy_flow.checkpoints.io import LAST
 from energy_flow.settings import Settings, read
 from energy_flow.training.callbacks.scalars import is_logging_batch
-from energy_flow.training.checkpoint_io import LAST
 
 
 class LastCheckpointSettings(Settings):

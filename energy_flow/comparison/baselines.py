@@ -1,0 +1,230 @@
+"""What simpler methods reach on the same data: a flow lattice has to be seen beside them.
+
+N samples, D embedding dimension, h hidden size of an MLP
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from energy_flow.comparison.trained_baselines import (
+    Build,
+    Pairs,
+    Report,
+    TrainedBaseline,
+    TrainingSettings,
+    linear,
+    mlp,
+    residual_mlp,
+)
+from energy_flow.metrics.retrieval import AllTargets
+from energy_flow.metrics.task import RETRIEVAL, Task
+from energy_flow.settings import Settings
+from energy_flow.training.losses import LossSettings
+
+Predict = Callable[[Tensor], Tensor]  # source [N, D] -> prediction [N, D]
+Fit = Callable[[dict[str, Pairs]], tuple[Predict, str]]  # splits -> how to predict, what was chosen
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "identity": (),
+    "mean": ("train",),
+    "ridge": ("train", "val"),
+    "procrustes": ("train",),
+    **dict.fromkeys(("linear", "mlp", "residual_mlp", "mlp_cosine", "mlp_large"), ("train", "val")),
+}
+USED_FOR = {"train": "data.train to be fitted", "val": "data.val to choose {choice} by {headline}"}
+CHOICE = {"ridge": "λ"}  # others: the best epoch
+
+# λ of the ridge regression relative to the mean eigenvalue of XᵀX, so that one grid fits any number of samples.
+RIDGE_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 7))
+GRAM_ROWS = 65536
+COSINE_TIMES = 4  # as many epochs with the cosine loss: it learns slower (MRR .29 after 6, .37 after 20), each is cheap
+
+
+class BaselineSettings(Settings):
+    """Config group `baselines`."""
+
+    enabled: bool
+    training: TrainingSettings
+    large: Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class BaselineResults:
+    """Metrics of the baselines that ran, why the others didn't, and what was chosen for those that have a choice."""
+
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    # What the task measures of each test row, float64 [N]; tensors can't be compared as a whole.
+    rows: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    all_rows: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    skipped: dict[str, str] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+
+
+def run_baselines(
+    train: Pairs | None,
+    val: Pairs | None,
+    test: Pairs,
+    *,
+    task: Task,
+    settings: BaselineSettings,
+    num_parameters: int,
+    loss: LossSettings,
+    seed: int,
+    device: torch.device | str = "cpu",
+    report: Report | None = None,
+    all_targets: AllTargets | None = None,
+) -> BaselineResults:
+    """Fit the task's baselines on `train`, choose on `val` by the task's headline, measure on `test`.
+
+    - `identity`: the source embedding itself.
+    - `mean`: the mean target of `train` for every sample, the floor: all samples see the candidates in the same order,
+      so their ranks are 1 to N.
+    - `ridge`: the linear map (XᵀX + λ)⁻¹XᵀY; λ chosen on `val`. Where errors count with an intercept (X and Y are
+      centred); for ranks without (it is common to all predictions and says nothing about which is which).
+    - `procrustes`: the orthogonal map UVᵀ with UΣVᵀ = XᵀY (Schönemann 1966, Psychometrika 31).
+    - `linear`: a linear map with bias that begins as the identity, trained with the model's loss of embeddings (it has
+      no surface); here and below learning rate, weight decay and epoch are chosen on `val`.
+    - `mlp`: Linear(D, h), GELU, Linear(h, D) with as many parameters as the model, same loss.
+    - `residual_mlp`: the same beside a skip from the input.
+    - `mlp_cosine`: that MLP with the cosine loss, and four times the epochs.
+    - `mlp_large`: that MLP with many times the parameters.
+
+    The global random state is neither read nor changed; on one device, the same arguments give the same results.
+
+    Args:
+        train, val, test: (source [N, D], target [N, D]) float32. Without `train` only the identity can be measured;
+            without `val` neither λ nor the best epoch can be chosen. What is left out for that stands in `skipped`.
+        task: which baselines, and how they are measured.
+        settings: of those that are trained; whether baselines are `enabled` is the caller's business.
+        num_parameters: how many the model has beside which the baselines stand.
+        loss: that model's loss.
+        seed: of initial weights and order of samples.
+        device: where to compute.
+        report: is told what is being done, e.g. "mlp epoch 3/20".
+        all_targets: more candidates, among which test rows are ranked as well.
+
+    Raises:
+        ValueError: the shapes of source and target, or of two splits, don't fit.
+    """
+    given = {"train": train, "val": val, "test": test}
+    splits = {name: (pairs[0].to(device), pairs[1].to(device)) for name, pairs in given.items() if pairs is not None}
+    _check_shapes(splits)
+    report = report or _say_nothing
+    cosine = loss.model_copy(update={"cosine": 1.0, "mse": 0.0, "contrastive": 0.0, "learn_temperature": False})
+
+    longer = settings.training.model_copy(update={"epochs": COSINE_TIMES * settings.training.epochs})
+
+    def trained(name: str, build: Build, its_loss: LossSettings = loss, how: TrainingSettings | None = None) -> Fit:
+        return _trained(TrainedBaseline(name, build, task, its_loss, how or settings.training, seed, report))
+
+    fits: dict[str, Fit] = {
+        "identity": _fit_identity,
+        "mean": _fit_mean,
+        "ridge": lambda splits: _fit_ridge(splits, task),
+        "procrustes": _fit_procrustes,
+        "linear": trained("linear", linear),
+        "mlp": trained("mlp", mlp(num_parameters)),
+        "residual_mlp": trained("residual_mlp", residual_mlp(num_parameters)),
+        "mlp_cosine": trained("mlp_cosine", mlp(num_parameters), cosine, longer),
+        "mlp_large": trained("mlp_large", mlp(settings.large * num_parameters)),
+    }
+    results = BaselineResults()
+    for name in task.baselines:
+        words = {"choice": CHOICE.get(name, "the best epoch"), "headline": task.headings[task.headline]}
+        missing = [USED_FOR[split].format(**words) for split in NEEDS[name] if split not in splits]
+        if missing:
+            results.skipped[name] = "needs " + " and ".join(missing)
+            continue
+        report(name)
+        _measure(name, fits[name], splits, task, results, all_targets)
+    return results
+
+
+def _measure(
+    name: str, fit: Fit, splits: dict[str, Pairs], task: Task, results: BaselineResults, all_targets: AllTargets | None
+) -> None:
+    # The caller may be in Lightning's inference mode, in which an MLP couldn't be trained.
+    with torch.inference_mode(False), torch.enable_grad():
+        predict, detail = fit(splits)
+    source, target = splits["test"]
+    with torch.no_grad():
+        prediction = predict(source)
+        results.rows[name] = task.rows(prediction, target).cpu()
+        results.metrics[name] = task.metrics(prediction, target, results.rows[name])
+        if all_targets is not None:
+            results.all_rows[name] = all_targets.ranks(prediction).cpu()
+    if detail:
+        results.details[name] = detail
+
+
+def _fit_identity(splits: dict[str, Pairs]) -> tuple[Predict, str]:
+    return lambda source: source, ""
+
+
+def _fit_mean(splits: dict[str, Pairs]) -> tuple[Predict, str]:
+    mean = splits["train"][1].double().mean(0)
+    return lambda source: mean.expand(len(source), -1), ""
+
+
+def _fit_ridge(splits: dict[str, Pairs], task: Task) -> tuple[Predict, str]:
+    (source, target), (val_source, val_target) = splits["train"], splits["val"]
+    mean_source, mean_target = source.double().mean(0), target.double().mean(0)
+    if task is RETRIEVAL:
+        mean_source, mean_target = torch.zeros_like(mean_source), torch.zeros_like(mean_target)
+    # One eigendecomposition XᵀX = Q diag(e) Qᵀ serves every λ: (XᵀX + λ)⁻¹XᵀY = Q diag(1 / (e + λ)) QᵀXᵀY.
+    eigenvalues, vectors = torch.linalg.eigh(_gram(source, source) - len(source) * mean_source.outer(mean_source))
+    projected = vectors.T @ (_gram(source, target) - len(source) * mean_source.outer(mean_target))
+    scale = eigenvalues.mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def linear_map(grid_value: float) -> Predict:
+        matrix = vectors @ (projected / (eigenvalues.clamp(min=0) + grid_value * scale).unsqueeze(-1))
+        return lambda x: (x.double() - mean_source) @ matrix + mean_target
+
+    found = [task.measure(linear_map(g)(val_source), val_target)[task.headline] for g in RIDGE_GRID]
+    best = 0
+    for index, value in enumerate(found):
+        best = index if task.improves(value, found[best]) else best
+    low, high, value = (g * scale.item() for g in (RIDGE_GRID[0], RIDGE_GRID[-1], RIDGE_GRID[best]))
+    detail = f"λ = {value:.3g} of {len(RIDGE_GRID)} from {low:.3g} to {high:.3g} (val {task.named(found[best])})"
+    return linear_map(RIDGE_GRID[best]), detail
+
+
+def _fit_procrustes(splits: dict[str, Pairs]) -> tuple[Predict, str]:
+    u, _, vt = torch.linalg.svd(_gram(*splits["train"]))
+    rotation = u @ vt
+    return lambda source: source.double() @ rotation, ""
+
+
+def _gram(x: Tensor, y: Tensor) -> Tensor:
+    # In chunks, so that a large data set isn't held in float64 as a whole.
+    total = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    for rows_x, rows_y in zip(x.split(GRAM_ROWS), y.split(GRAM_ROWS), strict=True):
+        total += rows_x.double().T @ rows_y.double()
+    return total
+
+
+def _trained(baseline: TrainedBaseline) -> Fit:
+    def fit(splits: dict[str, Pairs]) -> tuple[Predict, str]:
+        fitted = baseline.fit(splits["train"], splits["val"])
+        return fitted.network, fitted.detail
+
+    return fit
+
+
+def _check_shapes(splits: dict[str, Pairs]) -> None:
+    dim = splits["test"][0].shape[1:]
+    for name, (source, target) in splits.items():
+        if source.shape != target.shape or source.shape[1:] != dim or source.dim() != 2 or len(source) < 2:
+            raise ValueError(
+                f"{name}: source {list(source.shape)} and target {list(target.shape)} must both be [N >= 2, D], "
+                f"with the D = {list(dim)} of the test split"
+            )
+
+
+def _say_nothing(_: str) -> None:
+    pass

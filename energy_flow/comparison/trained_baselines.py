@@ -1,0 +1,192 @@
+"""Baselines that are trained: a linear map and MLPs of one hidden layer, with the model's own loss.
+
+N samples, D embedding dimension, h hidden size
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from energy_flow.metrics.task import Task
+from energy_flow.settings import Settings
+from energy_flow.training.losses import (
+    Candidates,
+    LossSettings,
+    Temperature,
+    directions,
+    embedding_losses,
+    weighted,
+)
+
+Pairs = tuple[Tensor, Tensor]  # source [N, D], target [N, D]
+Report = Callable[[str], None]
+Build = Callable[[int], nn.Module]  # D -> network [B, D] -> [B, D]
+
+BATCH = 512
+
+PositiveRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class TrainingSettings(Settings):
+    """How a baseline is trained; of all pairs of the two lists the best on validation counts."""
+
+    epochs: Annotated[int, Field(ge=1)]
+    learning_rates: Annotated[list[PositiveRate], Field(min_length=1)]
+    weight_decays: Annotated[list[Decay], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The network of the best epoch, and how it was found."""
+
+    network: nn.Module
+    headline: float  # of the task, on val
+    detail: str
+
+
+@dataclass(frozen=True)
+class TrainedBaseline:
+    """A network trained with AdamW; the best epoch on validation counts.
+
+    The learning rate falls to 0 in a half cosine.
+
+    The global random state is neither read nor changed.
+    """
+
+    name: str
+    build: Build
+    task: Task
+    loss: LossSettings
+    settings: TrainingSettings
+    seed: int
+    report: Report
+
+    def fit(self, train: Pairs, val: Pairs) -> Fitted:
+        """The best on validation over all pairs of learning rate and weight decay (of equals the first)."""
+        grid = list(itertools.product(self.settings.learning_rates, self.settings.weight_decays))
+        best: Fitted | None = None
+        for rate, decay in grid:
+            found = self._fit(train, val, rate, decay, f" lr {rate:g} decay {decay:g}" if len(grid) > 1 else "")
+            best = found if best is None or self.task.improves(found.headline, best.headline) else best
+        assert best is not None
+        return best
+
+    def _fit(self, train: Pairs, val: Pairs, rate: float, decay: float, note: str) -> Fitted:
+        source, _ = train
+        learner = self._learner(train)
+        optimizer = torch.optim.AdamW(learner.groups(decay), lr=rate)
+        epochs, order = self.settings.epochs, torch.Generator().manual_seed(self.seed)
+        total = epochs * len(_batches(len(source), torch.Generator()))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+        best, best_epoch, best_weights = None, 0, {}
+        for epoch in range(1, epochs + 1):
+            self.report(f"{self.name}{note} epoch {epoch}/{epochs}")
+            for rows in _batches(len(source), order):
+                optimizer.zero_grad()
+                learner.loss(rows.to(source.device)).backward()
+                optimizer.step()
+                schedule.step()
+            headline = self._headline(learner.network, val)
+            if best is None or self.task.improves(headline, best):
+                best, best_epoch = headline, epoch
+                best_weights = {key: value.clone() for key, value in learner.network.state_dict().items()}
+        assert best is not None
+        learner.network.load_state_dict(best_weights)
+        count = sum(p.numel() for p in learner.network.parameters())
+        chosen = f"epoch {best_epoch} of {epochs}, lr {rate:g}, weight decay {decay:g}"
+        return Fitted(learner.network, best, f"{count:,} parameters, {chosen} (val {self.task.named(best)})")
+
+    def _headline(self, network: nn.Module, val: Pairs) -> float:
+        with torch.no_grad():
+            return self.task.measure(network(val[0]), val[1])[self.task.headline]
+
+    def _learner(self, train: Pairs) -> "_Learner":
+        # On the CPU: the same weights for every device, and only the CPU's generator to seed and restore.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            network = self.build(train[0].shape[1])
+        return _Learner.of(network, self.loss, train)
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """A network with the loss of the model, but for the surface, which it doesn't have."""
+
+    network: nn.Module
+    temperature: Temperature
+    settings: LossSettings
+    train: Pairs
+    bank: Tensor | None
+
+    @classmethod
+    def of(cls, network: nn.Module, settings: LossSettings, train: Pairs) -> Self:
+        device = train[0].device
+        bank = directions(train[1]) if settings.candidates == "bank" and settings.contrastive > 0 else None
+        settings = settings.model_copy(update={"surface": 0.0})
+        return cls(network.to(device), Temperature(settings).to(device), settings, train, bank)
+
+    def groups(self, decay: float) -> list[dict[str, object]]:
+        """Parameters for AdamW; as in the model's training neither biases nor the temperature decay."""
+        parameters = [*self.network.parameters(), *self.temperature.parameters()]
+        return [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def loss(self, rows: Tensor) -> Tensor:
+        source, target = (side[rows] for side in self.train)
+        candidates = None if self.bank is None else Candidates(self.bank, rows)
+        losses = embedding_losses(self.network(source), target, self.temperature(), candidates)
+        return weighted(losses, self.settings)
+
+
+class Residual(nn.Module):
+    """The input plus what a network makes of it, which begins at 0."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        last = [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, source: Tensor) -> Tensor:
+        return source + self.network(source)
+
+
+def linear(dim: int) -> nn.Module:
+    """A linear map that begins as the identity, so that decay pulls towards it."""
+    return Residual(nn.Linear(dim, dim))
+
+
+def mlp(num_parameters: int) -> Build:
+    """Linear(D, h), GELU, Linear(h, D) of as many parameters as a whole h can give."""
+
+    def build(dim: int) -> nn.Module:
+        hidden = hidden_size(dim, num_parameters)
+        return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+    return build
+
+
+def residual_mlp(num_parameters: int) -> Build:
+    """That MLP beside a skip from the input."""
+    return lambda dim: Residual(mlp(num_parameters)(dim))
+
+
+def hidden_size(dim: int, num_parameters: int) -> int:
+    """h for which Linear(D, h), Linear(h, D) come nearest to `num_parameters` = h (2D + 1) + D."""
+    return max(1, round((num_parameters - dim) / (2 * dim + 1)))
+
+
+def _batches(num_samples: int, order: torch.Generator) -> list[Tensor]:
+    batch = min(BATCH, num_samples)
+    # The rest that doesn't fill a batch is dropped (another one every epoch): it would have fewer negatives.
+    shuffled = torch.randperm(num_samples, generator=order)[: num_samples // batch * batch]
+    return list(shuffled.split(batch))

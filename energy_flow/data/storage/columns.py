@@ -1,0 +1,213 @@
+"""One side of the pairs: stored numbers, decoded to float32 rows and, if asked for, L2-normalised.
+
+N rows, D embedding dimension.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from energy_flow.data.storage.arrays import StoredArray
+from energy_flow.errors import DataError
+
+_CHUNK_BYTES = 1 << 25
+
+# Told of every chunk of a pass: which rows, and their numbers as float32 [rows, D], not normalised.
+Look = Callable[[slice, NDArray[np.float32]], None]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a column found.
+
+    Attributes:
+        digest: sha256 of what is stored: names, dtypes, shapes and numbers, in row order; the same for the same numbers
+            in another file format.
+        hashes: int64 [N], of the stored bytes of every row: equal rows have equal ones. They mean something in this
+            process alone.
+        bad_scales, not_finite, zero: rows with a scale below 0, NaN or Inf; with NaN or Inf as float32; of zeros only.
+    """
+
+    digest: bytes
+    hashes: NDArray[np.int64]
+    bad_scales: NDArray[np.int64]
+    not_finite: NDArray[np.int64]
+    zero: NDArray[np.int64]
+
+
+class Column:
+    """`source` or `target` of a file: [N, D] numbers, int8 ones with a scale [N] per row.
+
+    The numbers stay in the file; a process maps it when it first reads, so a column can be sent to other processes.
+
+    Raises:
+        DataError: the shapes can't be [N, D] and [N], or scales and dtype don't belong together.
+    """
+
+    def __init__(self, values: StoredArray, scale: StoredArray | None, normalize: bool) -> None:
+        self.values = values
+        self.scale = scale
+        self.normalize = normalize
+        self._arrays: tuple[NDArray, NDArray | None] | None = None
+        self._check_shape()
+        self._check_scale()
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.values.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.values.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the numbers and their scales, as they are stored."""
+        arrays = (self.values,) if self.scale is None else (self.values, self.scale)
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+    def arrays(self) -> tuple[NDArray, NDArray | None]:
+        """The numbers [N, D] as they are stored and their scales [N]; memory-mapped wherever the format allows it."""
+        if self._arrays is None:
+            self._arrays = self.values.open(), None if self.scale is None else self.scale.open()
+        return self._arrays
+
+    def read(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
+        """Rows as they are trained on, [len(index), D]: scaled and, with `normalize`, of length 1."""
+        rows = self._decode(index)
+        if not self.normalize:
+            return rows
+        # In float64, whose squares neither overflow nor vanish for any float32 value.
+        exact = rows.astype(np.float64)
+        exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+        return exact.astype(np.float32)
+
+    def all(self) -> NDArray[np.float32]:
+        """All rows at once, [N, D]; read in chunks."""
+        rows = np.empty((self.num_rows, self.dim), np.float32)
+        for chunk in self.chunks():
+            rows[chunk] = self.read(chunk)
+        return rows
+
+    def chunks(self) -> Iterator[slice]:
+        """All rows in slices of bounded size, in order."""
+        size = max(1, _CHUNK_BYTES // (8 * self.dim))
+        return (slice(start, min(start + size, self.num_rows)) for start in range(0, self.num_rows, size))
+
+    def check(self) -> Survey:
+        """Reads everything once, in chunks: every number must be finite and, with `normalize`, no row zero.
+
+        Raises:
+            DataError: names the file, the array, the first bad row and how many there are.
+        """
+        survey = self.survey()
+        for complaint in self.complaints(survey):
+            raise DataError(complaint)
+        return survey
+
+    def survey(self, look: Look | None = None) -> Survey:
+        """Reads everything once, in chunks, and refuses nothing; `look` sees every chunk."""
+        digest: Any = hashlib.sha256()
+        bad_scales = np.empty(0, np.int64)
+        if self.scale is not None:
+            scale = self._scales()
+            _add_header(digest, self.scale)
+            digest.update(scale.view(np.uint8))
+            bad_scales = np.flatnonzero(~(np.isfinite(scale) & (scale >= 0)))
+        _add_header(digest, self.values)
+        hashes, unfit, zero = np.empty(self.num_rows, np.int64), [], []
+        for rows in self.chunks():
+            stored = np.ascontiguousarray(self.arrays()[0][rows])
+            digest.update(stored.view(np.uint8))
+            hashes[rows] = self._hashes(stored, rows)
+            decoded = self._decode(rows)
+            unfit.append(np.flatnonzero(~np.isfinite(decoded).all(axis=1)) + rows.start)
+            zero.append(np.flatnonzero(~decoded.any(axis=1)) + rows.start)
+            if look is not None:
+                look(rows, decoded)
+            self._release()
+        return Survey(digest.digest(), hashes, bad_scales, np.concatenate(unfit), np.concatenate(zero))
+
+    def complaints(self, survey: Survey) -> list[str]:
+        """What training refuses of what a pass found, a line each."""
+        found = [
+            (self.scale, survey.bad_scales, "a scale below 0, NaN or Inf"),
+            (self.values, survey.not_finite, "NaN or Inf (as float32)"),
+        ]
+        if self.normalize:
+            found.append((self.values, survey.zero, "nothing but zeros and can't be L2-normalised"))
+        return [self._complaint(array, rows, what) for array, rows, what in found if array is not None and len(rows)]
+
+    def _decode(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
+        values, scale = self.arrays()
+        stored = np.asarray(values[index])
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found, and named, by `check`
+            if self.values.kind == "bfloat16":
+                return (stored.astype(np.uint32) << 16).view(np.float32)
+            rows = stored.astype(np.float32)
+            if scale is not None:
+                rows *= np.asarray(scale[index]).astype(np.float32)[:, None]
+        return rows
+
+    def _scales(self) -> NDArray:
+        scale = self.arrays()[1]
+        assert scale is not None
+        return np.ascontiguousarray(scale)
+
+    def _hashes(self, stored: NDArray, rows: slice) -> NDArray[np.int64]:
+        found = hash_rows(stored)
+        if self.scale is None:
+            return found
+        return hash_rows(np.stack([found, self._scales()[rows].astype(np.float64).view(np.int64)], axis=1))
+
+    def _release(self) -> None:
+        # A pass touches every page of the map; a fresh map starts without them in this process's memory.
+        if self.values.offset is not None:
+            self._arrays = None
+
+    def _check_shape(self) -> None:
+        shape, where = self.values.shape, f"{self.values.file}: {self.values.name}"
+        if len(shape) != 2:
+            raise DataError(f"{where} has shape {shape}; it must have 2 axes, [rows, dimension]; reshape it")
+        if 0 in shape:
+            raise DataError(f"{where} has shape {shape}: it is empty; it must have at least 1 row and 1 column")
+
+    def _check_scale(self) -> None:
+        values, scale = self.values, self.scale
+        where = f"{values.file}: {values.name}"
+        if scale is None:
+            if values.kind == "int8":
+                raise DataError(f"{where} is int8, but no {values.name}_scale [N] is there; add it or store floats")
+            return
+        if values.kind != "int8":
+            raise DataError(f"{where} is {values.kind}, but {scale.name} is there; scales go with int8; remove one")
+        if scale.kind not in ("float16", "float32", "float64"):
+            raise DataError(f"{scale.file}: {scale.name} has dtype {scale.kind}; store it as float32")
+        if scale.shape != values.shape[:1]:
+            raise DataError(f"{scale.file}: {scale.name} has shape {scale.shape}; one per row is {values.shape[:1]}")
+
+    def _complaint(self, array: StoredArray, rows: NDArray[np.int64], what: str) -> str:
+        return (
+            f"{array.file}: {array.name} row {rows[0]} holds {what}; {len(rows):,} of {self.num_rows:,} rows do; "
+            "mend or remove them"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": None}
+
+
+def _add_header(digest: Any, array: StoredArray) -> None:
+    digest.update(f"{array.name} {array.kind} {array.dtype.byteorder} {list(array.shape)}\n".encode())
+
+
+def hash_rows(rows: NDArray) -> NDArray[np.int64]:
+    """Python's hashes of the bytes of every row [n, ...], int64 [n]; equal rows have equal ones."""
+    rows = np.ascontiguousarray(rows)
+    return np.fromiter(map(hash, rows.view(f"V{rows[0].nbytes}").ravel().tolist()), np.int64, len(rows))

@@ -1,0 +1,158 @@
+"""Build callbacks and loggers from config sections that name their class in `_target_`."""
+
+import inspect
+import os
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import hydra
+import lightning.pytorch as pl
+from hydra.errors import InstantiationException
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from pydantic import Field
+
+from energy_flow.errors import ConfigError
+from energy_flow.settings import check_type, did_you_mean
+from energy_flow.training.csv_logger import ResumableCSVLogger
+
+# Of callbacks and loggers that were built: where they stand in the config, for messages.
+CONFIG_KEY = "config_key"
+
+
+# What Lightning takes and can't have been meant: without patience the first validation ends a run.
+_LIMITS = {pl.callbacks.EarlyStopping: {"patience": Annotated[int, Field(ge=1)]}}
+
+
+# What a config may build, and what else may stand in its arguments; by the package that a class is defined in.
+_BUILT = ("energy_flow.training", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+
+
+_ARGUMENTS = (*_BUILT, "torch.optim", "datetime")
+
+
+# Packages that a user trusts beside these, with commas between them; a config can't set it.
+TRUST = "ENERGY_FLOW_TRUST"
+
+
+# Loggers that can go on with their own files.
+_PURGING = {f"{cls.__module__}.{cls.__qualname__}" for cls in (ResumableCSVLogger, TensorBoardLogger)} | {
+    "lightning.pytorch.loggers.TensorBoardLogger"
+}
+
+
+_RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
+
+
+def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
+    """Build every entry of a group whose entries name their class in `_target_`; null entries are left out.
+
+    A config may come from anywhere: it builds callbacks and loggers of energy_flow and Lightning, and of the packages
+    that the environment variable ENERGY_FLOW_TRUST names. Nothing else is imported.
+
+    Raises:
+        ConfigError: a class that isn't there or may not be built, or an argument that it doesn't have or can't use.
+    """
+    built = []
+    for name, entry in (section or {}).items():
+        if entry is None:
+            continue
+        if not isinstance(entry, Mapping) or "_target_" not in entry:
+            raise ConfigError(f"{key}.{name} = {entry!r}: must be a section with a _target_, or null to leave it out")
+        built.append(_build(entry, f"{key}.{name}"))
+        setattr(built[-1], CONFIG_KEY, f"{key}.{name}")
+    return built
+
+
+def build_loggers(section: Mapping[str, Any] | None, purge_step: int | None) -> list[Logger]:
+    """The loggers of the group `logger`.
+
+    Args:
+        purge_step: the step that a run goes on from: what its files hold of this step and later isn't shown twice.
+            None: a new run.
+    """
+    entries = dict(section or {})
+    for name, entry in entries.items():
+        if purge_step is not None and isinstance(entry, Mapping) and entry.get("_target_") in _PURGING:
+            entries[name] = {**entry, "purge_step": purge_step}
+    return build_all(entries, "logger")
+
+
+def _build(entry: Mapping[str, Any], key: str) -> Any:
+    target = _target(entry, key, _BUILT)
+    for name, value in entry.items():
+        _check_argument(value, f"{key}.{name}")
+    parameters = inspect.signature(target).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        refuse_unknown(entry, set(parameters) | {"_target_"}, key)
+    check_types(target.__init__, entry, key)  # type: ignore[misc]
+    for base, limits in _LIMITS.items():
+        for name in limits.keys() & entry.keys() if issubclass(target, base) else ():
+            check_type(entry[name], limits[name], f"{key}.{name}")
+    try:
+        return hydra.utils.instantiate(entry, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(f"{key}: {one_line(error.__cause__ or error)}") from error
+
+
+def _check_argument(value: Any, key: str) -> None:
+    """Hydra builds whatever names a class, at any depth."""
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{key} = {value!r}: would be looked up once more; leave out the ${{")
+    if isinstance(value, Mapping):
+        if any(isinstance(name, str) and name.startswith("_") for name in value):
+            _target(value, key, _ARGUMENTS)
+        for name, part in value.items():
+            _check_argument(part, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            _check_argument(part, f"{key}[{index}]")
+
+
+def _target(entry: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> type:
+    """The class that an entry names, if it may be built; others aren't even imported."""
+    path = entry.get("_target_")
+    for name in entry:
+        if isinstance(name, str) and name.startswith("_") and name != "_target_":
+            raise ConfigError(f"{key}.{name}: unknown key; of those that Hydra knows only _target_ may be set")
+    packages = (*allowed, *filter(None, os.environ.get(TRUST, "").split(",")))
+    where = f"{key}._target_ = {path}"
+    refusal = (
+        f"{where}: refused, nothing of it was run: a config builds classes of {', '.join(packages)} alone. To trust "
+        f"another package, name it in the environment: {TRUST}=my_package"
+    )
+    if not isinstance(path, str) or not _within(path, packages):
+        raise ConfigError(refusal)
+    try:
+        found = hydra.utils.get_class(path)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where}: {one_line(error)}") from error
+    if not _within(found.__module__, packages):  # a module's own imports can be reached through its name
+        raise ConfigError(refusal)
+    return found
+
+
+def _within(path: str, packages: tuple[str, ...]) -> bool:
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
+
+
+def refuse_unknown(section: Mapping[str, Any], known: set[str], key: str) -> None:
+    for name in section:
+        if name in _RESERVED and key == "trainer":
+            raise ConfigError(f"trainer.{name}: set it through {_RESERVED[name]}")
+        if name not in known:
+            raise ConfigError(f"{key}.{name}: unknown key; {did_you_mean(name, known - {'_target_'})}")
+
+
+def check_types(function: Callable[..., Any], section: Mapping[str, Any], key: str) -> None:
+    """Types of the arguments of a class that doesn't check them itself; Lightning's callbacks take anything."""
+    hints = typing.get_type_hints(function)
+    for name, value in section.items():
+        if name in hints and not isinstance(value, Mapping):
+            check_type(value, hints[name], f"{key}.{name}")
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,31 @@
+"""The Hydra job that runs in this process: its folder, its mode, the command that resumes it."""
+
+import re
+import shlex
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+
+def run_folder() -> Path:
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def resume_command(checkpoint: Path) -> str:
+    """The command line that continues an interrupted run, in its own folder."""
+    config = HydraConfig.get()
+    overrides = [o for o in config.overrides.task if not o.startswith(("ckpt_path=", "resume="))]
+    paths = {"ckpt_path": str(checkpoint), "hydra.run.dir": config.runtime.output_dir}
+    overrides += [f"{key}={_hydra_quoted(path)}" for key, path in paths.items()]
+    return " ".join(["python -m energy_flow.train", *map(shlex.quote, overrides)])
+
+
+def _hydra_quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it back, also with `=`, `,` or spaces in it."""
+    return value if re.fullmatch(r"[\w/.+-]*", value) else '"' + value.replace('"', '\\"') + '"'
+
+
+def is_multirun() -> bool:
+    """Whether this job is one of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN

@@ -1,0 +1,82 @@
+"""Settings of the programs that train and evaluate, and the device that they run on."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from energy_flow.comparison.baselines import BaselineSettings
+from energy_flow.errors import ConfigError
+from energy_flow.settings import PathSettings, Settings
+from energy_flow.training.losses import LossSettings
+
+Section = dict[str, Any]
+
+
+class TrainSettings(Settings):
+    """The whole config of a training run. Sections are checked by the classes that own them."""
+
+    task_name: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    ckpt_path: str | None
+    resume: Literal["auto"] | None
+    optimized_metric: str
+    test: bool
+    baselines: BaselineSettings
+    lattice: Section
+    model: Section
+    data: Section
+    loss: Section
+    optimizer: Section
+    rollout: Section
+    trainer: Section
+    callbacks: Section | None = None
+    logger: Section | None = None
+    paths: PathSettings
+
+    @model_validator(mode="after")
+    def _one_checkpoint(self) -> Self:
+        if self.resume is not None and self.ckpt_path is not None:
+            raise ValueError(f"resume = {self.resume} and ckpt_path = {self.ckpt_path}: give one of them")
+        return self
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where the run keeps the checkpoints that it goes on from."""
+        last = (self.callbacks or {}).get("last_checkpoint") or {}
+        return Path(last.get("dirpath", Path(self.paths.output_dir, "checkpoints")))
+
+
+class SizeSettings(Settings):
+    """Cells of a lattice to evaluate on; None: as many as in the checkpoint."""
+
+    width: Annotated[int, Field(ge=1)] | None
+    height: Annotated[int, Field(ge=1)] | None
+
+
+class EvaluateSettings(Settings):
+    """The whole config of an evaluation."""
+
+    task_name: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    ckpt_path: str | Annotated[list[str], Field(min_length=1)]
+    optimized_metric: str
+    lattice: SizeSettings
+    loss: LossSettings
+    baselines: BaselineSettings
+    data: Section
+    rollout: Section
+    trainer: Section
+    paths: PathSettings
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a config key `device`: cpu, cuda or auto.
+
+    Raises:
+        ConfigError: cuda, and there is no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=auto")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")

@@ -1,0 +1,214 @@
+""""""
+
+import inspect
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from pydantic import ConfigDict, Field, model_validator
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from energy_flow import signals
+from energy_flow.checkpoints.io import AtomicCheckpointIO
+from energy_flow.errors import ConfigError
+from energy_flow.runs.instantiate import _RESERVED, CONFIG_KEY, check_types, one_line, refuse_unknown
+from energy_flow.settings import Settings, did_you_mean, read
+from energy_flow.training.callbacks.last_checkpoint import LastCheckpoint
+
+
+@contextmanager
+def ended_by_signals(trainer: Trainer) -> Iterator[None]:
+    """Inside the trainer works; all ways in which a signal makes it end are one KeyboardInterrupt outside."""
+    launcher = trainer.strategy.launcher
+    try:
+        with signals.passed_on(launcher.kill) if isinstance(launcher, _MultiProcessingLauncher) else nullcontext():
+            yield
+    except SystemExit:  # how Lightning and callbacks end
+        raise KeyboardInterrupt from None
+    except (ProcessExitedException, RuntimeError) as error:
+        # A signal to all processes of a job ends data workers at once.
+        ended = isinstance(error, ProcessExitedException) or str(error).startswith("DataLoader worker (pid")
+        if not ended or signals.received() is None:
+            raise
+        raise KeyboardInterrupt from None
+
+
+log = logging.getLogger(__name__)
+
+
+Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
+
+
+class TrainerSettings(Settings):
+    """Config group `trainer`: arguments of Lightning's Trainer. Those named here are checked; all others go through."""
+
+    model_config = ConfigDict(extra="allow")
+
+    accelerator: str
+    devices: Annotated[int, Field(ge=-1)] | list[int] | str
+    precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
+    max_epochs: Annotated[int, Field(ge=1)] | Literal[-1] | None
+    max_steps: Annotated[int, Field(ge=1)] | Literal[-1]
+    gradient_clip_val: Annotated[float, Field(ge=0)] | None
+    accumulate_grad_batches: Annotated[int, Field(ge=1)]
+    check_val_every_n_epoch: Annotated[int, Field(ge=1)] | None
+    val_check_interval: Interval | None
+    log_every_n_steps: Annotated[int, Field(ge=1)]
+    num_sanity_val_steps: Annotated[int, Field(ge=-1)]
+    deterministic: bool | Literal["warn"]
+    enable_progress_bar: bool
+    enable_model_summary: bool
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.max_steps == -1 and self.max_epochs in (None, -1):
+            raise ValueError(
+                f"trainer.max_epochs = {'null' if self.max_epochs is None else -1} and trainer.max_steps = -1: the "
+                "cosine decay needs to know where a run ends. Set one of them"
+            )
+        return self
+
+
+# What the module logs at the end of a validation.
+VALIDATED = tuple(
+    f"val/{name}"
+    for name in (
+        *("mrr", "recall@1", "recall@10", "recall@100", "median_rank", "cosine"),
+        *("loss", "contrastive", "cosine_loss", "mse", "surface"),
+    )
+)
+
+
+def build_trainer(
+    section: Mapping[str, Any],
+    *,
+    callbacks: list[pl.Callback],
+    loggers: list[Logger],
+    output_dir: str,
+    num_batches: int | None = None,
+) -> pl.Trainer:
+    """Lightning's Trainer from the config group `trainer`.
+
+    Args:
+        section: the config section, a plain mapping.
+        callbacks, loggers: as built.
+        output_dir: the run's folder.
+        num_batches: training batches per epoch, for a trainer that trains.
+
+    Raises:
+        ConfigError: an argument that the Trainer doesn't have or can't use, a device that isn't there, a run that
+            would end in its first epoch, or a folder that can't be written.
+    """
+    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
+    refuse_unknown(section, known - _RESERVED.keys(), "trainer")
+    settings = read(TrainerSettings, section, "trainer")
+    check_types(pl.Trainer.__init__, section, "trainer")
+    if not settings.enable_progress_bar:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
+    if not loggers:  # Lightning refuses it then
+        callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.LearningRateMonitor)]
+    where = f"trainer (accelerator={settings.accelerator}, devices={settings.devices}, precision={settings.precision})"
+    try:
+        profiler = {"profiler": _profiler(section.get("profiler"), output_dir)}
+        trainer = pl.Trainer(
+            **{**section, **profiler},
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[*(section.get("plugins") or []), AtomicCheckpointIO()],
+            default_root_dir=output_dir,
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        remedy = "" if settings.accelerator in ("auto", "cpu") else ". trainer.accelerator=auto takes what there is"
+        raise ConfigError(f"{where}: {one_line(error).rstrip('.!')}{remedy}") from error
+    if trainer.precision != settings.precision:
+        raise ConfigError(f"{where}: this device can't; trainer.precision={trainer.precision} works")
+    if num_batches is not None:
+        _check_epoch(trainer, num_batches // trainer.world_size)
+    _check_folders(trainer)
+    return trainer
+
+
+def _profiler(name: Any, output_dir: str) -> Any:
+    """Profilers write their report into the run's folder: `fit-profile.txt`, `test-profile.txt`."""
+    profilers = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return profilers[name](dirpath=output_dir, filename="profile") if name in profilers else name
+
+
+def _check_epoch(trainer: pl.Trainer, num_batches: int) -> None:
+    """Find what would end a run in its first epoch; log at least once per epoch: short runs need a curve, too."""
+    limit = trainer.limit_train_batches or 0
+    num_batches = min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
+    if num_batches == 0:
+        raise ConfigError(f"trainer.limit_train_batches = {limit}: leaves no batch to train on")
+    trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, num_batches))  # type: ignore[attr-defined]
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if every is not None and isinstance(interval, int) and interval > num_batches:
+        raise ConfigError(
+            f"trainer.val_check_interval = {interval}: an epoch has {num_batches} batches. Lower it, or set "
+            "trainer.check_val_every_n_epoch=null to count over epochs"
+        )
+    stop = _stop(trainer, num_batches)
+    first = (every or 1) * (interval if isinstance(interval, int) else max(1, int(interval * num_batches)))
+    if stop < first:
+        log.info("the first validation would be after %d batches, training ends after %d: validating then", first, stop)
+        # Counted over epochs, a number of batches may be larger than one of them.
+        trainer.val_check_interval, trainer.check_val_every_n_epoch = stop, None
+    _check_monitors(trainer)
+
+
+def _stop(trainer: pl.Trainer, num_batches: int) -> int:
+    """Batches after which training ends, at the latest."""
+    stops = [trainer.max_epochs * num_batches] if trainer.max_epochs not in (None, -1) else []
+    if trainer.max_steps != -1:
+        accumulated = trainer.accumulate_grad_batches
+        epochs, steps = divmod(trainer.max_steps, math.ceil(num_batches / accumulated))  # an epoch ends with a step
+        stops.append(epochs * num_batches + min(num_batches, steps * accumulated))
+    return min(stops)
+
+
+def _check_monitors(trainer: pl.Trainer) -> None:
+    """Every metric that a callback watches must be one that is measured."""
+    watched = [
+        (getattr(callback, CONFIG_KEY, type(callback).__name__), callback.monitor)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if getattr(callback, "monitor", None) is not None
+    ]
+    for key, name in watched:
+        if name not in VALIDATED and name != "train/loss" and not name.startswith("val/flows/"):
+            raise ConfigError(f"{key}.monitor = {name!r}: no such metric; {did_you_mean(name, VALIDATED)}")
+    waiting = {key: name for key, name in watched if name.startswith("val/")}
+    if trainer.limit_val_batches == 0 and waiting:
+        raise ConfigError(
+            f"trainer.limit_val_batches = 0: {', '.join(sorted(set(waiting.values())))} would never be measured. "
+            f"Validate, or leave out what watches it: {' '.join(f'{key}=null' for key in waiting)}"
+        )
+
+
+def _check_folders(trainer: pl.Trainer) -> None:
+    """What a run writes later must find a folder that can be written."""
+    folders: list[tuple[str, str | Path | None]] = [("paths.output_dir", trainer.default_root_dir)]
+    folders += [(f"{getattr(logger, CONFIG_KEY, 'logger')}.save_dir", logger.save_dir) for logger in trainer.loggers]
+    folders += [
+        (f"{getattr(callback, CONFIG_KEY, 'callbacks')}.dirpath", callback.dirpath)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, pl.callbacks.ModelCheckpoint | LastCheckpoint)
+    ]
+    for key, folder in folders:
+        if folder is None or "://" in str(folder):  # in its default place, or not of this machine
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{key} = {folder}: can't be written ({error.strerror}). Give another folder") from error

@@ -1,0 +1,68 @@
+"""Checkpoints reach the disk whole, or the one before stays."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from energy_flow.checkpoints.io import AtomicCheckpointIO
+from energy_flow.runs.folder import held
+
+SMALL = {"global_step": 1, "weights": torch.ones(10)}
+LARGE = {"global_step": 2, "weights": torch.ones(10_000)}
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """Files can't grow beyond so many bytes, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def step(path: Path) -> int:
+    return int(torch.load(path, weights_only=True)["global_step"])
+
+
+def test_the_one_before_stays(tmp_path: Path) -> None:
+    io, last = AtomicCheckpointIO(), tmp_path / "deep" / "last.ckpt"
+    io.save_checkpoint(SMALL, last)
+    assert list(last.parent.iterdir()) == [last]
+    io.save_checkpoint(LARGE, last)
+    assert (step(last), step(last.with_name("last-1.ckpt"))) == (2, 1)
+    io.save_checkpoint(SMALL, last.with_name("best.ckpt"))
+    io.save_checkpoint(LARGE, last.with_name("best.ckpt"))
+    assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last-1.ckpt", "last.ckpt"]
+
+
+def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    io, last = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint(SMALL, last)
+    with room(20_000):
+        io.save_checkpoint(LARGE, last)
+    assert io.failed == {str(last): "File too large"}
+    assert "the checkpoint of step 2 can't be written (File too large). Make room" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"], "nothing half is left, and no room used up"
+    assert step(last) == 1
+    io.save_checkpoint(LARGE, last)
+    assert io.failed == {}
+    assert step(last) == 2
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="pickle"):
+        AtomicCheckpointIO().save_checkpoint({"global_step": 1, "it": lambda: None}, tmp_path / "last.ckpt")
+
+
+def test_leftovers_go_when_a_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("metrics.json.unfinished", "checkpoints/last.ckpt.unfinished", "checkpoints/last.ckpt"):
+        (tmp_path / name).write_bytes(b"")
+    with held(tmp_path):
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["last.ckpt"]

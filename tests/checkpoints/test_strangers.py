@@ -1,0 +1,370 @@
+"""Checkpoints and configs from strangers: nothing in them runs, nothing they name is built, read or believed."""
+
+import collections
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from energy_flow.checkpoints import format as checkpoints
+from energy_flow.comparison.jobs import read_jobs
+from energy_flow.config import compose
+from energy_flow.errors import CheckpointError, ConfigError
+from energy_flow.pretrained import EnergyFlowModel
+from energy_flow.runs.instantiate import TRUST, build_all
+from energy_flow.training.callbacks.best_checkpoint import BestCheckpoint
+from energy_flow.training.module import EnergyFlowModule
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:TypedStorage is deprecated")
+DIM = 8
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """What a checkpoint of a tiny model holds."""
+    config = compose("lattice.width=3", "lattice.height=3", "model.hidden_size=4", "model.features=4")
+    module = EnergyFlowModule.from_config(config, DIM)
+    return {
+        "pytorch-lightning_version": "2.6.0",
+        checkpoints.KEY: checkpoints.provenance({"data": {"normalize": True}}, DIM, {}),
+        "hyper_parameters": dict(module.hparams),
+        "state_dict": dict(module.state_dict()),
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "loops": {},
+        "callbacks": {},
+    }
+
+
+def saved(contents: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(contents, file, **options)
+    return file.getvalue()
+
+
+def repacked(
+    content: bytes,
+    change: Callable[[str, bytes], bytes] = lambda name, record: record,
+    more: tuple[tuple[str, bytes], ...] = (),
+    compression: int = zipfile.ZIP_STORED,
+) -> bytes:
+    """The archive with its records changed."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(file, "w", compression) as target:
+        for name in archive.namelist():
+            target.writestr(name, change(name.partition("/")[2], archive.read(name)))
+        for name, record in more:
+            target.writestr(f"{archive.namelist()[0].partition('/')[0]}/{name}", record)
+    return file.getvalue()
+
+
+def refused(content: bytes, folder: Path, *parts: str) -> None:
+    """By every way in: training and evaluation, plain PyTorch, Lightning's own."""
+    path = folder / "stranger.ckpt"
+    path.write_bytes(content)
+    for load in (checkpoints.load, EnergyFlowModel.from_checkpoint, EnergyFlowModule.load_from_checkpoint):
+        with pytest.raises(CheckpointError) as caught:
+            load(path)
+        assert str(caught.value).startswith(f"ckpt_path = {path}: ")
+        assert str(caught.value).count("\n") < 4
+        assert all(part in str(caught.value) for part in parts), caught.value
+
+
+class Calls:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def trap(path: Path) -> dict[str, Calls]:
+    """Gadgets that would leave a folder behind."""
+    code = f"__import__('os').mkdir({str(path)!r})"
+    return {
+        "os.mkdir": Calls(os.mkdir, str(path)),
+        "os.system": Calls(os.system, f"mkdir {path}"),
+        "eval": Calls(eval, code),
+        "exec": Calls(exec, code),
+        "getattr": Calls(getattr, "text", "upper"),
+        "torch.load": Calls(torch.load, str(path)),
+        "bytearray": Calls(bytearray, 1 << 40),
+        "torch.empty": Calls(torch.empty, 1 << 40),
+        "OrderedDict of a gadget": Calls(collections.OrderedDict, [("a", Calls(os.mkdir, str(path)))]),
+    }
+
+
+GADGETS = list(trap(Path()))
+
+
+@pytest.mark.parametrize("place", ["alone", "beside", "hyper_parameters", "config", "callbacks", "state_dict"])
+@pytest.mark.parametrize("name", GADGETS)
+def test_gadgets_in_a_checkpoint(tmp_path: Path, whole: dict[str, Any], name: str, place: str) -> None:
+    path = tmp_path / "trap"
+    gadget = trap(path)[name]
+    contents = {
+        "alone": gadget,
+        "beside": {**whole, "more": gadget},
+        "config": {**whole, checkpoints.KEY: {**whole[checkpoints.KEY], "config": {"data": gadget}}},
+    }
+    refused(
+        saved(contents.get(place) or {**whole, place: {**whole[place], "more": gadget}}), tmp_path, "damaged, or no"
+    )
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_pickles(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "trap"
+    refused(pickle.dumps(Calls(os.mkdir, str(path)), protocol), tmp_path, "damaged, or no checkpoint")
+    refused(saved(Calls(os.mkdir, str(path)), _use_new_zipfile_serialization=False), tmp_path, "damaged")
+    assert not path.exists()
+
+
+def test_an_honest_checkpoint_is_read(tmp_path: Path, whole: dict[str, Any]) -> None:
+    path = tmp_path / "honest.ckpt"
+    path.write_bytes(repacked(saved(whole)))  # the refusals below aren't of what `repacked` does anyway
+    for load in (EnergyFlowModel.from_checkpoint, EnergyFlowModule.load_from_checkpoint):
+        model = load(path)
+        assert torch.equal(model.processor.state_dict()["skip_gain"], whole["state_dict"]["processor.skip_gain"])
+
+
+def bomb(levels: int) -> list:
+    found: list = ["ha"]
+    for _ in range(levels):
+        found = [found, found]
+    return found
+
+
+def wider(whole: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Every weight claims places that it has no numbers for."""
+    weights = {name: torch.zeros(()).expand(shape) for name in whole["state_dict"]}
+    return {**whole, "state_dict": weights}
+
+
+def deep(levels: int) -> list:
+    found: list = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+def circle() -> list:
+    found: list = []
+    found.append(found)
+    return found
+
+
+CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a list of lists of lists": (lambda w: {**w, "loops": {"x": bomb(40)}}, "more than 1,000,000 values"),
+    "in the settings": (
+        lambda w: {**w, "hyper_parameters": {**w["hyper_parameters"], "model": {"x": bomb(40)}}},
+        "more than 1,000,000 values",
+    ),
+    "depth": (lambda w: {**w, "loops": {"x": deep(400)}}, "levels deep"),
+    "a circle": (lambda w: {**w, "loops": {"x": circle()}}, "levels deep"),
+    "strides of 0": (lambda w: wider(w, (1 << 20, 1 << 20)), "fewer numbers than that"),
+    "layers": (
+        lambda w: {
+            **w,
+            "hyper_parameters": {
+                **w["hyper_parameters"],
+                "model": {**w["hyper_parameters"]["model"], "num_layers": 10**9},
+            },
+        },
+        "num_layers = 1000000000",
+    ),
+    "instantiator": (
+        lambda w: {**w, "hyper_parameters": {**w["hyper_parameters"], "_instantiator": "os.system"}},
+        "hyper_parameters._instantiator",
+    ),
+    "target": (
+        lambda w: {**w, "hyper_parameters": {**w["hyper_parameters"], "_target_": "os.system"}},
+        "hyper_parameters._target_",
+    ),
+    "a path out of the folder": (
+        lambda w: {**w, "callbacks": {"ModelCheckpoint": {"best_k_models": {"/runs/1/../../home/best.ckpt": 1.0}}}},
+        "leaves its folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_contents_that_are_endless_huge_or_name_code(tmp_path: Path, whole: dict[str, Any], case: str) -> None:
+    change, part = CONTENTS[case]
+    path = tmp_path / "stranger.ckpt"
+    path.write_bytes(saved(change(whole)))
+    assert path.stat().st_size < 200_000
+    with pytest.raises(CheckpointError, match=part):
+        checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+    with pytest.raises(CheckpointError, match=part):
+        EnergyFlowModule.load_from_checkpoint(path)
+
+
+def pickled(before: bytes, after: bytes) -> Callable[[str, bytes], bytes]:
+    def change(name: str, record: bytes) -> bytes:
+        if name != "data.pkl":
+            return record
+        assert record.count(before) == 1, "the trick isn't played"
+        return record.replace(before, after)
+
+    return change
+
+
+LONG = b"\x8a\x05" + (1 << 34).to_bytes(5, "little")  # 2^34 as a pickle says it
+FOUR = saved({"weight": torch.ones(4)})
+SHARED = b"K\x00K\x04\x85"  # offset 0, shape (4,)
+ARCHIVES = {
+    "a storage longer than its record": (
+        repacked(FOUR, pickled(b"K\x04t", LONG + b"t")),
+        "its tensor needs 68719476736",
+    ),
+    "a shape larger than its storage": (
+        repacked(FOUR, pickled(SHARED, b"K\x00" + LONG + b"\x85")),
+        "larger than their",
+    ),
+    "an offset behind its storage": (repacked(FOUR, pickled(SHARED, LONG + b"K\x04\x85")), "larger than their"),
+    "a record that isn't there": (repacked(FOUR, pickled(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x009")), "holds None"),
+    "packed records": (repacked(FOUR, compression=zipfile.ZIP_DEFLATED), "packed or encrypted"),
+    "the same name": (repacked(FOUR, more=(("VERSION", b"3\n"),)), "records of the same name"),
+    "something in front": (b"#!/bin/sh\n" + FOUR, "in front of its records"),
+    "no pickle": (repacked(FOUR).replace(b"data.pkl", b"data.pkx"), "has no data.pkl"),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_archives_that_lie(tmp_path: Path, case: str) -> None:
+    content, part = ARCHIVES[case]
+    refused(content, tmp_path, part)
+
+
+def test_a_shape_that_is_dropped_again_is_found_too(tmp_path: Path) -> None:
+    """torch would make room for it before it is dropped: POP isn't known to its unpickler, a key written twice is."""
+    contents = repacked(saved({"weight": torch.ones(4)}), pickled(SHARED, b"K\x00" + LONG + b"\x85"))
+    twice = repacked(contents, pickled(b"s.", b"sX\x06\x00\x00\x00weightNs."))
+    refused(twice, tmp_path, "larger than their")
+
+
+def test_overlapping_records(tmp_path: Path) -> None:
+    """Many names for the same bytes: small in the file, endless for who reads them all."""
+    content = saved({"weight": torch.ones(50_000)})
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        info = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+    file = io.BytesIO(content)
+    with zipfile.ZipFile(file, "a") as archive:
+        for number in range(1, 40):
+            copy = zipfile.ZipInfo(info.filename[:-1] + str(number))
+            copy.header_offset, copy.CRC = info.header_offset, info.CRC
+            copy.file_size = copy.compress_size = info.file_size
+            archive.filelist.append(copy)
+            archive.NameToInfo[copy.filename] = copy
+        archive._didModify = True
+    refused(file.getvalue(), tmp_path, "claims more bytes than it has")
+
+
+def test_a_config_in_a_checkpoint_stays_text(tmp_path: Path, whole: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setenv("SECRET", "not-to-be-read")
+    config = {
+        "data": {"normalize": True, "name": "${oc.env:SECRET}", "_target_": "os.system"},
+        "callbacks": {"x": {"_target_": "os.system", "_args_": [f"mkdir {tmp_path}/trap"]}},
+        "seed": "${oc.decode:${oc.env:SECRET}}",
+    }
+    path = tmp_path / "stranger.ckpt"
+    path.write_bytes(saved({**whole, checkpoints.KEY: checkpoints.provenance(config, DIM, {})}))
+    module = checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+    assert module.run_config == config
+    model = EnergyFlowModel.from_checkpoint(path)
+    model.save_pretrained(tmp_path / "model.safetensors")
+    assert b"not-to-be-read" not in (tmp_path / "model.safetensors").read_bytes()[:4000]
+    assert not (tmp_path / "trap").exists()
+
+
+def test_the_best_checkpoint_is_looked_for_beside_the_last_one(tmp_path: Path) -> None:
+    (tmp_path / "secret.ckpt").write_text("of somebody else")
+    callback = BestCheckpoint(dirpath=tmp_path / "run")
+    state = {**callback.state_dict(), "dirpath": "/elsewhere", "best_model_path": str(tmp_path / "secret.ckpt")}
+    callback._folder = tmp_path / "sent"
+    callback.load_state_dict(state)
+    assert not (tmp_path / "run").exists()
+    assert callback.best_model_path == ""
+
+
+def test_a_run_folder_is_read_as_it_stands(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SECRET", "not-to-be-read")
+    hydra = tmp_path / "0" / ".hydra"
+    hydra.mkdir(parents=True)
+    (hydra / "config.yaml").write_text("seed: ${oc.decode:${oc.env:SECRET}}\n")
+    (hydra / "overrides.yaml").write_text("- seed=${oc.env:SECRET}\n")
+    (job,) = read_jobs(tmp_path)
+    assert (job.seed, job.words) == (None, ("seed=${oc.env:SECRET}",))
+    (hydra / "overrides.yaml").write_text("[]\n")  # a job is read once, unless it is run again
+    (hydra / "config.yaml").write_text("seed: !!python/object/apply:os.mkdir [trap]\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match="could not determine a constructor"):
+        read_jobs(tmp_path)
+    assert not (tmp_path / "trap").exists()
+
+
+STOPPING = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/mrr"}
+LOGGER = "lightning.pytorch.loggers.CSVLogger"
+TARGETS: dict[str, Any] = {
+    "function": {"_target_": "os.system", "command": "mkdir trap"},
+    "eval": {"_target_": "builtins.eval", "_args_": ["__import__('os').mkdir('trap')"]},
+    "class": {"_target_": "subprocess.Popen", "args": "mkdir trap"},
+    "through a module of the list": {
+        "_target_": "lightning.pytorch.callbacks.timer.logging.FileHandler",
+        "filename": "trap",
+    },
+    "a prefix": {"_target_": "lightning.pytorch.callbacks_of_mine.Callback"},
+    "a module that runs when imported": {"_target_": "evil.Callback"},
+    "function of ours": {"_target_": "energy_flow.comparison.jobs.read_jobs", "folder": "."},
+    "nested": {**STOPPING, "mode": {"_target_": "os.system", "command": "mkdir trap"}},
+    "nested in a list": {
+        "_target_": LOGGER,
+        "save_dir": [{"_target_": "builtins.exec", "_args_": ["open('trap', 'w')"]}],
+    },
+    "nested twice": {**STOPPING, "mode": {"x": {"_target_": "pathlib.Path.mkdir", "_args_": ["trap"]}}},
+    "nested arguments": {**STOPPING, "_args_": [{"_target_": "os.mkdir", "path": "trap"}]},
+    "partial": {**STOPPING, "_partial_": True},
+    "nested partial": {**STOPPING, "mode": {"_partial_": True, "_target_": "os.mkdir", "path": "trap"}},
+    "recursive": {**STOPPING, "_recursive_": False},
+    "resolver": {**STOPPING, "monitor": "${oc.env:SECRET}"},
+    "resolver in a list": {"_target_": LOGGER, "save_dir": ["${oc.decode:${oc.env:SECRET}}"]},
+    "number": {"_target_": 3},
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_configs_build_callbacks_and_loggers_alone(tmp_path: Path, monkeypatch: Any, case: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SECRET", "not-to-be-read")
+    (tmp_path / "evil.py").write_text("import os\nos.mkdir('trap')\nclass Callback: pass\n")
+    with pytest.raises(ConfigError, match=r"callbacks\.x") as caught:
+        build_all({"x": TARGETS[case]}, "callbacks")
+    assert "not-to-be-read" not in str(caught.value)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_what_may_be_built(tmp_path: Path, monkeypatch: Any) -> None:
+    every = {"_target_": "datetime.timedelta", "minutes": 5}
+    saver = {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "train_time_interval": every}
+    monitor = {"_target_": "energy_flow.training.callbacks.memory_monitor.MemoryMonitor"}
+    built = build_all({"stopping": STOPPING, "saver": saver, "monitor": monitor, "none": None}, "callbacks")
+    assert [type(callback).__name__ for callback in built] == ["EarlyStopping", "ModelCheckpoint", "MemoryMonitor"]
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "of_mine.py").write_text("import lightning.pytorch as pl\nclass Mine(pl.Callback): pass\n")
+    entry = {"mine": {"_target_": "of_mine.Mine"}}
+    with pytest.raises(ConfigError, match=f"{TRUST}=my_package"):
+        build_all(entry, "callbacks")
+    monkeypatch.setenv(TRUST, "other,of_mine")
+    (mine,) = build_all(entry, "callbacks")
+    assert type(mine).__name__ == "Mine"

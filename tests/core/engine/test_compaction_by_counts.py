@@ -1,0 +1,118 @@
+"""Compaction with counts that only the device knows: on a CPU here, where the other rows are computed for nothing."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from energy_flow.core.engine import engine as tape_engine
+from energy_flow.core.engine import tape as tapes
+from energy_flow.core.engine.compaction import Activity
+from energy_flow.core.engine.engine import TapeEngine
+from energy_flow.core.history import Counts
+from tests.core.test_invariants import cases
+from tests.core.test_ways_of_running import CASES, TOLERANCES, expected_of
+from tests.core.ways import PLAIN, assert_same, everything, processor_of, tape
+
+CHOSEN = TapeEngine._compaction
+
+
+@pytest.fixture(autouse=True)
+def by_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TapeEngine, "_compaction", lambda *_: "counts")
+
+
+@pytest.fixture(params=[1, 2, 3, 9], autouse=True)
+def period(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps after which flows that have ended drop out."""
+    monkeypatch.setattr(tapes, "_PERIOD", request.param)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_plain_autograd(name: str, chunk: int | None, recompute: bool, dtype: torch.dtype) -> None:
+    way = tape(chunk=chunk, recompute=recompute)
+    assert_same(everything(CASES[name], way, dtype), expected_of(name, dtype), TOLERANCES[dtype])
+
+
+@given(cases(), st.booleans(), st.integers(1, 3))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_lattice(case: Any, recompute: bool, num_layers: int) -> None:
+    case = dataclasses.replace(case, model={**case.model, "num_layers": num_layers})
+    way = tape(recompute=recompute)
+    assert_same(everything(case, way), everything(case, PLAIN), TOLERANCES[torch.float64])
+
+
+def rows_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, int]]:
+    """Rows counted, and flows active, in every step of a case."""
+    seen = []
+    step = tapes.Tape.step
+
+    def watched(self: tapes.Tape, state: Any, active: Any, noise: Any) -> Any:
+        result = step(self, state, active, noise)
+        assert self._count is not None
+        assert self._rows is not None
+        assert self._rows.sort().values.equal(torch.arange(active.numel())), "every slot has a row"
+        used = self._rows[: self._count]
+        assert active.flatten()[self._rows[self._count :]].sum() == 0, "an active flow isn't counted"
+        seen.append((len(used), int(active.sum())))
+        return result
+
+    monkeypatch.setattr(tapes.Tape, "step", watched)
+    everything(CASES[name], tape())
+    return seen
+
+
+@pytest.mark.parametrize("name", ["everything", "all flows end early"])
+def test_flows_that_have_ended_drop_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = rows_in_use(monkeypatch, name)
+    assert len(steps) >= 5
+    for number, (used, active) in enumerate(steps):
+        assert used == active if number % tapes._PERIOD == 0 else used >= active
+    assert any(active < before for (_, active), (_, before) in zip(steps[1:], steps, strict=False))
+
+
+def activity(*shares: float) -> list[bool]:
+    """Whether it is low after each batch of 2 steps and 100 slots with such a share."""
+    watched, found = Activity(), []
+    for share in shares:
+        moves = int(200 * share)
+        steps = {"active": torch.tensor([moves - moves // 2, moves // 2, 0])}
+        watched.put(Counts(steps, torch.tensor(0), torch.tensor(0.0)), 100)
+        found.append(watched.is_low())
+    return found
+
+
+def test_what_is_low_once_must_rise_to_be_high() -> None:
+    assert not Activity().is_low()
+    assert activity(1.0, 0.55, 0.49, 0.55, 0.61, 0.55, 0.1) == [False, False, True, True, False, False, True]
+
+
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU by itself only once few are active, in products of two bytes, and never where bits must be the same."""
+    on_gpu, on_cpu = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(device=torch.device("cpu"))
+    half, single = torch.bfloat16, torch.float32
+    monkeypatch.setattr(tape_engine, "use_triton", lambda tensor: True)
+    chosen = {
+        setting: functools.partial(CHOSEN, processor_of(CASES["everything"], {"compaction": setting})._tape)
+        for setting in ("auto", True, False)
+    }
+    assert [chosen[False](on_gpu, half), chosen[False](on_cpu, half)] == ["none", "none"]
+    assert [chosen[True](on_gpu, single), chosen[True](on_cpu, single)] == ["counts", "rows"]
+    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_cpu, half)] == ["none", "rows"]
+    monkeypatch.setattr(Activity, "is_low", lambda _: True)
+    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_gpu, single)] == ["counts", "none"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen["auto"](on_gpu, half) == "none"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(tape_engine, "use_triton", lambda tensor: False)
+    assert chosen["auto"](on_gpu, half) == "none"

@@ -1,0 +1,63 @@
+"""Products of as many leading rows as a tensor says."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from energy_flow.ops.backend import use_triton
+from energy_flow.ops.prefix_matmul import addmm_leading, mm_leading
+from tests.ops.kernels import DEVICES, HALVES, INTERPRETED
+from tests.ops.test_gru_gates import strided
+
+SIZES = [(300, 64, 96), (129, 40, 257), (1, 16, 8), (260, 100, 1)]  # N, K, M
+OTHER = 7  # in rows that aren't in use
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    bound = 2 * torch.finfo(actual.dtype).eps
+    torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("share", [0, 0.5, 0.99, 1])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_in_use_are_those_of_the_whole_product(
+    device: str, size: tuple[int, int, int], share: float, dtype: torch.dtype, transposed: bool
+) -> None:
+    if INTERPRETED and dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter takes bfloat16 operands of a product for whole numbers")
+    num, inner, columns = size
+    used = int(share * num)
+    left, right, before = (torch.randn(shape) for shape in ((num, inner), (inner, columns), (num, columns)))
+    left[used:] = 0  # as `addmm_leading` asks for
+    left, right, before = (tensor.to(device, dtype) for tensor in (left, right, before))
+    if transposed:
+        right = right.t().contiguous().t()
+    count, product = torch.tensor(used, device=device), left.double() @ right.double()
+
+    out, total = strided(torch.full_like(before, OTHER)), strided(before)
+    if use_triton(left):  # on a CPU torch's bfloat16 products read what lies beside an operand
+        left = strided(left)
+    mm_leading(left, right, out, count)
+    addmm_leading(left, right, total, count)
+    close(out[:used], product[:used])
+    close(total[:used], before[:used].double() + product[:used])
+    assert ((out[used:] == OTHER) | (out[used:] == 0)).all()
+    assert torch.equal(total[used:], before[used:])
+    for result in (out, total):
+        around = result._base
+        assert around is not None
+        assert around[:, :3].isnan().all()
+        assert around[:, -3:].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_a_count_all_rows_are_in_use(device: str) -> None:
+    left, right, total = (torch.randn(9, 9, device=device) for _ in range(3))
+    out, before = torch.empty_like(left), total.clone()
+    mm_leading(left, right, out, None)
+    addmm_leading(left, right, total, None)
+    assert torch.equal(out, left @ right)
+    torch.testing.assert_close(total, before + left @ right)
