@@ -47,7 +47,7 @@ class FlowMonitorSettings(Settings):
 
 
 class FlowMonitor(Callback):
-    """Bootstrap what the flows of the first validation samples do.
+    """Draws what the flows of the first validation samples do.
 
     At the end of a validation, in every `every_n_epochs`-th epoch, and once more at the end of training, the processor
     runs the first `samples` rows of the first validation batch in evaluation mode, without gradient. Every TensorBoard
