@@ -11,8 +11,8 @@ from torch.autograd import gradcheck
 
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.energy_lattice import Landings
-from energy_flow.core.flow_step import MoveRule, StepResult, flow_step, move, move_backward
-from energy_flow.core.geometry import deposit_cells, fold, fold_slope
+from energy_flow.core.flow_step import MoveRule, StepResult, flow_step, fold, fold_slope, move, move_backward
+from energy_flow.core.geometry import deposit_cells
 from energy_flow.core.rollout import AutogradStepper
 from energy_flow.core.simple_neuron import SimpleNeuron, neuron_features, neuron_features_backward
 from energy_flow.core.tensorized_flow_storage import Births

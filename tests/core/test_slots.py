@@ -2,7 +2,8 @@
 
 import torch
 
-from energy_flow.core.flow_processor import FlowOutput, Trajectories
+from energy_flow.core.flow_processor import FlowOutput
+from energy_flow.core.history import Trajectories
 from tests.helpers import Case, tensors_of
 
 CASE = Case({"width": 4, "height": 3, "max_steps": 6}, {"energy_dim": 2}, displacement=0.8)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from energy_flow.core.history import History
-from energy_flow.core.tensorized_flow_storage import Births, FlowState, FlowStatus, TensorizedFlowStorage, TensorPool
+from energy_flow.core.tensor_pool import TensorPool
+from energy_flow.core.tensorized_flow_storage import Births, FlowState, FlowStatus, TensorizedFlowStorage
 
 BATCH, CAPACITY, NUM_FLOWS = 2, 6, 3
 

@@ -20,7 +20,7 @@ CASE = Case({"spawn.enabled": True}, training=True)
 def with_graphs(monkeypatch: pytest.MonkeyPatch, graph: type) -> FlowProcessor:
     """A processor that takes its device for one with graphs; they are recorded per batch size."""
     processor = CASE.processor()
-    engine = processor._tape
+    engine = processor._engine
     monkeypatch.setattr(engine, "_kind", lambda surface, call, dtype, keep: (len(surface), keep))
     monkeypatch.setattr(engine, "_settings", engine._settings.model_copy(update={"cuda_graph": True}))
     monkeypatch.setattr(tape_engine, "_check", lambda *_: None)
