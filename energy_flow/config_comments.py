@@ -74,8 +74,8 @@ def _choices(entries: yaml.SequenceNode, comments: "_Comments") -> Iterator[Choi
     for entry in entries.value:
         if isinstance(entry, yaml.MappingNode):
             ((name, option),) = entry.value
-            chosen = None if option.value == "null" else option.value
-            yield Choice(name.value.removeprefix("override /"), chosen, comments.of(name, option)[0])
+            chosen, group = _one_line(option, comments.text), re.sub("^((optional|override) )*/?", "", name.value)
+            yield Choice(group, None if chosen == "null" else chosen, comments.of(name, option)[0])
         elif entry.value != "_self_":
             yield Choice("", entry.value, "")
 
@@ -96,7 +96,8 @@ def _keys(name: yaml.ScalarNode, value: yaml.Node, prefix: str, target: str, com
 def _one_line(value: yaml.Node, text: str) -> str:
     """A value as the YAML has it, or on one line where the YAML needs several."""
     if isinstance(value, yaml.ScalarNode):
-        return " ".join(text[value.start_mark.index : value.end_mark.index].split())
+        written = text[value.start_mark.index : value.end_mark.index]
+        return " ".join((value.value if value.style in ("|", ">") else written).split())
     plain = yaml.constructor.SafeConstructor().construct_object(value, deep=True)
     return yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=math.inf).strip()
 
@@ -138,7 +139,7 @@ class _Comments:
             above = self._run(name.start_mark.line - 1, step=-1, column=name.start_mark.column)
             lines = [number for number in reversed(above) if number not in self._head]
         text = " ".join(self._found[number][1] for number in lines)
-        unit, meaning = re.fullmatch(r"(?:\[(.+?)\] )?(.*)", text).groups()  # type: ignore[union-attr]  # matches all
+        unit, meaning = re.fullmatch(r"(?:\[(.+?)\](?: |$))?(.*)", text).groups()  # type: ignore[union-attr]  # matches all
         return meaning, unit or ""
 
     def _run(self, line: int, *, step: int, column: int) -> list[int]:

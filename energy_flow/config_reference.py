@@ -128,7 +128,7 @@ def _with_limits(keys: Iterable[Key], place: str, *, depth: int) -> tuple[Key, .
         elif key.target:
             limits = _limits_of_argument(key.target, key.path.split(".")[-1])
         elif key.default is not None and owner is not None:
-            limits = _limits_of_field(owner, key.path.split(".")[depth:])
+            limits = _limits_of_field(owner, key.path, depth)
         else:
             limits = ""
         found.append(replace(key, limits=limits))
@@ -147,15 +147,15 @@ def _schema(owner: str) -> dict[str, Any]:
     return schema
 
 
-def _limits_of_field(owner: str, names: Sequence[str]) -> str:
+def _limits_of_field(owner: str, path: str, depth: int) -> str:
     schema = _schema(owner)
     found, defs = schema, schema.get("$defs", {})
-    for name in names:
+    for name in path.split(".")[depth:]:
         found = _resolved(found, defs)
         if name not in found["properties"] and found["additionalProperties"]:
             return ""  # Lightning's
         if name not in found["properties"]:
-            raise LookupError(f"{'.'.join(names)}: {owner} has no such field")
+            raise LookupError(f"{path}: {owner} has no such field")
         found = found["properties"][name]
     return _in_words(found, defs)
 
@@ -184,7 +184,7 @@ def _in_words(schema: dict[str, Any], defs: dict[str, Any]) -> str:
     if schema.get("type") == "array":
         least, most = schema.get("minItems", 0), schema.get("maxItems")
         length = f" of {least}" if least == most else f" of {least} or more" if least else ""
-        return f"list{length}: {_in_words(schema['items'], defs)}"
+        return f"list{length} ({_in_words(schema['items'], defs)})"
     if schema.get("type") == "object":
         names = schema.get("properties")
         return f"section with {', '.join(names)}" if names else "section"
@@ -206,12 +206,14 @@ def help_text(program: str, folders: Sequence[Path] | None = None) -> str:
     lines = [found.meaning, "", *(f"  {example}" for example in found.examples), "", *_INTRODUCTION, "", "Groups:"]
     for group in groups:
         names = ", ".join(sorted(option.name for option in group.options))
-        lines += _wrapped(f"{group.name}: {names} (default: {group.default or 'none'})", 2)
+        default = f"(default: {group.default or 'none'})" if len(group.options) > 1 else ""
+        lines += _wrapped(f"{group.name}: {names} {_kept_together(default)}", 2)
     lines += ["", f"Keys of {program}:", *_entries(found.keys, 2)]
     for group in groups:
-        lines += ["", f"Group {group.name}: {group.meaning}"]
+        several = len(group.options) > 1  # else the option says all
+        lines += ["", f"Group {group.name}: {group.meaning}" if several else f"Group {group.name}"]
         for option in group.options:
-            default = " (default)" if option.name == group.default else ""
+            default = " (default)" if several and option.name == group.default else ""
             lines += _entry(f"{group.name}={option.name}{default}", option.meaning, 2)
             lines += _entries(option.keys, 4)
     return "\n".join(lines)
@@ -226,7 +228,7 @@ _INTRODUCTION = (
 def _entries(keys: Iterable[Key], indent: int) -> list[str]:
     lines = []
     for key in keys:
-        limits = ", ".join(filter(None, (key.unit, key.limits)))
+        limits = ", ".join(filter(None, (_kept_together(key.unit), _kept_together(key.limits))))
         name = f"{key.path}:" if key.default is None else f"{key.path}={key.default}"
         lines += _entry(name, f"{key.meaning} [{limits}]" if limits else key.meaning, indent)
     return lines
@@ -240,11 +242,20 @@ def _entry(name: str, meaning: str, indent: int) -> list[str]:
     return [names[0].ljust(_COLUMN) + meanings[0].lstrip(), *meanings[1:]]
 
 
+_HARD_SPACE = "\xa0"  # where a line does not break
+
+
+def _kept_together(text: str) -> str:
+    return text.replace(" ", _HARD_SPACE) if len(text) < _WIDTH // 3 else text
+
+
 def _wrapped(text: str, indent: int) -> list[str]:
+    """Lines of at most 100 columns. A longer word, such as a path, gets a line of its own."""
     first, rest = " " * indent, " " * (indent if indent == _COLUMN else indent + 4)
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         text, _WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
+    return [line.replace(_HARD_SPACE, " ") for line in lines]
 
 
 def markdown() -> str:
@@ -269,8 +280,8 @@ def markdown() -> str:
 
 
 _PREFACE = (
-    "Set a key with `KEY=VALUE`; choose an option of a group with `GROUP=OPTION`. `--help` prints the part of this page",
-    "that a program uses. `--cfg job` prints the config of a command.",
+    "Set a key with `KEY=VALUE`; choose an option of a group with `GROUP=OPTION`. `--help` prints the keys and groups",
+    "of one program. `--cfg job` prints the config of a command.",
 )
 
 
@@ -281,10 +292,10 @@ def _section(group: Group, option: Option) -> list[str]:
     chosen = [f"`{choice.group or group.name}={choice.option}`" for choice in option.choices]
     if chosen:
         lines += [f"Builds on {', '.join(chosen)}.", ""]
-    if option.sets:
-        values = [key for key in option.sets if key.default is not None]
-        notes = [f"`{key.path}={key.default}`{f' ({key.meaning})' if key.meaning else ''}" for key in values]
-        lines += [f"Sets {', '.join(notes)}.", ""]
+    values = [key for key in option.sets if key.default is not None]
+    if values:
+        notes = [f"- `{key.path}={key.default}`{f': {key.meaning}' if key.meaning else ''}" for key in values]
+        lines += ["Sets:", "", *notes, ""]
     return [*lines, *_table(option.keys), ""] if option.keys else lines
 
 
