@@ -110,6 +110,8 @@ class _Comments:
         ends: dict[int, float] = {}
         for token in yaml.scan(text):
             start, end = token.start_mark, token.end_mark
+            if start.index == end.index:  # the end of a section or of the file, which is no text
+                continue
             ends |= dict.fromkeys(range(start.line, end.line), math.inf)  # lines within a value have no comments
             ends[end.line] = max(end.column, ends.get(end.line, 0))
         self._found: dict[int, tuple[int, str]] = {}  # line -> column, text

@@ -153,7 +153,7 @@ def _limits_of_field(owner: str, path: str, depth: int) -> str:
     for name in path.split(".")[depth:]:
         found = _resolved(found, defs)
         if name not in found["properties"] and found["additionalProperties"]:
-            return ""  # Lightning's
+            return ""  # an argument that goes through to Lightning
         if name not in found["properties"]:
             raise LookupError(f"{path}: {owner} has no such field")
         found = found["properties"][name]

@@ -26,8 +26,8 @@ def without_meaning(conf: Path) -> list[str]:
     known = {key.path for file in files.values() for key in file.keys if key.meaning}
     missing = [str(path.relative_to(conf)) for path, file in files.items() if not file.meaning]
     for path, file in files.items():
-        brings = path.parent == conf or not (file.choices or path.read_text().startswith("# @package _global_"))
         for key in file.keys:
+            brings = path.parent == conf or (not file.choices and key.path.startswith(f"{path.parent.name}."))
             section = key.default is None and not brings  # of a preset: a path to the keys below it
             if not key.meaning and not section and (brings or key.path not in known):
                 missing.append(f"{path.relative_to(conf)}: {key.path}")
@@ -70,6 +70,15 @@ def test_a_key_without_a_comment_is_found(tmp_path: Path, file: str, line: str, 
     assert without_meaning(conf) == [missing]
 
 
+def test_a_comment_is_needed_wherever_a_key_is_brought(tmp_path: Path) -> None:
+    """Also where another option of the group explains a key of the same name."""
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    option = conf / "data" / "transport.yaml"
+    option.write_text(re.sub(r"(  normalize: false) .*", r"\1", option.read_text()))
+    assert without_meaning(conf) == ["data/transport.yaml: data.normalize"]
+
+
 def test_an_option_and_a_group_without_a_comment_are_found(tmp_path: Path) -> None:
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
@@ -104,6 +113,7 @@ def test_places_of_comments(tmp_path: Path) -> None:
         "  speed: 1.0e-3\n"
         "  text: |   \n    no # comment\n"
         "  next: null       # Beside,\n                   # and below\n"
+        "last:    # No value and no new line"
     )
     file = read_file(path)
     assert file.meaning == "The program in two lines."
@@ -121,4 +131,5 @@ def test_places_of_comments(tmp_path: Path) -> None:
         ("section.speed", "1.0e-3", "m/s", "Above, in two lines"),
         ("section.text", "no # comment", "", ""),
         ("section.next", "null", "", "Beside, and below"),
+        ("last", "", "", "No value and no new line"),
     ]

@@ -6,13 +6,14 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from pydantic import Field
 
 from energy_flow.config import config_dir
 from energy_flow.config_comments import Key
@@ -164,6 +165,24 @@ def test_limits_of_an_option(group: str, option: str, path: str, limits: str) ->
     assert next(key.limits for key in own.keys if key.path == path) == limits
 
 
+class Example:
+    """Stands for a callback with annotated arguments."""
+
+    def __init__(self, interval: Annotated[int, Field(ge=1)]) -> None: ...
+
+
+def test_limits_of_an_annotated_argument(tmp_path: Path) -> None:
+    (tmp_path / "callbacks").mkdir()
+    lines = ["# Own.", "own:   # Mine", f"  _target_: {__name__}.Example", "  interval: 5   # [batches] How often"]
+    (tmp_path / "callbacks" / "own.yaml").write_text("\n".join(lines))
+    program = read_program("train", [tmp_path, CONF])
+    own = next(option for group, option in options(program) if (group.name, option.name) == ("callbacks", "own"))
+    assert [(key.path, key.unit, key.limits) for key in own.keys] == [
+        ("callbacks.own", "", f"class {__name__}.Example"),
+        ("callbacks.own.interval", "batches", "integer >= 1"),
+    ]
+
+
 def test_a_key_that_its_settings_do_not_have_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rollout").mkdir()
     (tmp_path / "rollout" / "default.yaml").write_text("# Broken.\nnew: 1   # A key\n")
@@ -247,6 +266,7 @@ def test_the_page_has_everything() -> None:
         if path.parent != CONF:
             assert re.search(rf"^#### `{path.parent.name}={path.stem}`", page, flags=re.MULTILINE), path
             assert f"(config-{path.parent.name})=" in lines
+    assert not re.search(r"^\| `[^|]+ \|  \|", page, flags=re.MULTILINE), "a key without a meaning"
     tables = [line for line in lines if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {6}
     assert "| `data.timeout` |" in page
