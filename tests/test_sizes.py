@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
-    path for folder in ("energy_flow", "energy_flow_benchmarks", "tests", "docs") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("energy_flow", "energy_flow_benchmarks", "tests", "docs")
+    for path in (ROOT / folder).rglob("*.py")
 )
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines
 

@@ -94,7 +94,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
 
 
 def test_the_installed_package_trains_on_its_own_data(site: Path, tmp_path: Path) -> None:
-    where = "import energy_flow.cli as c; print(c.__file__, c.config_dir())"
+    where = "import energy_flow.config as c; print(c.__file__, c.config_dir())"
     for path in run([sys.executable, "-c", where], tmp_path, PYTHONPATH=str(site)).split():
         assert path.startswith(str(site)), "the checkout is used, not the installed package"
     out = run([sys.executable, "-m", "energy_flow.train", *TINY, *SHORT], tmp_path, PYTHONPATH=str(site))
