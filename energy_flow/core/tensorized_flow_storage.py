@@ -137,8 +137,12 @@ class TensorizedFlowStorage:
         return births
 
     def project(self) -> FinishedFlows:
-        """Project all flows that are still active. Return all flows, in tensors of their own."""
+        """Project all flows that are still active, and return all flows."""
         self.end(self.status == FlowStatus.ACTIVE, FlowStatus.PROJECTED)
+        return self.finished()
+
+    def finished(self) -> FinishedFlows:
+        """The flows as they are now, in tensors of their own."""
         return FinishedFlows(
             position=self.state.position,
             energy=self.state.energy,
