@@ -10,7 +10,7 @@ from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from tests.core.ways import ENGINES, PLAIN
 from tests.helpers import DIM, Case
 
-# Flows spawn, and end early, on both planes.
+# Flows spawn, and end early on both planes.
 CASE = Case(
     {"width": 4, "spawn.enabled": True, "noise.std": 0.1, "max_steps": 4},
     {"num_layers": 2, "energy_dim": 2},
@@ -32,7 +32,7 @@ def rows(seed: int, batch: int = 3) -> Tensor:
 
 
 def run(processor: FlowProcessor, seed: int, batch: int = 3) -> tuple[Tensor, FlowOutput]:
-    """A batch of its own, and what comes of it."""
+    """Run a batch that depends on the seed."""
     embedding = embeddings(seed, batch)
     return embedding, processor(embedding, rows(seed, batch), record_trajectories=True)
 
@@ -44,7 +44,7 @@ def loss_of(output: FlowOutput) -> Tensor:
 
 
 def parameter_gradients(processor: FlowProcessor) -> dict[str, Tensor]:
-    """Takes them away."""
+    """The gradients of all parameters; removes them from the parameters."""
     found = {}
     for name, parameter in processor.named_parameters():
         assert parameter.grad is not None, name

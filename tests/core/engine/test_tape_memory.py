@@ -45,7 +45,7 @@ def test_outputs_and_gradients_are_never_overwritten(way: dict[str, Any]) -> Non
 
 @every_engine
 @pytest.mark.parametrize("trained", [True, False], ids=["after the backward pass", "without a backward pass"])
-def test_nothing_of_the_graph_is_alive(way: dict[str, Any], trained: bool) -> None:
+def test_no_graph_is_kept(way: dict[str, Any], trained: bool) -> None:
     processor, mark = processor_of(CASE, way), Mark()
     graph, embedding = weakref.ref(mark), embeddings(0)
     output = processor(Marked.apply(embedding, mark), rows(0), record_trajectories=True)
@@ -78,8 +78,8 @@ def test_there_is_one_tape_at_a_time(way: dict[str, Any], monkeypatch: pytest.Mo
 
 @every_engine
 @pytest.mark.parametrize("trained", [True, False], ids=["after a backward pass", "after a forward pass"])
-def test_a_model_is_gone_when_nobody_holds_it(way: dict[str, Any], trained: bool) -> None:
-    """Without a garbage collection: its buffers may be most of the memory that there is."""
+def test_a_model_is_freed_with_its_last_reference(way: dict[str, Any], trained: bool) -> None:
+    """Without a garbage collection: its buffers may be most of the memory."""
     processor = processor_of(CASE, way)
     if trained:
         step(processor, 0)
@@ -96,9 +96,9 @@ def test_a_model_is_gone_when_nobody_holds_it(way: dict[str, Any], trained: bool
 
 
 def live_bytes() -> int:
-    """Of every block of memory that a tensor holds on to."""
+    """Bytes of every block of memory that a tensor holds."""
     gc.collect()
-    # By type: to ask an object whether it is an instance may run code of its own.
+    # By type: `isinstance` may run code of the object.
     storages = [item.untyped_storage() for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -59,7 +59,7 @@ def test_two_batches_forward_and_then_backward(
 
 @every_engine
 def test_the_same_batch_twice_and_then_backward(way: dict[str, Any], expected: Any) -> None:
-    """Two calls with the same numbers are still two."""
+    """Two calls with the same values are still two calls."""
     processor = processor_of(CASE, way)
     passes = [run(processor, 0) for _ in range(2)]
     for embedding, output in passes:
@@ -95,7 +95,7 @@ def test_a_clean_up_between_forward_and_backward(way: dict[str, Any], expected: 
 
 @every_engine
 def test_the_optimiser_step_of_the_forward_pass_counts(way: dict[str, Any], expected: Any) -> None:
-    """The noise of a replay is the forward pass's, though the step has changed since."""
+    """A replay draws the noise of its forward pass, although the optimiser step has changed."""
     processor = processor_of(CASE, way)
     embedding, output = run(processor, 0)
     run(processor, 1)  # takes the buffers
@@ -128,7 +128,7 @@ def test_accumulated_batches_are_the_joined_batch(way: dict[str, Any], expected:
 
 @every_engine
 def test_gradients_of_some_outputs_only(way: dict[str, Any]) -> None:
-    """Of landed energies alone, and of one sample alone; what isn't asked for gets nothing."""
+    """Gradients of landed energies alone, and of one sample alone; the other samples get 0."""
     found = []
     for settings in (PLAIN, way):
         processor = processor_of(CASE, settings)
