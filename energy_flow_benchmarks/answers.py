@@ -19,7 +19,7 @@ EMBEDDING = f"{LATTICE}::EnergyLattice.collect_completed_flows_direct"
 GROUP_SOFTMAX = f"{SOFTMAX}::group_softmax_deposit"
 REMOVE = f"{PROCESSOR}::FlowProcessor.cleanup_memory_safe"
 CALLBACK = f"{CLEANUP}::MemoryCleanup"
-POOL = f"{STORAGE}::TensorPool"
+POOL = "energy_flow/core/tensor_pool.py::TensorPool"
 FLOWS = f"{STORAGE}::TensorizedFlowStorage"
 
 NO_LOOP = "tests/core/test_vectorised.py::test_no_loop_over_flows_cells_or_samples"
