@@ -19,7 +19,7 @@ from energy_flow.core.geometry import Deposit, cell_centres, deposit_cells, fold
 from energy_flow.ops.group_softmax import group_softmax_deposit
 from energy_flow_benchmarks.figures import AS_GRAPH, SECONDS, Panel, figure_of_panels
 from energy_flow_benchmarks.findings import Findings, Grid, Measured, Row, find, grid_by_size, rows_of, sizes_of
-from energy_flow_benchmarks.measure import Build, Count, Effort, measure
+from energy_flow_benchmarks.measure import Count, Effort, measure
 
 OURS, BOUNDED = "group_softmax_deposit", "group_softmax_deposit, bound"
 UNIQUE, SEGMENTS, PYG = "unique + scatter", "sorted + segment_reduce", "torch_geometric"
@@ -253,7 +253,7 @@ def _measure(problem: Problem, deposit: Deposit, device: torch.device, rate: flo
     return rows_of("collect", deposit, len(problem.scores), found, UNIQUE)
 
 
-def _graph(build: Callable[[], Callable[[], Any]]) -> Build:
+def _graph(build: Callable[[], Callable[[], Any]]) -> Callable[[], Callable[[], None]]:
     return lambda: recorded(build())
 
 

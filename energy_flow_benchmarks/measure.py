@@ -154,7 +154,7 @@ def _combined(turns: list[Measured]) -> Measured:
 
 
 def _median_seconds(work: Work, device: torch.device, min_seconds: float, clock: Clock) -> float:
-    """Time single runs until `min_seconds` have passed, at least one. As in timeit, no garbage is collected meanwhile."""
+    """Time runs until `min_seconds` have passed, at least one. As in timeit, no garbage is collected meanwhile."""
     taken: list[float] = []
     gc.collect()
     begin, enabled = clock(), gc.isenabled()

@@ -4,13 +4,11 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from matplotlib.figure import Figure
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from energy_flow_benchmarks.end_of_batch import BEFORE, MEMORY, NOW, TIME_CASES, EndOfBatch, require_equal
 from energy_flow_benchmarks.figures import BYTES, SECONDS, Panel, figure_of_panels
@@ -145,7 +143,7 @@ def _training_rows(settings: ReportSettings, num_flows: int, device: torch.devic
     lattice = report_lattice(width, height, depth=6)
     sizes = (settings.energy_dim, settings.hidden_size)
     sides = {side: training_step(side, lattice, *sizes, device, seed) for side in (BEFORE, NOW)}
-    require_equal(STEP, *(step() for step in sides.values()))
+    require_equal(STEP, sides[BEFORE](), sides[NOW]())
     builds = {side: lambda step=step: step for side, step in sides.items()}
     return rows_of("report", STEP, num_flows, measure(builds, device, settings), BEFORE)
 
