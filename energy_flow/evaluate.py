@@ -27,6 +27,7 @@ from energy_flow.runs.settings import EvaluateSettings
 from energy_flow.runs.tables import describe, show_examples, show_notes, show_table
 from energy_flow.runs.trainer import build_trainer
 from energy_flow.settings import read
+from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.callbacks.progress_bar import ProgressBar
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule
@@ -169,13 +170,14 @@ class Evaluation:
     def _test(self, model: Model) -> Tested:
         """Test a model; its rows are read from the run folder, as another process may have them."""
         paths = {suffix: self._rows_path(suffix, model) for suffix in self.suffixes}
-        keep = {self.task.row_measure + suffix: path for suffix, path in paths.items()}
-        model.module.all_targets = self.all_targets
+        keep = [
+            KeepRowScores(path, self.task.row_measure + suffix, self.all_targets if suffix else None)
+            for suffix, path in paths.items()
+        ]
         try:
             metrics = test(self.trainer, model.module, self.data, None, keep)
         except EnergyFlowError as error:
             raise CheckpointError(f"ckpt_path = {model.path}: {error}") from error
-        model.module.all_targets = None
         if not metrics:
             raise ConfigError("trainer.limit_test_batches = 0: nothing is tested. Raise it")
         rows = {}

@@ -35,6 +35,7 @@ from energy_flow.runs.settings import TrainSettings
 from energy_flow.runs.tables import describe
 from energy_flow.runs.trainer import build_trainer, ended_by_signals
 from energy_flow.settings import read
+from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.module import EnergyFlowModule
 
 log = logging.getLogger(__name__)
@@ -209,8 +210,8 @@ def _finish(
     if score is not None:
         metrics[settings.optimized_metric] = float(score)
     if settings.test and data.test is not None:
-        keep = {task_of(settings.optimized_metric).row_measure: Path(settings.paths.output_dir, FILE)}
-        metrics |= test(trainer, module, data, best_path or None, keep)
+        keep = KeepRowScores(Path(settings.paths.output_dir, FILE), task_of(settings.optimized_metric).row_measure)
+        metrics |= test(trainer, module, data, best_path or None, [keep])
     else:
         console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
     results = finish(settings, trainer, module, data, metrics, console)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,19 +105,18 @@ def test(
     module: EnergyFlowModule,
     data: EnergyDataModule,
     ckpt_path: str | None,
-    keep: Mapping[str, Path],
+    keep: Sequence[KeepRowScores],
 ) -> dict[str, float]:
     """Test metrics of the module, or of a checkpoint of it.
 
     Args:
-        keep: which of the module's `test_rows` are written, and where.
+        keep: write row scores.
 
     Raises:
         KeyboardInterrupt: a signal has come.
     """
     others = [callback for callback in trainer.callbacks if not isinstance(callback, KeepRowScores)]  # type: ignore[attr-defined]
-    kept = [KeepRowScores(path, measure) for measure, path in keep.items()]
-    trainer.callbacks = [*others, *kept]  # type: ignore[attr-defined]
+    trainer.callbacks = [*others, *keep]  # type: ignore[attr-defined]
     with ended_by_signals(trainer):
         trainer.test(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
