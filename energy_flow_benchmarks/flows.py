@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from energy_flow.core.energy_lattice import Deposits, EnergyLattice, LatticeSettings
 from energy_flow.core.flow_processor import FlowProcessor
-from energy_flow.core.tensorized_flow_storage import FlowState, FlowStatus, TensorizedFlowStorage, TensorPool
+from energy_flow.core.tensor_pool import TensorPool
+from energy_flow.core.tensorized_flow_storage import FlowState, FlowStatus, TensorizedFlowStorage
 from energy_flow_benchmarks import before
 from energy_flow_benchmarks.workload import lattice_settings, model_settings
 
@@ -128,7 +129,7 @@ def collect(lattice: EnergyLattice, flows: TensorFlows) -> Deposits:
 
 def select_active(flows: TensorFlows) -> tuple[Tensor, Tensor]:
     """Return positions [A, 3] and energies [A, E] of the active flows. The rollout itself needs the mask alone."""
-    active = flows.storage.where(FlowStatus.ACTIVE)
+    active = flows.storage.status == FlowStatus.ACTIVE
     return flows.storage.state.position[active], flows.storage.state.energy[active]
 
 

@@ -75,9 +75,9 @@ class UserModel(nn.Module):
         """Move all flows one step: position [N, 3], energy [N, E], hidden state, active bool [N]."""
         features = self.processor.neuron(position, energy)
         top, hidden = self.recur(torch.cat([features, energy], dim=-1), hidden)
-        decision = self.processor.carrier.decide(top)
+        decision = self.processor.carrier.heads(top)
         limit, residual = self.processor.settings.movement.max_displacement, self.processor.model.residual_energy
-        rule = MoveRule.of(scale, limit, residual)
+        rule = MoveRule(scale, scale.new_full((), limit), residual)
         position, energy, _, reached = move(position, energy, active, decision, None, *rule)
         return position, energy, hidden, active & ~reached
 
@@ -94,7 +94,7 @@ class UserModel(nn.Module):
         return inputs, tuple(new)
 
     def _formula(self, inputs: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        new = self.processor.carrier.remember(inputs, tuple(hidden))
+        new = self.processor.carrier.recur(inputs, tuple(hidden))
         return new[-1], new
 
 
