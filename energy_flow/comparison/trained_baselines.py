@@ -66,7 +66,7 @@ class TrainedBaseline:
     report: Report
 
     def fit(self, train: Pairs, val: Pairs) -> Fitted:
-        """Train with every pair of learning rate and weight decay; return the best on validation, the first of equal ones."""
+        """Train with every pair of learning rate and weight decay; return the (first) best on validation."""
         grid = list(itertools.product(self.settings.learning_rates, self.settings.weight_decays))
         best: Fitted | None = None
         for rate, decay in grid:

@@ -106,7 +106,10 @@ def _stretched(weights: Tensor) -> Tensor:
 
 
 def _sampled_weights(num: int, num_samples: int, generator: torch.Generator) -> Tensor:
-    """Weights of `num` items in samples of `num` items with replacement, float64 [num_samples, num]; each row sums to 1."""
+    """Weights of `num` items in samples of `num` items with replacement, float64 [num_samples, num].
+
+    Every row sums to 1.
+    """
     items = torch.randint(num, (num_samples, num), generator=generator)
     counts = torch.zeros(num_samples, num, dtype=torch.float64)
     return counts.scatter_add_(1, items, torch.ones((), dtype=torch.float64).expand(num_samples, num)) / num

@@ -158,7 +158,7 @@ TASKS = (RETRIEVAL, REGRESSION)
 
 
 def task_of(optimized_metric: str) -> Task:
-    """The task of a value of `optimized_metric`: the metric that selects checkpoints also decides how runs are measured.
+    """The task of a value of `optimized_metric`, the metric that selects the best checkpoint.
 
     Raises:
         ConfigError: the metric is unknown.

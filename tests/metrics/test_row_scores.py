@@ -84,9 +84,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     "bad", [torch.ones(2), torch.ones(3).double(), torch.ones(2, 1).double(), torch.ones(0).double()], ids=str
 )
 def test_scores_of_another_shape_are_not_written(bad: Tensor, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"row scores must be float64 \[N\] with the same N > 0 .*mean torch.float"
-    ):
+    with pytest.raises(ValueError, match=r"row scores must be float64 \[N\] with the same N > 0 .*mean torch.float"):
         write_row_scores(tmp_path / "rows.safetensors", SCORES.with_methods({"mean": bad}))
     assert list(tmp_path.iterdir()) == []
 
