@@ -13,6 +13,7 @@ from rich.console import Console
 from energy_flow.errors import ConfigError
 from energy_flow.runs.application import application
 from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.tables import print_text
 from energy_flow_benchmarks import output
 from energy_flow_benchmarks.machine import describe_machine
 from energy_flow_benchmarks.registry import read_benchmark
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class BenchmarkSettings(Settings):
-    """The whole config of a benchmark. Its section is checked by the benchmark that owns it."""
+    """The whole config of a benchmark. The chosen benchmark checks the section `benchmark`."""
 
     task_name: str
     device: Literal["cpu", "cuda"]
@@ -31,7 +32,7 @@ class BenchmarkSettings(Settings):
 
 
 def measure(config: dict[str, Any]) -> None:
-    """One benchmark from its config to its tables, picture and files."""
+    """Run a benchmark; show its tables, write its picture and files."""
     settings = read(BenchmarkSettings, config, "")
     benchmark, own = read_benchmark(settings.benchmark)
     device = _device(settings.device)
@@ -40,16 +41,16 @@ def measure(config: dict[str, Any]) -> None:
     try:
         with console.status("measuring") as status:
 
-            def say(what: str) -> None:
-                status.update(f"measuring: {what}")
-                log.info("measuring: %s", what)  # the log file says what took how long
+            def report(step: str) -> None:
+                status.update(f"measuring: {step}")
+                log.info("measuring: %s", step)  # the log file shows the duration of each step
 
-            findings = benchmark.run(own, device, settings.seed, say)
+            findings = benchmark.run(own, device, settings.seed, report)
         output.write(folder, machine, findings)
         benchmark.picture(findings.rows).savefig(folder / "benchmark.png")
         output.show(console, machine, findings)
     finally:
-        console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+        print_text(console, f"run folder: {folder}")
 
 
 def _device(name: str) -> torch.device:

@@ -28,6 +28,7 @@ from energy_flow.runs.results import add_row_scores, fit_baselines, run_test, wr
 from energy_flow.runs.screen import describe, show_examples, show_metrics, show_notes
 from energy_flow.runs.trainer import build_trainer
 from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.tables import print_text
 from energy_flow.training.callbacks.progress_bar import ProgressBar
 from energy_flow.training.losses import LossSettings
 
@@ -104,7 +105,7 @@ class Evaluation:
     def run(self) -> float:
         """Test the models; on the first process also compare them with the baselines, write and show all results."""
         for model in self.models:
-            self.console.print(f"{model.path}: {describe(model.module)}", highlight=False, markup=False, soft_wrap=True)
+            print_text(self.console, f"{model.path}: {describe(model.module)}")
             name = "the checkpoint" if model.key == MODEL else model.key
             say_whose_data(model.module.fingerprint, self.data, self.console, name)
         tested = {model.key: self._test(model) for model in self.models}
@@ -151,7 +152,7 @@ class Evaluation:
             found["test_all/candidates"] = float(len(self.all_targets.target))
         write_metrics({**metrics, **found}, folder)
         self._show(comparisons, baselines)
-        self.console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+        print_text(self.console, f"run folder: {folder}")
         return found
 
     def _fit_baselines(self) -> BaselineResults:
@@ -207,8 +208,7 @@ class Evaluation:
             self.console.print(intervals)
         show_notes(baselines, self.console)
         if len(self.models) > 1 and baselines.metrics:
-            note = f"baselines: as many parameters as {self.models[0].key}, and its loss"
-            self.console.print(note, markup=False, soft_wrap=True)
+            print_text(self.console, f"baselines: as many parameters as {self.models[0].key}, and its loss")
         if len(self.models) == 1 and self.task is RETRIEVAL:
             show_examples(self.models[0].module, self.data, self.console)
 

@@ -1,4 +1,4 @@
-"""Tables of text cells: for the screen, as Markdown and as CSV.
+"""Text output: tables for the screen, as Markdown and as CSV; plain lines.
 
 A table is a list of column headings and a list of rows, each with one cell per column.
 """
@@ -8,6 +8,7 @@ import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -49,6 +50,11 @@ def rich_table(
             table.add_section()
         table.add_row(*map(Text, cells), style=styles[number] if styles else "")
     return table
+
+
+def print_text(console: Console, text: str) -> None:
+    """Print text as it is: without markup, highlighting or line wrapping."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from energy_flow.comparison.baselines import BaselineResults
 from energy_flow.data import EnergyDataModule
 from energy_flow.metrics.task import Task
-from energy_flow.tables import rich_table
+from energy_flow.tables import print_text, rich_table
 from energy_flow.training.module import EnergyFlowModule
 
 EXAMPLES = 5
@@ -62,4 +62,4 @@ def show_examples(module: EnergyFlowModule, data: EnergyDataModule, console: Con
     console.print("nearest targets of the first test rows:")
     for row, nearest in zip(rows, scores.topk(min(3, len(dataset))).indices.tolist(), strict=True):
         names = ", ".join(dataset.names[index] for index in nearest)
-        console.print(f"  {dataset.names[row]}: {names}", highlight=False, markup=False, soft_wrap=True)
+        print_text(console, f"  {dataset.names[row]}: {names}")

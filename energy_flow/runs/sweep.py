@@ -17,7 +17,7 @@ from energy_flow.comparison.jobs import Job, distinguishing_overrides, read_jobs
 from energy_flow.comparison.multirun import compare_jobs
 from energy_flow.comparison.report import comparison_table, write_comparison
 from energy_flow.metrics.task import TASKS
-from energy_flow.tables import markdown_table, rich_table, write_csv
+from energy_flow.tables import markdown_table, print_text, rich_table, write_csv
 
 _TEXT = ("job", "overrides", "error")
 
@@ -52,7 +52,7 @@ class SweepSummary(Callback):
         if comparison is not None:
             write_comparison(folder, comparison)
             console.print(comparison_table(comparison))
-            console.print(f"comparison: {folder / 'comparison.png'}", highlight=False, soft_wrap=True)
+            print_text(console, f"comparison: {folder / 'comparison.png'}")
         failed = [job.name for job in jobs if job.error is not None]
         if failed:
             print(f"{len(failed)} of {len(jobs)} jobs did not finish: {', '.join(failed)}", file=sys.stderr)
