@@ -148,6 +148,19 @@ def reference_of(case: Case, processor: FlowProcessor, embedding: Tensor, rows: 
     return reference.run(embedding, rows.tolist())
 
 
+def reference_of_training(processor: FlowProcessor, embedding: Tensor, rows: Tensor) -> ReferenceOutput:
+    """The same of a processor in training with noise, at its own optimiser step."""
+    optimizer_step = processor.optimizer_step.clone()
+
+    def noise(step: int, row: int, slot: int) -> Tensor:
+        return counter_noise(processor.seed, optimizer_step, step, torch.tensor([row]), slot + 1, torch.float64)[
+            0, slot
+        ]
+
+    reference = Reference(processor, processor.settings, processor.model.residual_energy, int(optimizer_step), noise)
+    return reference.run(embedding, rows.tolist())
+
+
 def gradients(processor: FlowProcessor, embedding: Tensor, output: FlowOutput | ReferenceOutput) -> dict[str, Tensor]:
     """Gradients of all parameters and of the embedding for random cotangents of embedding and surface."""
     generator = torch.Generator().manual_seed(7)
