@@ -13,6 +13,7 @@ from rich.console import Console
 from energy_flow.errors import ConfigError
 from energy_flow.runs.application import application
 from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.tables import print_text
 from energy_flow_benchmarks import output
 from energy_flow_benchmarks.machine import describe_machine
 from energy_flow_benchmarks.registry import read_benchmark
@@ -56,7 +57,7 @@ def measure(config: dict[str, Any]) -> None:
         benchmark.picture(findings.rows).savefig(folder / "benchmark.png")
         output.show(console, machine, findings)
     finally:
-        console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+        print_text(console, f"run folder: {folder}")
 
 
 def _command() -> str:
