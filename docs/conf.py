@@ -33,9 +33,12 @@ html_title = "energy_flow"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
+html_show_sourcelink = False
+FLAT = ("getting_started", "results", "troubleshooting", "performance", "picture_book")
+html_sidebars = {page: [] for page in FLAT}  # pages without pages below them need no section navigation
 html_theme_options = {
     "show_prev_next": False,
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 5,
     "navbar_persistent": ["search-button-field"],
     "footer_start": ["sphinx-version"],
 }

@@ -129,7 +129,9 @@ def step_rules() -> Figure:
     ]
     for z, x, colour, label in curves:
         axes.plot(z, x, "-o", color=colour, ms=4, lw=1.8)
-        axes.annotate(label, (z[-1], x[-1]), (6, -24 if "side" in label else 8), textcoords="offset points", fontsize=9, color=INK)
+        axes.annotate(
+            label, (z[-1], x[-1]), (6, -24 if "side" in label else 8), textcoords="offset points", fontsize=9, color=INK
+        )
     axes.plot([-0.3, -1], [-0.75, -0.75], ls="--", color=Z0, lw=1.5)
     axes.annotate("after the last step: projected,\nthe distance it still had is kept", (-0.95, -0.7), fontsize=9)
     axes.set(xlim=(-1.08, 1.32), ylim=(-1.12, 1.18), xlabel="z", ylabel="x", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
