@@ -25,7 +25,7 @@ HYDRA = "hydra"  # Hydra's own group: `--hydra-help` is about it
 # The class that checks a program's own keys, a group or an option of a group.
 _OWNERS = {
     "train": "energy_flow.runs.settings:TrainSettings",
-    "evaluate": "energy_flow.runs.settings:EvaluateSettings",
+    "evaluate": "energy_flow.evaluate:EvaluateSettings",
     "predict": "energy_flow.predict:PredictSettings",
     "encode": "energy_flow.encode:EncodeSettings",
     "check": "energy_flow.check:CheckSettings",

@@ -30,11 +30,12 @@ from energy_flow.runs.instantiate import build_all, build_loggers
 from energy_flow.runs.job import is_multirun, resume_command
 from energy_flow.runs.log import filter_warnings
 from energy_flow.runs.messages import unwritable
-from energy_flow.runs.results import finish, hyper_parameters, read_metrics, test
+from energy_flow.runs.results import finish, hyper_parameters, read_metrics, run_test
+from energy_flow.runs.screen import describe
 from energy_flow.runs.settings import TrainSettings
-from energy_flow.runs.tables import describe
 from energy_flow.runs.trainer import build_trainer, ended_by_signals
 from energy_flow.settings import read
+from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.module import EnergyFlowModule
 
 log = logging.getLogger(__name__)
@@ -209,15 +210,15 @@ def _finish(
     if score is not None:
         metrics[settings.optimized_metric] = float(score)
     if settings.test and data.test is not None:
-        keep = {task_of(settings.optimized_metric).row_measure: Path(settings.paths.output_dir, FILE)}
-        metrics |= test(trainer, module, data, best_path or None, keep)
+        keep = KeepRowScores(Path(settings.paths.output_dir, FILE), task_of(settings.optimized_metric).row_measure)
+        metrics |= run_test(trainer, module, data, best_path or None, [keep])
     else:
         console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
     results = finish(settings, trainer, module, data, metrics, console)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             # Under names of their own: the curves of the same metrics must not get a point at step 0.
-            found = {f"result/{name}": value for name, value in results.headlines().items()}
+            found = {f"result/{name}": value for name, value in results.summary().items()}
             logger.log_hyperparams(hyper_parameters(settings), found, trainer.global_step)
             logger.finalize("success")  # once more: the line above opened a writer, which is a thread
     console.print(

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from energy_flow.core.flow_processor import FlowOutput, Trajectories
+from energy_flow.core.flow_processor import FlowOutput
+from energy_flow.core.history import Trajectories
 from tests.core.ways import ENGINES
 from tests.helpers import FORWARD_TOLERANCE, Case, tensors_of
 

@@ -1,24 +1,23 @@
-"""Tables and notes about models, baselines and examples, for the screen."""
+"""What a run shows on the screen about models, baselines and examples."""
 
-import math
 from collections.abc import Mapping
+from math import nan
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch.nn import functional
 
 from energy_flow.comparison.baselines import BaselineResults
 from energy_flow.data import EnergyDataModule
 from energy_flow.metrics.task import Task
+from energy_flow.tables import print_text, rich_table
 from energy_flow.training.module import EnergyFlowModule
 
 EXAMPLES = 5
 
 
 def describe(module: EnergyFlowModule) -> str:
-    """A model in one line."""
+    """Describe a model in one line."""
     lattice, model = module.processor.settings, module.processor.model
     frozen = f", {module.num_frozen:,} of them frozen" if module.num_frozen else ""
     return (
@@ -28,27 +27,22 @@ def describe(module: EnergyFlowModule) -> str:
     )
 
 
-def show_table(task: Task, title: str, rows: Mapping[str, Mapping[str, float]], console: Console) -> None:
-    """Metrics of methods by name, the best method in bold; a metric that none of them has gets no column."""
-    headings = {
-        metric: heading for metric, heading in task.headings.items() if any(metric in row for row in rows.values())
-    }
-    best = math.nan
-    for row in rows.values():
-        found = row.get(task.headline, math.nan)
-        best = found if task.improves(found, best) else best
-    table = Table(title=title, title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for heading in headings.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        cells = [task.shown(metric, row[metric]) if metric in row else "-" for metric in headings]
-        table.add_row(Text(name), *cells, style="bold" if row.get(task.headline) == best else "")
-    console.print(table)
+def show_metrics(task: Task, title: str, methods: Mapping[str, Mapping[str, float | None]], console: Console) -> None:
+    """Print a table of metrics by method, the best method in bold; columns without values are left out."""
+    metrics = [metric for metric in task.headings if any(metric in row for row in methods.values())]
+    primary = [nan if (value := row.get(task.primary)) is None else value for row in methods.values()]
+    best = primary[task.best(primary)]
+    rows = [
+        [name, *("-" if (value := row.get(metric)) is None else task.shown(metric, value) for metric in metrics)]
+        for name, row in methods.items()
+    ]
+    headings = ["method", *(task.headings[metric] for metric in metrics)]
+    styles = ["bold" if value == best else "" for value in primary]
+    console.print(rich_table(headings, rows, title=title, left=["method"], styles=styles))
 
 
 def show_notes(baselines: BaselineResults, console: Console) -> None:
-    """Why baselines were left out, and what was chosen for the others."""
+    """Print why baselines were left out, and the hyperparameters that the others selected."""
     for name, reason in baselines.skipped.items():
         console.print(f"{name}: left out, {reason}")
     for name, detail in baselines.details.items():
@@ -56,7 +50,7 @@ def show_notes(baselines: BaselineResults, console: Console) -> None:
 
 
 def show_examples(module: EnergyFlowModule, data: EnergyDataModule, console: Console) -> None:
-    """The nearest targets of a few test rows by name, where rows have names."""
+    """Print the nearest targets of the first test rows by name, if the rows have names."""
     dataset = data.test
     if dataset is None or dataset.names is None:
         return
@@ -68,4 +62,4 @@ def show_examples(module: EnergyFlowModule, data: EnergyDataModule, console: Con
     console.print("nearest targets of the first test rows:")
     for row, nearest in zip(rows, scores.topk(min(3, len(dataset))).indices.tolist(), strict=True):
         names = ", ".join(dataset.names[index] for index in nearest)
-        console.print(f"  {dataset.names[row]}: {names}", highlight=False, markup=False, soft_wrap=True)
+        print_text(console, f"  {dataset.names[row]}: {names}")
