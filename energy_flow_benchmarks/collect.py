@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
-from energy_flow.core.geometry import Deposit, cell_centres, deposit_cells, fold
+from energy_flow.core.flow_step import fold
+from energy_flow.core.geometry import Deposit, cell_centres, deposit_cells
 from energy_flow.ops.group_softmax import group_softmax_deposit
 from energy_flow.settings import Settings
 from energy_flow_benchmarks.figures import AS_GRAPH, SECONDS, Panel, figure_of_panels

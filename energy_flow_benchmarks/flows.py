@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from energy_flow.config import config_dir
 from energy_flow.core.energy_lattice import Deposits, EnergyLattice, LatticeSettings
-from energy_flow.core.flow_processor import FlowProcessor, ModelSettings
-from energy_flow.core.tensorized_flow_storage import FlowState, FlowStatus, TensorizedFlowStorage, TensorPool
+from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.networks import ModelSettings
+from energy_flow.core.tensor_pool import TensorPool
+from energy_flow.core.tensorized_flow_storage import FlowState, FlowStatus, TensorizedFlowStorage
 from energy_flow.settings import read
 from energy_flow_benchmarks import before
 
@@ -150,7 +152,7 @@ def collect(lattice: EnergyLattice, flows: TensorFlows) -> Deposits:
 
 def select_active(flows: TensorFlows) -> tuple[Tensor, Tensor]:
     """Coordinates [A, 3] and energies [A, E] of the active flows. The rollout needs no more than the mask."""
-    active = flows.storage.where(FlowStatus.ACTIVE)
+    active = flows.storage.status == FlowStatus.ACTIVE
     return flows.storage.state.position[active], flows.storage.state.energy[active]
 
 

@@ -77,9 +77,9 @@ class UserModel(nn.Module):
         """One step of all flows: position [N, 3], energy [N, E], memory, active bool [N]."""
         features = self.processor.neuron(position, energy)
         top, memory = self.remember(torch.cat([features, energy], dim=-1), memory)
-        decision = self.processor.carrier.decide(top)
+        decision = self.processor.carrier.heads(top)
         limit, residual = self.processor.settings.movement.max_displacement, self.processor.model.residual_energy
-        rule = MoveRule.of(scale, limit, residual)
+        rule = MoveRule(scale, scale.new_full((), limit), residual)
         position, energy, _, reached = move(position, energy, active, decision, None, *rule)
         return position, energy, memory, active & ~reached
 
@@ -96,7 +96,7 @@ class UserModel(nn.Module):
         return layer_input, tuple(following)
 
     def _remember_formula(self, read: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        following = self.processor.carrier.remember(read, tuple(memory))
+        following = self.processor.carrier.recur(read, tuple(memory))
         return following[-1], following
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from energy_flow.config import config_dir
 from energy_flow.core.energy_lattice import LatticeSettings
-from energy_flow.core.flow_processor import FlowProcessor, ModelSettings
+from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.networks import ModelSettings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, did_you_mean, read

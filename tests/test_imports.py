@@ -15,6 +15,8 @@ TIERS = {
     "core": 1,
     "metrics": 2,
     "config": 3,
+    "config_comments": 3,
+    "config_reference": 3,
     "checkpoints": 3,
     "data": 4,
     "viz": 4,

@@ -12,8 +12,9 @@ from torch import Tensor
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.faults import FaultQueue
-from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.core.host_copy import DelayedScalars
+from energy_flow.core.networks import ModelSettings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.data.samples import Samples

@@ -266,7 +266,8 @@ def test_the_loss_is_the_models_with_all_that_belongs_to_it(monkeypatch: pytest.
     assert batch[0] < bank[0] - 0.5
     monkeypatch.setattr(trained_baselines, "BATCH", 50)
     learnt = curve(LOSS.model_copy(update={"learn_temperature": True}), splits, monkeypatch)
-    assert learnt[0] == batch[0]
+    # A learnt temperature is exp(log(0.05)): float32 rounds log(0.05) by up to 1.2e-7, and each processor rounds exp.
+    assert learnt[0] == pytest.approx(batch[0], rel=1e-6)
     assert learnt[-1] != batch[-1]
 
 

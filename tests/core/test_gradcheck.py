@@ -11,11 +11,11 @@ from torch.autograd import gradcheck
 
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.energy_lattice import Landings
-from energy_flow.core.flow_step import MoveRule, StepResult, flow_step, move, move_backward
-from energy_flow.core.geometry import deposit_cells, fold, fold_slope
+from energy_flow.core.flow_step import MoveRule, StepResult, fold, fold_slope, move, move_backward
+from energy_flow.core.geometry import deposit_cells
 from energy_flow.core.rollout import AutogradStepper
 from energy_flow.core.simple_neuron import SimpleNeuron, neuron_features, neuron_features_backward
-from energy_flow.core.tensorized_flow_storage import Births
+from energy_flow.core.tensorized_flow_storage import Births, FlowState
 from energy_flow.ops.gru_gates import gates_backward, gates_forward
 from energy_flow.ops.gru_layer import LayerGradients, PackedLayer
 from tests.helpers import SMALLEST_MARGIN, Case, fill_parameters
@@ -70,7 +70,7 @@ class Step:
         self.hidden = tuple(uniform(2, 4, 5).requires_grad_() for _ in range(num_layers))
         self.active = torch.arange(8).view(2, 4) % 4 != 1
         self.noise = 0.2 * torch.randn(2, 4, 3, dtype=DTYPE) if noisy else None
-        self.rule = MoveRule.of(torch.tensor(0.9, dtype=DTYPE), 0.6, residual_energy)
+        self.rule = MoveRule(torch.tensor(0.9, dtype=DTYPE), torch.tensor(0.6, dtype=DTYPE), residual_energy)
 
     def leaves(self) -> list[Tensor]:
         return [self.position, self.energy, *self.hidden, *self.neuron.parameters(), *self.carrier.parameters()]
@@ -83,7 +83,9 @@ class Step:
     def result(self) -> tuple[StepResult, tuple[Tensor, ...]]:
         stepper = AutogradStepper(self.neuron, self.carrier, self.rule)
         stepper._hidden = self.hidden
-        return flow_step(stepper, self.position, self.energy, self.active, self.noise, self.rule), stepper._hidden
+        result = stepper.step(FlowState(self.position, self.energy), self.active, self.noise)
+        assert stepper._hidden is not None
+        return result, stepper._hidden
 
     @torch.no_grad()
     def check_events(self) -> None:
@@ -192,7 +194,7 @@ def test_move_backward(residual_energy: bool, noisy: bool) -> None:
     active = torch.rand(num_flows) > 0.2
     active[0] = True
     noise = 0.2 * torch.randn(num_flows, 3, dtype=DTYPE) if noisy else None
-    rule = MoveRule.of(torch.tensor(0.5, dtype=DTYPE), 0.4, residual_energy)
+    rule = MoveRule(torch.tensor(0.5, dtype=DTYPE), torch.tensor(0.4, dtype=DTYPE), residual_energy)
     after, next_energy, length, reached = move(position, energy, active, decision, noise, *rule)
     assert not length.requires_grad
     assert reached.any()
@@ -219,14 +221,14 @@ def test_neuron_features_backward() -> None:
     assert_ways_back_agree(actual, expected)
 
 
-def test_bequeath() -> None:
+def test_scatter_to_parents() -> None:
     born = torch.rand(3, 8) > 0.5
     births = Births(born, torch.randint(0, 4, (3, 8)))
     own, parents = uniform(3, 8, 2).requires_grad_(), uniform(3, 8, 2).requires_grad_()
-    inherited = births.inherit(own, parents)
+    inherited = births.gather_from_parents(own, parents)
     (cotangent,) = like(inherited)
     expected = autograd((inherited,), (cotangent,), [own, parents])
-    assert_ways_back_agree(births.bequeath(cotangent), expected)
+    assert_ways_back_agree(births.scatter_to_parents(cotangent), expected)
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
-from energy_flow.core.tensorized_flow_storage import TensorPool
+from energy_flow.core.tensor_pool import TensorPool
 from tests.helpers import Case, tensors_of
 
 CPU = torch.device("cpu")

@@ -177,7 +177,7 @@ def test_less_than_one_sample_there_is_not(
         train(processor)
     assert len(said) == (3 if chunk == "auto" else 0)  # 7, 4, 2
     [note] = caught.value.__notes__
-    assert "one sample at a time is the least" in note
+    assert "one sample at a time doesn't fit" in note
     assert "rollout.recompute=true" in note
 
 

@@ -24,7 +24,7 @@ CHOSEN = TapeEngine._compaction
 
 @pytest.fixture(autouse=True)
 def by_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TapeEngine, "_compaction", lambda *_: "counts")
+    monkeypatch.setattr(TapeEngine, "_compaction", lambda *_: "active_first")
 
 
 @pytest.fixture(params=[1, 2, 3, 9], autouse=True)
@@ -58,10 +58,10 @@ def rows_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, i
     def watched(self: tapes.Tape, state: Any, active: Any, noise: Any) -> Any:
         result = step(self, state, active, noise)
         assert self._count is not None
-        assert self._rows is not None
-        assert self._rows.sort().values.equal(torch.arange(active.numel())), "every slot has a row"
-        used = self._rows[: self._count]
-        assert active.flatten()[self._rows[self._count :]].sum() == 0, "an active flow isn't counted"
+        assert self._slots is not None
+        assert self._slots.sort().values.equal(torch.arange(active.numel())), "every slot has a row"
+        used = self._slots[: self._count]
+        assert active.flatten()[self._slots[self._count :]].sum() == 0, "an active flow isn't counted"
         seen.append((len(used), int(active.sum())))
         return result
 
@@ -84,8 +84,9 @@ def activity(*shares: float) -> list[bool]:
     watched, found = Activity(), []
     for share in shares:
         moves = int(200 * share)
-        steps = {"active": torch.tensor([moves - moves // 2, moves // 2, 0])}
-        watched.put(Counts(steps, torch.tensor(0), torch.tensor(0.0)), 100)
+        by_step = {"active": torch.tensor([moves - moves // 2, moves // 2, 0])}
+        zero = torch.tensor(0)
+        watched.put(Counts(by_step=by_step, lost=zero, distance=zero, num_moves=torch.tensor(moves)), 100)
         found.append(watched.is_low())
     return found
 
@@ -101,14 +102,14 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     half, single = torch.bfloat16, torch.float32
     monkeypatch.setattr(tape_engine, "use_triton", lambda tensor: True)
     chosen = {
-        setting: functools.partial(CHOSEN, processor_of(CASES["everything"], {"compaction": setting})._tape)
+        setting: functools.partial(CHOSEN, processor_of(CASES["everything"], {"compaction": setting})._engine)
         for setting in ("auto", True, False)
     }
     assert [chosen[False](on_gpu, half), chosen[False](on_cpu, half)] == ["none", "none"]
-    assert [chosen[True](on_gpu, single), chosen[True](on_cpu, single)] == ["counts", "rows"]
-    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_cpu, half)] == ["none", "rows"]
+    assert [chosen[True](on_gpu, single), chosen[True](on_cpu, single)] == ["active_first", "active_only"]
+    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_cpu, half)] == ["none", "active_only"]
     monkeypatch.setattr(Activity, "is_low", lambda _: True)
-    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_gpu, single)] == ["counts", "none"]
+    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_gpu, single)] == ["active_first", "none"]
     torch.use_deterministic_algorithms(True)
     try:
         assert chosen["auto"](on_gpu, half) == "none"

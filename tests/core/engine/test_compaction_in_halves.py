@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from energy_flow.core import tensorized_flow_storage as storage
+from energy_flow.core import tensor_pool
 from energy_flow.core.engine import tape as tapes
 from energy_flow.core.engine.engine import TapeEngine
 from tests.core.ways import assert_same, everything, tape
@@ -33,19 +33,19 @@ def in_halves(way: dict[str, object], monkeypatch: pytest.MonkeyPatch, compactio
 @pytest.mark.parametrize("period", [1, 2])
 def test_rows_left_out_are_missed_by_nobody(recompute: bool, period: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers hold NaN at first: what nobody computes, nobody may read."""
-    empty = storage._plain_buffer
+    empty = tensor_pool._plain_buffer
 
     def poisoned(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         buffer = empty(size, dtype, device)
         return buffer.fill_(torch.nan) if dtype.is_floating_point else buffer
 
-    monkeypatch.setattr(storage, "_plain_buffer", poisoned)
+    monkeypatch.setattr(tensor_pool, "_plain_buffer", poisoned)
     monkeypatch.setattr(tapes, "_PERIOD", period)
     every_row = in_halves(tape(recompute=recompute), monkeypatch, "none")
     active, created = every_row[".by_step.active"], every_row[".by_step.created"]
     assert 0 < active[-1] < active[0], "flows end early"
     assert created[0] < created[1] < created[2], "children are born"
-    left_out = in_halves(tape(recompute=recompute), monkeypatch, "counts")
+    left_out = in_halves(tape(recompute=recompute), monkeypatch, "active_first")
     for name in every_row:
         if name.startswith(("gradient", ".embedding", ".surface", ".by_step")):
             assert_same({name: left_out[name]}, {name: every_row[name]}, BOUND)
