@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -77,6 +76,8 @@ def differing_keys(one: DictConfig, other: DictConfig) -> list[str]:
 
 def is_first_process() -> bool:
     """Whether this is the process that writes; a launcher tells the others their number in the environment."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # not above: `check` doesn't need Lightning
+
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
