@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.comparison.baselines import NEEDS, BaselineResults
 from energy_flow.comparison.side_by_side import MEAN, Method, SideBySide, short_names, show_how_sure
@@ -120,8 +121,8 @@ def _model(
     settings: EvaluateSettings, data: EnergyDataModule, key: str, path: str, checkpoint: dict[str, Any]
 ) -> Model:
     size = settings.lattice
-    checkpoint = checkpoints.on_lattice(checkpoint, size.width, size.height, data.dim, path)
-    module = checkpoints.restore(EnergyFlowModule, checkpoint, path, settings.rollout)
+    checkpoint = compatibility.on_lattice(checkpoint, size.width, size.height, data.dim, path)
+    module = compatibility.restore(EnergyFlowModule, checkpoint, path, settings.rollout)
     trained_on = (module.run_config or {}).get("data", {})
     check_normalisation(trained_on.get("normalize", data.settings.normalize), data, f"ckpt_path = {path}: the model")
     return Model(key, path, module, settings.loss if _is_pretrained(path) else module.loss)

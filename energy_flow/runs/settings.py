@@ -1,4 +1,4 @@
-"""Settings of the programs that train and evaluate, and the device that they run on."""
+"""Settings of training and evaluation, and the device they run on."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,7 +15,7 @@ Section = dict[str, Any]
 
 
 class TrainSettings(Settings):
-    """The whole config of a training run. Sections are checked by the classes that own them."""
+    """The whole config of a training run. The classes that own the sections check them."""
 
     task_name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -43,13 +43,13 @@ class TrainSettings(Settings):
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the run keeps the checkpoints that it goes on from."""
+        """The folder of the checkpoints that the run can resume from."""
         last = (self.callbacks or {}).get("last_checkpoint") or {}
         return Path(last.get("dirpath", Path(self.paths.output_dir, "checkpoints")))
 
 
 class SizeSettings(Settings):
-    """Cells of a lattice to evaluate on; None: as many as in the checkpoint."""
+    """The cells of the lattice to evaluate on; None: as many as in the checkpoint."""
 
     width: Annotated[int, Field(ge=1)] | None
     height: Annotated[int, Field(ge=1)] | None
@@ -72,7 +72,7 @@ class EvaluateSettings(Settings):
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a config key `device`: cpu, cuda or auto.
+    """Choose the device for a value of the config key `device`: cpu, cuda or auto.
 
     Raises:
         ConfigError: cuda, and there is no GPU.

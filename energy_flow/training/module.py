@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 from torch import Tensor
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.faults import FaultQueue
@@ -124,7 +125,7 @@ class EnergyFlowModule(pl.LightningModule):
         """
         checkpoint = checkpoints.load(checkpoint_path)
         if options.get("strict") is not False:  # which takes weights of other models
-            checkpoints.check_model(cls, checkpoint, checkpoint_path, options)
+            compatibility.check_model(cls, checkpoint, checkpoint_path, options)
         return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property

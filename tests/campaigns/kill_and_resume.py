@@ -73,7 +73,7 @@ def _end(folder: Path, place: Path, moment: float, signum: signal.Signals, findi
 
 def _check_nothing_lost(place: Path, err: str, findings: Findings) -> None:
     """The step at which a run says it has ended is the step of its checkpoint."""
-    said = re.search(r"(?:terminated|interrupted) at step (\d+)\nto go on from step (\d+):\n", err)
+    said = re.search(r"(?:terminated|interrupted) at step (\d+)\nto resume from step (\d+):\n", err)
     steps = [load(path)["global_step"] for path in place.glob("train/runs/*/checkpoints/last.ckpt")]
     if said is None or "Traceback" in err:
         findings.failed.append(f"{place.name}: doesn't say how to go on: {err[-500:]}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from energy_flow.checkpoints.io import AtomicCheckpointIO
-from energy_flow.runs.folder import held
+from energy_flow.runs.folder import locked
 
 SMALL = {"global_step": 1, "weights": torch.ones(10)}
 LARGE = {"global_step": 2, "weights": torch.ones(10_000)}
@@ -64,5 +64,5 @@ def test_leftovers_go_when_a_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for name in ("metrics.json.unfinished", "checkpoints/last.ckpt.unfinished", "checkpoints/last.ckpt"):
         (tmp_path / name).write_bytes(b"")
-    with held(tmp_path):
+    with locked(tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["last.ckpt"]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.comparison.jobs import read_jobs
 from energy_flow.config import compose
@@ -116,7 +117,7 @@ def test_gadgets_in_a_checkpoint(tmp_path: Path, whole: dict[str, Any], name: st
         "config": {**whole, checkpoints.KEY: {**whole[checkpoints.KEY], "config": {"data": gadget}}},
     }
     refused(
-        saved(contents.get(place) or {**whole, place: {**whole[place], "more": gadget}}), tmp_path, "damaged, or no"
+        saved(contents.get(place) or {**whole, place: {**whole[place], "more": gadget}}), tmp_path, "corrupt, or no"
     )
     assert not path.exists()
 
@@ -124,8 +125,8 @@ def test_gadgets_in_a_checkpoint(tmp_path: Path, whole: dict[str, Any], name: st
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_pickles(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "trap"
-    refused(pickle.dumps(Calls(os.mkdir, str(path)), protocol), tmp_path, "damaged, or no checkpoint")
-    refused(saved(Calls(os.mkdir, str(path)), _use_new_zipfile_serialization=False), tmp_path, "damaged")
+    refused(pickle.dumps(Calls(os.mkdir, str(path)), protocol), tmp_path, "corrupt, or no checkpoint")
+    refused(saved(Calls(os.mkdir, str(path)), _use_new_zipfile_serialization=False), tmp_path, "corrupt")
     assert not path.exists()
 
 
@@ -204,7 +205,7 @@ def test_contents_that_are_endless_huge_or_name_code(tmp_path: Path, whole: dict
     path.write_bytes(saved(change(whole)))
     assert path.stat().st_size < 200_000
     with pytest.raises(CheckpointError, match=part):
-        checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+        compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
     with pytest.raises(CheckpointError, match=part):
         EnergyFlowModule.load_from_checkpoint(path)
 
@@ -233,7 +234,7 @@ ARCHIVES = {
     ),
     "an offset behind its storage": (repacked(FOUR, pickled(SHARED, LONG + b"K\x04\x85")), "larger than their"),
     "a record that isn't there": (repacked(FOUR, pickled(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x009")), "holds None"),
-    "packed records": (repacked(FOUR, compression=zipfile.ZIP_DEFLATED), "packed or encrypted"),
+    "packed records": (repacked(FOUR, compression=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
     "the same name": (repacked(FOUR, more=(("VERSION", b"3\n"),)), "records of the same name"),
     "something in front": (b"#!/bin/sh\n" + FOUR, "in front of its records"),
     "no pickle": (repacked(FOUR).replace(b"data.pkl", b"data.pkx"), "has no data.pkl"),
@@ -279,7 +280,7 @@ def test_a_config_in_a_checkpoint_stays_text(tmp_path: Path, whole: dict[str, An
     }
     path = tmp_path / "stranger.ckpt"
     path.write_bytes(saved({**whole, checkpoints.KEY: checkpoints.provenance(config, DIM, {})}))
-    module = checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+    module = compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
     assert module.run_config == config
     model = EnergyFlowModel.from_checkpoint(path)
     model.save_pretrained(tmp_path / "model.safetensors")

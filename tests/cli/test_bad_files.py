@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.errors import CheckpointError
 from energy_flow.training.module import EnergyFlowModule
@@ -98,7 +99,7 @@ def test_damaged_checkpoints(program: Program, checkpoint: Path, name: str) -> N
         damaged.write_bytes(content)
         message = program.refused(f"ckpt_path={damaged}", program=name)
         assert f"ckpt_path = {damaged}" in message
-        assert "damaged, or no checkpoint" in message
+        assert "corrupt, or no checkpoint" in message
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
@@ -112,7 +113,7 @@ def restored(content: bytes, path: Path) -> EnergyFlowModule | None:
     """What a checkpoint's bytes give; None where it is refused."""
     path.write_bytes(content)
     try:
-        return checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+        return compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
     except CheckpointError:
         return None
 
@@ -195,7 +196,7 @@ def test_settings_of_a_checkpoint_that_can_not_be(checkpoint: Path, tmp_path: Pa
         lattice = {**whole["hyper_parameters"]["lattice"], key: value}
         torch.save({**whole, "hyper_parameters": {**whole["hyper_parameters"], "lattice": lattice}}, path)
         with pytest.raises(CheckpointError, match=f"describe no model: {part}"):
-            checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+            compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
@@ -204,9 +205,9 @@ def test_a_checkpoint_runs_no_code(program: Program, checkpoint: Path, name: str
     gadget, trap = program.folder / "gadget.ckpt", program.folder / "trap"
     for write in (lambda: gadget.write_bytes(pickle.dumps(Gadget(trap))), lambda: torch.save(Gadget(trap), gadget)):
         write()
-        assert "damaged, or no checkpoint" in program.refused(f"ckpt_path={gadget}", program=name)
+        assert "corrupt, or no checkpoint" in program.refused(f"ckpt_path={gadget}", program=name)
     torch.save({**torch.load(checkpoint, weights_only=True), "extra": Gadget(trap)}, gadget)
-    assert "damaged, or no checkpoint" in program.refused(f"ckpt_path={gadget}", program=name)
+    assert "corrupt, or no checkpoint" in program.refused(f"ckpt_path={gadget}", program=name)
     assert not trap.exists()
 
 

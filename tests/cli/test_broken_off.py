@@ -57,7 +57,7 @@ def straight() -> dict[str, dict[str, Any]]:
     return {}
 
 
-def goes_on_exactly(program: Program, straight: dict[str, dict[str, Any]]) -> None:
+def resumes_exactly(program: Program, straight: dict[str, dict[str, Any]]) -> None:
     if not straight:
         outcome = program.train(*RUN)
         assert outcome.code == 0, outcome.err
@@ -92,10 +92,10 @@ def test_a_signal(program: Program, straight: Any, hook: str, step: int, batch: 
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     outcome = broken_off(program, At(hook, step, signalled(signal.SIGTERM), batch))
     assert outcome.code == 143
-    assert "terminated: ending after this batch; again to end at once" in outcome.err
-    assert f"terminated at step {saved}\nto go on from step {saved}:\npython -m energy_flow.train" in outcome.err
+    assert "terminated: ending after this batch; send the signal again to end at once" in outcome.err
+    assert f"terminated at step {saved}\nto resume from step {saved}:\npython -m energy_flow.train" in outcome.err
     assert saved_step(program.folder) == saved
-    goes_on_exactly(program, straight)
+    resumes_exactly(program, straight)
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -113,9 +113,9 @@ def test_an_error(program: Program, straight: Any, hook: str, step: int, batch: 
     with pytest.raises(RuntimeError, match="stone") as caught:
         broken_off(program, At(hook, step, fail, batch))
     [note] = caught.value.__notes__
-    assert f"to go on from step {saved}:\npython -m energy_flow.train" in note
+    assert f"to resume from step {saved}:\npython -m energy_flow.train" in note
     assert saved_step(program.folder) == saved
-    goes_on_exactly(program, straight)
+    resumes_exactly(program, straight)
 
 
 def test_an_error_while_the_optimiser_writes(program: Program, straight: Any) -> None:
@@ -134,19 +134,19 @@ def test_an_error_while_the_optimiser_writes(program: Program, straight: Any) ->
         patch.setattr(SkippingAdamW, "step", broken)
         with pytest.raises(RuntimeError, match="stone") as caught:
             broken_off(program)
-    assert "to go on from step 4:" in caught.value.__notes__[0]
-    goes_on_exactly(program, straight)
+    assert "to resume from step 4:" in caught.value.__notes__[0]
+    resumes_exactly(program, straight)
 
 
 def test_a_second_signal_does_not_wait(program: Program, straight: Any) -> None:
     twice = At("on_before_backward", 5, lambda: [signalled(signal.SIGINT)() for _ in range(2)])
     outcome = broken_off(program, twice)
     assert outcome.code == 130
-    assert "interrupted at step 5\nto go on from step 5:" in outcome.err
-    goes_on_exactly(program, straight)
+    assert "interrupted at step 5\nto resume from step 5:" in outcome.err
+    resumes_exactly(program, straight)
 
 
 def test_before_the_first_step(program: Program) -> None:
     outcome = broken_off(program, At("on_train_batch_start", 0, lambda: [signalled(signal.SIGINT)() for _ in range(2)]))
     assert outcome.code == 130
-    assert "interrupted\nthere is no checkpoint yet to go on from" in outcome.err
+    assert "interrupted\nthere is no checkpoint yet to resume from" in outcome.err

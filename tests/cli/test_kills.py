@@ -94,7 +94,7 @@ def test_the_newest_unfinished_run_of_the_config(program: Program) -> None:
     before = described.stat().st_mtime_ns
     outcome = program.train(*BUSY, "resume=auto")
     assert (outcome.code, outcome.err) == (0, "")
-    assert f"resume = auto: going on with {newer}, the newest of 2 unfinished ones" in outcome.out.replace("\n", "")
+    assert f"resume = auto: resuming {newer}, the newest of 2 unfinished runs" in outcome.out.replace("\n", "")
     assert "from step 9" in outcome.out
     assert outcome.folder == newer
     assert differences(checkpoint(finished), checkpoint(newer)) == []
@@ -118,16 +118,16 @@ def test_a_folder_with_a_run_is_not_overwritten(program: Program) -> None:
     died(program, StopAt(9, CUT), *BUSY, here)
     config = (program.folder / "run" / ".hydra" / "config.yaml").read_text()
     message = program.refused("seed=5", here)
-    assert "holds a run, which would be overwritten. Go on with it by resume=auto" in message
+    assert "holds a run, which would be overwritten. Continue it with resume=auto" in message
     message = program.refused(*BUSY, "seed=5", here, "resume=auto")
-    assert "its run has another config: seed, data.seed differ" in message
+    assert "its run has another config, these keys differ: seed, data.seed" in message
     assert (program.folder / "run" / ".hydra" / "config.yaml").read_text() == config
 
 
 def test_two_at_once(program: Program) -> None:
     here = f"hydra.run.dir={program.folder}/run"
     died(program, StopAt(9, CUT), *BUSY, here)
-    with run_folder.held(program.folder / "run"):
+    with run_folder.locked(program.folder / "run"):
         assert "another process trains in it" in program.refused(*BUSY, here, "resume=auto")
     assert program.train(*BUSY, here, "resume=auto").code == 0
 
@@ -146,12 +146,12 @@ def test_damaged_checkpoints(program: Program) -> None:
     assert [torch.load(path, weights_only=True)["global_step"] for path in (before, last)] == [10, 10], "the error, too"
     last.write_bytes(last.read_bytes()[:-1000])
     message = program.refused(*OFTEN, here, f"ckpt_path={last}")
-    assert "damaged, or no checkpoint" in message
-    assert "Whole ones beside it: last-1.ckpt, best.ckpt" in message
+    assert "corrupt, or no checkpoint" in message
+    assert "Valid ones in its folder: last-1.ckpt, best.ckpt" in message
     (folder / "last.ckpt.unfinished").write_bytes(b"half")
     outcome = program.train(*OFTEN, here, "resume=auto")
     assert outcome.code == 0
-    assert "last.ckpt: damaged" in outcome.out
+    assert "last.ckpt: corrupt" in outcome.out
     assert "from step 10" in outcome.out
     assert not list(program.folder.rglob("*.unfinished"))
     assert unlike(program.train(*OFTEN).folder, outcome.folder) == []
@@ -165,7 +165,7 @@ def test_all_checkpoints_damaged(program: Program) -> None:
     outcome = program.train(*BUSY, here, "resume=auto")
     assert outcome.code == 1
     assert "error: resume = auto: all checkpoints in" in outcome.err
-    assert "Remove them to begin anew" in outcome.err
+    assert "Remove them to start anew" in outcome.err
 
 
 class NoFolder(Callback):
@@ -244,7 +244,7 @@ def test_no_room_for_curves(program: Program) -> None:
     assert outcome.code == 1
     check_message(outcome.err)
     assert "No space left on device. Make room and repeat the command with resume=auto" in outcome.err
-    assert f"it goes on from step {checkpoint(outcome.folder)['global_step']}" in outcome.err
+    assert f"it resumes from step {checkpoint(outcome.folder)['global_step']}" in outcome.err
 
 
 def test_half_a_row_of_csv(program: Program) -> None:
@@ -263,6 +263,6 @@ def test_what_counts_as_a_disk_that_can_not_be_written() -> None:
     )
     wrapped = ValueError("by a library")
     wrapped.__cause__ = PermissionError(errno.EACCES, "Permission denied", "a.csv")
-    assert unwritable(wrapped) == "a.csv: Permission denied. Change its rights and repeat the command"
+    assert unwritable(wrapped) == "a.csv: Permission denied. Change its permissions and repeat the command"
     assert unwritable(PermissionError(errno.EPERM, "Operation not permitted")) is None  # of a process, say
     assert unwritable(FileNotFoundError(errno.ENOENT, "No such file", "a.csv")) is None

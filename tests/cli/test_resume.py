@@ -171,7 +171,7 @@ def test_interrupted_and_resumed_by_the_printed_command(tmp_path: Path) -> None:
     assert "run folder: " in out
     (last,) = tmp_path.rglob("last.ckpt")
     step = torch.load(last, weights_only=True)["global_step"]
-    assert f"interrupted at step {step}\nto go on from step {step}:\n" in err
+    assert f"interrupted at step {step}\nto resume from step {step}:\n" in err
     command = shlex.split(err.strip().splitlines()[-1])
     assert command[:3] == ["python", "-m", "energy_flow.train"]
     words = [word for word in command[1:] if not word.startswith("trainer.max_epochs")]

@@ -2,6 +2,8 @@
 
 from lightning.pytorch import Trainer
 
+from energy_flow.checkpoints.lightning_loops import get_logging_step
+
 
 def is_logging_batch(trainer: Trainer) -> bool:
     """Whether the running training batch is one of every `trainer.log_every_n_steps`; 0 switches logging off."""
@@ -14,7 +16,7 @@ def logging_step(trainer: Trainer) -> int:
 
     `global_step` has already moved on at the end of a batch; Lightning's own callbacks read this counter too.
     """
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    return get_logging_step(trainer)
 
 
 def log_scalars(trainer: Trainer, scalars: dict[str, float], step: int) -> None:

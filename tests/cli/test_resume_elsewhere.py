@@ -64,7 +64,7 @@ def test_another_optimiser_is_refused(program: Program, first: Outcome) -> None:
 def test_other_data_are_named(program: Program, first: Outcome) -> None:
     assert "not the data" not in go_on(program, first).out
     write_pairs(program.folder, seed=99)
-    assert "other data than those that the checkpoint was trained with: train, val, test" in go_on(program, first).out
+    assert "not the data that the checkpoint was trained with: train, val, test" in go_on(program, first).out
 
 
 def test_evaluation_with_another_normalisation_is_refused(program: Program, first: Outcome) -> None:
