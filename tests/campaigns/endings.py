@@ -1,4 +1,4 @@
-"""Runs that end before their time, and must end like the one that nothing stopped when they go on."""
+"""Runs that are ended early; resumed, they must end like a run that was never stopped."""
 
 import subprocess
 import time
@@ -25,12 +25,12 @@ WAIT = 120.0  # seconds until a run must have begun to train
 
 @dataclass
 class Findings:
-    """What a campaign saw."""
+    """The results of a campaign."""
 
     runs: int = 0
-    events: Counter[str] = field(default_factory=Counter)  # what happened, and what the runs were doing then
-    unreadable: list[str] = field(default_factory=list)  # last.ckpt that were there and not whole
-    failed: list[str] = field(default_factory=list)  # runs that ended in another way than they should, or didn't go on
+    events: Counter[str] = field(default_factory=Counter)  # event and stage of the run -> count
+    unreadable: list[str] = field(default_factory=list)  # last.ckpt that existed and were corrupt
+    failed: list[str] = field(default_factory=list)  # runs that ended wrongly, or didn't resume
     unlike: list[str] = field(default_factory=list)  # differences to the uninterrupted run
 
     def report(self) -> str:
@@ -38,7 +38,7 @@ class Findings:
         lines = [
             f"{self.runs} runs, {self.events.total()} times ended: {events}",
             f"unreadable last.ckpt: {len(self.unreadable)}",
-            f"runs that ended wrongly or did not go on: {len(self.failed)}",
+            f"runs that ended wrongly or did not resume: {len(self.failed)}",
             f"differences to the uninterrupted run: {len(self.unlike)}",
         ]
         return "\n".join([*lines, *self.unreadable, *self.failed, *self.unlike])
@@ -55,13 +55,13 @@ class Findings:
 
 
 def overrides(place: Path) -> tuple[str, ...]:
-    """Of a run below `place` that goes on when it is started again."""
+    """The overrides of a run in `place` that resumes when it is started again."""
     where = (f"+callbacks.where.file={place}.stage", "+callbacks.where._target_=tests.campaigns.where.Where")
     return (*RUN, *where, f"paths.log_dir={place}", "resume=auto")
 
 
 def begin(folder: Path, place: Path, prefix: Sequence[str] = ()) -> tuple[subprocess.Popen, Path]:
-    """Start a run and wait until it trains, or has ended; returns it and the file that says what it does."""
+    """Start a run and wait until it trains, or has ended; returns the process and the file with its stage."""
     stage = Path(f"{place}.stage")
     stage.unlink(missing_ok=True)
     process = start("train", folder, *overrides(place), prefix=prefix)
@@ -76,7 +76,7 @@ def is_finished(place: Path) -> bool:
 
 
 def finish_and_compare(folder: Path, place: Path, through: Path, findings: Findings) -> None:
-    """Let a run go on to its end if it isn't there, and compare it with the folder of one that ran through."""
+    """Resume a run until it is finished, and compare it with the folder of a run that was never stopped."""
     findings.runs += 1
     if not is_finished(place):
         ended = spawn("train", folder, *overrides(place))
@@ -84,12 +84,12 @@ def finish_and_compare(folder: Path, place: Path, through: Path, findings: Findi
             findings.failed.append(f"{place.name}: exit code {ended.code}: {ended.err[-3000:]}")
             return
     begun = {path.parent.parent for path in place.glob("train/runs/*/checkpoints/*.ckpt")}
-    if len(begun) != 1:  # a run without a checkpoint has nothing to go on from
-        findings.failed.append(f"{place.name}: {len(begun)} runs with checkpoints where one goes on")
+    if len(begun) != 1:  # a run without a checkpoint starts anew
+        findings.failed.append(f"{place.name}: {len(begun)} runs with checkpoints, expected 1")
         return
     findings.unlike += [f"{place.name}: {what}" for what in unlike(through, begun.pop())]
 
 
 def seconds_of(run: Path) -> float:
-    """From the beginning of a run to its results, by its files."""
+    """Seconds from the start of a run to its results, by the times of its files."""
     return (run / "metrics.json").stat().st_mtime - (run / ".hydra" / "config.yaml").stat().st_mtime

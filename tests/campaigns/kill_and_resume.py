@@ -1,11 +1,11 @@
-"""Ends runs by a signal at random moments, lets them go on, and compares with a run that nothing stopped.
+"""End runs by a signal at random moments, resume them, and compare with a run that was never stopped.
 
     python -m tests.campaigns.kill_and_resume --runs 30                  # SIGKILL
     python -m tests.campaigns.kill_and_resume --runs 30 --signal TERM    # or INT, Ctrl-C
 
-Every run is ended one to three times and started again by the same command line, with resume=auto. At its end
+Every run is ended one to three times and started again by the same command line, with resume=auto. At the end its
 checkpoints, metrics.json, TensorBoard's and the CSV file's curves must be those of the uninterrupted run, bit for bit.
-SIGTERM and SIGINT must give their exit codes and the step that the run goes on from, which must be its last one.
+After SIGTERM and SIGINT a run must give their exit code, and print the step to resume from, which must be its last one.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def campaign(
     for number in range(runs):
         place = folder / f"run_{number}"
         for moment in [rng.uniform(0, span) for _ in range(rng.randint(1, most_signals))]:
-            if is_finished(place):  # the last signal came after the end: the next would be a new run
+            if is_finished(place):  # the last signal came after its end; another start would be a new run
                 break
             _end(folder, place, moment, signum, findings)
         finish_and_compare(folder, place, outcome.folder, findings)
@@ -47,7 +47,7 @@ def campaign(
 
 
 def _end(folder: Path, place: Path, moment: float, signum: signal.Signals, findings: Findings) -> None:
-    """Start a run or let it go on, and end it `moment` seconds after it has begun to train."""
+    """Start or resume a run, and end it `moment` seconds after it has begun to train."""
     process, stage = begin(folder, place)
     time.sleep(moment)
     if process.poll() is not None:
@@ -72,13 +72,13 @@ def _end(folder: Path, place: Path, moment: float, signum: signal.Signals, findi
 
 
 def _check_nothing_lost(place: Path, err: str, findings: Findings) -> None:
-    """The step at which a run says it has ended is the step of its checkpoint."""
+    """Check that a run prints the step of its checkpoint."""
     said = re.search(r"(?:terminated|interrupted) at step (\d+)\nto resume from step (\d+):\n", err)
     steps = [load(path)["global_step"] for path in place.glob("train/runs/*/checkpoints/last.ckpt")]
     if said is None or "Traceback" in err:
-        findings.failed.append(f"{place.name}: doesn't say how to go on: {err[-500:]}")
+        findings.failed.append(f"{place.name}: doesn't say how to resume: {err[-500:]}")
     elif [int(said[1]), int(said[2])] != steps * 2:
-        findings.failed.append(f"{place.name}: ended at step {said[1]}, goes on from {said[2]}, checkpoint of {steps}")
+        findings.failed.append(f"{place.name}: ended at step {said[1]}, resumes from {said[2]}, checkpoint of {steps}")
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Damaged and forged files by the thousand: each loads right or ends in an EnergyFlowError.
+"""Load corrupt and forged files by the thousand: each loads correctly or ends in an EnergyFlowError.
 
     python -m tests.campaigns.mutated_files --data 20000 --checkpoints 5000
 
-In one process. Anything else is a failure: another exception, a hang, memory that grows, a file that loads and isn't
-right. File number i is the same in every run, but for the order of names in a header of safetensors, which that writes
-as it likes; `--only data:123` does one again.
+In one process. Anything else is a failure: another exception, a hang, memory that grows, a file that loads wrongly.
+File number i is the same in every run, except for the order of names in a header of safetensors, which varies;
+`--only data:123` repeats one.
 """
 
 import argparse
@@ -43,11 +43,11 @@ from tests.campaigns.seeds import Seed, data_seeds, model_seeds
 SECONDS = 5  # per file
 GROWTH = 1 << 30  # bytes of memory that all files together may take
 
-# What a value of a config or a card is replaced by.
+# Replacements for a value of a config or a card.
 VALUES = (None, -1, 0, 10**9, 2**62, 2**70, 1e308, float("nan"), "", "os.system", "${oc.env:HOME}", [], {}, [[]], True)
 
 
-# The settings of the data, but for the files.
+# The settings of the data, without the files.
 DATA = {
     **{"name": "files", "test": None, "normalize": True, "dimension": None},
     **{"batch_size": 4, "eval_batch_size": 4, "num_workers": 0, "timeout": 60, "seed": 1},
@@ -55,12 +55,12 @@ DATA = {
 
 
 class HangError(BaseException):
-    """No Exception: nobody may swallow it."""
+    """No subclass of Exception, so that no handler swallows it."""
 
 
 @dataclass
 class Outcome:
-    """What became of the files of a campaign."""
+    """The results of a campaign."""
 
     loaded: int = 0
     refused: int = 0
@@ -70,7 +70,7 @@ class Outcome:
 
 
 def forged(seed: Seed, rng: random.Random, seeds: Sequence[Seed]) -> bytes:
-    """A file of this kind, damaged once or a few times, or with other values and sums that are right."""
+    """A file of this kind, corrupted one to three times, or with other values and valid checksums."""
     if seed.name.startswith("model") and rng.random() < 0.3:
         return (_other_settings if seed.name.endswith(".ckpt") else _other_card)(seed.content, rng)
     content, others = seed.content, [other.content for other in seeds]
@@ -155,7 +155,7 @@ def _check_same(training: str, check: str) -> None:
 
 
 def load_model(path: Path) -> None:
-    """By every way in; what loads must have the weights of the file."""
+    """Load a model in every way; it must have the weights of the file."""
     if path.suffix == ".safetensors":
         model = EnergyFlowModel.from_pretrained(path)
         with safe_open(path, framework="pt") as file:
@@ -171,7 +171,7 @@ def load_model(path: Path) -> None:
 def campaign(
     kind: str, count: int, folder: Path, *, first: int = 0, report: Callable[[str], None] = lambda text: None
 ) -> Outcome:
-    """Damage and load `count` files of a kind, `data` or `checkpoints`, in a folder."""
+    """Corrupt and load `count` files of a kind, `data` or `checkpoints`, in a folder."""
     seeds, load = (data_seeds(), load_data) if kind == "data" else (model_seeds(folder), load_model)
     good = next((seed.content for seed in seeds if seed.name == "pairs.npz"), None)
     outcome, peak = Outcome(), _peak()
@@ -197,7 +197,7 @@ def campaign(
 
 
 def _attempt(load: Callable[[Path], None], path: Path, outcome: Outcome) -> str | None:
-    """What went wrong, if anything did."""
+    """The failure of one file; None: it has none."""
     started = time.perf_counter()
     signal.alarm(SECONDS)
     faulthandler.dump_traceback_later(4 * SECONDS, exit=True)  # where no signal gets through
@@ -229,7 +229,7 @@ def _alarm(*_: Any) -> None:
 
 
 def prepare() -> None:
-    """The watchdog; and warnings about damaged files, which are no finding."""
+    """Start the watchdog, and ignore warnings about corrupt files."""
     signal.signal(signal.SIGALRM, _alarm)
     warnings.simplefilter("ignore")
 

@@ -1,11 +1,11 @@
-"""Takes the disk away from runs at random moments, gives it back, and compares with a run that always had it.
+"""Make the disk of runs unwritable at random moments, give it back, and compare with a run that always had it.
 
     python -m tests.campaigns.unwritable full --runs 30         # a small tmpfs; needs the right to mount one
     python -m tests.campaigns.unwritable read-only --runs 30    # a folder that can't be written
 
 A disk is too small from the beginning, or becomes full (read-only) at some moment, for good or for a while. A run must
-end with exit code 1 and say why in a few lines, or with 0 and everything written; checkpoints that were whole stay
-whole. With the disk given back the same command, which has resume=auto, must end like the run that always had it.
+end with exit code 1 and a short message, or with 0 and everything written; valid checkpoints stay valid. After the disk
+is writable again the same command, which has resume=auto, must end like the run that always had it.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from tests.campaigns.endings import Findings, begin, finish_and_compare, is_fini
 from tests.cli.helpers import check_message, spawn, write_pairs
 
 ROOM = 64 << 20  # bytes of the small disk
-# To the superuser nothing is read-only, unless it gives up that right.
+# For the superuser nothing is read-only, unless it drops this capability.
 AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override", "--inh-caps", "-dac_override") if os.geteuid() == 0 else ()
 REASONS = {"full": ("No space left on device",), "read-only": ("Permission denied",)}
 
 
 @dataclass
 class Disk:
-    """A place for a run, and how to take it away and give it back."""
+    """A folder for a run, and functions that make it unwritable and writable."""
 
     place: Path
     take: Callable[[int], None]  # leaves so many bytes, if the disk is of that kind
@@ -68,7 +68,7 @@ def small_disk(place: Path) -> Iterator[Disk]:
 
 @contextmanager
 def locked_folder(place: Path) -> Iterator[Disk]:
-    """A folder whose files and folders lose their right to be written."""
+    """A folder whose files and folders become read-only."""
     place.mkdir()
 
     def change(writable: bool) -> None:
@@ -99,7 +99,7 @@ def campaign(kind: str, folder: Path, runs: int, seed: int) -> Findings:
 
 
 def _run(kind: str, folder: Path, disk: Disk, size: int, span: float, rng: random.Random, findings: Findings) -> None:
-    """One run that the disk is taken from; `size` bytes and `span` seconds are those of the whole run."""
+    """One run whose disk becomes unwritable; the whole run takes `size` bytes and `span` seconds."""
     small = kind == "full" and rng.random() < 0.4
     if small:
         disk.take(int(rng.uniform(0, 1.3) * size))

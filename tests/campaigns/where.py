@@ -1,4 +1,4 @@
-"""Tells from outside what a run is doing."""
+"""Show the stage of a run to other processes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 
 class Where(Callback):
-    """Writes the stage of the run into a file."""
+    """Write the stage of the run into a file."""
 
     def __init__(self, file: str) -> None:
         self._file = Path(file)

@@ -1,4 +1,4 @@
-"""Whatever breaks a training off, between two steps or in the middle of one, it goes on as if nothing had happened."""
+"""However training is interrupted, between two steps or within one, it resumes as if nothing had happened."""
 
 import signal
 from collections.abc import Callable
@@ -18,7 +18,7 @@ RUN = (*BUSY, "data.batch_size=8", "trainer.accumulate_grad_batches=2", "data.ev
 
 
 class At(Callback):
-    """Does something in a hook, once, after so many optimiser steps and in the last batch that meets them."""
+    """Do something once in a hook, after `step` optimiser steps, in their batch number `batch`."""
 
     def __init__(self, hook: str, step: int, do: Callable[[], Any], batch: int = 0) -> None:
         self.left = batch
@@ -40,7 +40,7 @@ def signalled(signum: signal.Signals) -> Callable[[], None]:
 
 
 def broken_off(program: Program, *callbacks: Callback, overrides: tuple[str, ...] = ()) -> Outcome:
-    """The run with callbacks that break it off; in the folder "broken"."""
+    """The run with callbacks that interrupt it; in the folder "broken"."""
     build = train.build_trainer
 
     def build_and_break(*args: Any, callbacks: list[Callback], own: Any = callbacks, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ def broken_off(program: Program, *callbacks: Callback, overrides: tuple[str, ...
 
 @pytest.fixture(scope="module")
 def straight() -> dict[str, dict[str, Any]]:
-    """What a run that nothing broke off leaves, once it has run."""
+    """The checkpoints of a run that was never interrupted, once it has run."""
     return {}
 
 
@@ -63,12 +63,12 @@ def resumes_exactly(program: Program, straight: dict[str, dict[str, Any]]) -> No
         assert outcome.code == 0, outcome.err
         straight |= {name: checkpoint(outcome.folder, name) for name in ("last", "best")}
     folder = program.folder / "broken"
-    torch.manual_seed(5)  # a run that goes on must not live on the state of the process
+    torch.manual_seed(5)  # a resumed run must not depend on the state of the process
     outcome = program.train(*RUN, f"hydra.run.dir={folder}", f"ckpt_path={folder}/checkpoints/last.ckpt")
     assert (outcome.code, outcome.err) == (0, "")
     for name, expected in straight.items():
         found = differences(expected, checkpoint(folder, name))
-        # How often batches of an evaluation were begun; that of the step of logs alone has meaning here.
+        # The number of validation batches that were begun has no meaning.
         assert [path for path in found if "val_loop.batch_progress/total" not in path] == []
 
 
@@ -119,7 +119,7 @@ def test_an_error(program: Program, straight: Any, hook: str, step: int, batch: 
 
 
 def test_an_error_while_the_optimiser_writes(program: Program, straight: Any) -> None:
-    """Weights of half a step are worth nothing: the last checkpoint stands."""
+    """Half-written weights are worthless: the last checkpoint stays."""
     step = SkippingAdamW.step
 
     def broken(self: Any, closure: Any = None) -> Any:

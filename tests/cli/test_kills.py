@@ -1,4 +1,4 @@
-"""A run that died anywhere goes on with resume=auto as if nothing had been: weights, counters, curves, results."""
+"""A run killed anywhere resumes with resume=auto as if nothing had happened: weights, counters, curves, results."""
 
 import errno
 import re
@@ -30,7 +30,7 @@ EMA = ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging",
 
 
 def died(program: Program, callback: Callback, *overrides: str) -> None:
-    """A run that a callback ends by an error, in a folder of its own below the place of runs."""
+    """A run that a callback ends with an error."""
     build = train.build_trainer
 
     def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def died(program: Program, callback: Callback, *overrides: str) -> None:
         patch.setattr(train, "build_trainer", build_and_stop)
         with pytest.raises(RuntimeError, match="power cut"):
             program.train(*overrides)
-    # Readers go by the second in the name, and two runs of one process can begin in the same.
+    # TensorBoard sorts files by the second in their name, and two runs of one process can begin in the same second.
     for count, file in enumerate(sorted(program.folder.rglob("tensorboard/events*"))):
         file.rename(file.with_name(re.sub(r"\d{10}", f"{1000000000 + count}", file.name, count=1)))
 
@@ -73,7 +73,7 @@ def test_from_any_batch(program: Program, overrides: tuple[str, ...]) -> None:
         torch.manual_seed(step)  # a resumed run must not live on the state of the process
         program.patch.setattr(
             event_file_writer, "_global_uid", AtomicCounter(0)
-        )  # the process's first file, as after a kill
+        )  # the first file of a process, as after a kill
         outcome = program.train(*run, "resume=auto", here)
         assert (outcome.code, outcome.err) == (0, "")
         assert unlike(through.folder, outcome.folder) == []
@@ -132,14 +132,14 @@ def test_two_at_once(program: Program) -> None:
     assert program.train(*BUSY, here, "resume=auto").code == 0
 
 
-def test_one_way_to_go_on(program: Program) -> None:
+def test_one_way_to_resume(program: Program) -> None:
     assert "resume = auto and ckpt_path = a.ckpt: give one of them" in program.refused(
         "resume=auto", "ckpt_path=a.ckpt"
     )
     assert "resume = 'yes'" in program.refused("resume=yes")
 
 
-def test_damaged_checkpoints(program: Program) -> None:
+def test_a_corrupt_last_checkpoint(program: Program) -> None:
     here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
     died(program, StopAt(10, CUT), *OFTEN, here)
     last, before = folder / "last.ckpt", folder / "last-1.ckpt"
@@ -157,7 +157,7 @@ def test_damaged_checkpoints(program: Program) -> None:
     assert unlike(program.train(*OFTEN).folder, outcome.folder) == []
 
 
-def test_all_checkpoints_damaged(program: Program) -> None:
+def test_all_checkpoints_corrupt(program: Program) -> None:
     here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
     died(program, StopAt(9, CUT), *BUSY, here)
     for path in folder.glob("*.ckpt"):
@@ -169,7 +169,7 @@ def test_all_checkpoints_damaged(program: Program) -> None:
 
 
 class NoFolder(Callback):
-    """The checkpoints' folder can't be written from one step to another."""
+    """Make the folder of checkpoints unwritable between two steps."""
 
     def __init__(self, folder: Path, steps: tuple[int, int]) -> None:
         self.folder, self.steps = folder, steps
@@ -188,7 +188,7 @@ class NoFolder(Callback):
 
 
 @pytest.mark.parametrize("until", [14, 99])
-def test_what_can_not_be_written(program: Program, until: int) -> None:
+def test_a_last_checkpoint_that_can_not_be_written(program: Program, until: int) -> None:
     build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
     fault = NoFolder(program.folder / "run" / "checkpoints", (10, until))
 
@@ -215,7 +215,7 @@ def test_what_can_not_be_written(program: Program, until: int) -> None:
 
 
 def test_a_best_one_that_can_not_be_written(program: Program) -> None:
-    """The state must not say of the file that is there what the lost one had reached."""
+    """The saved state must not give the old file the score of the lost one."""
     build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
     fault = NoFolder(program.folder / "run" / "checkpoints", (6, 10))
 
@@ -257,7 +257,7 @@ def test_half_a_row_of_csv(program: Program) -> None:
     assert rows(outcome.folder) == rows(program.train(*OFTEN).folder)
 
 
-def test_what_counts_as_a_disk_that_can_not_be_written() -> None:
+def test_errors_of_a_disk_that_can_not_be_written() -> None:
     assert unwritable(OSError(errno.ENOSPC, "No space left on device")) == (
         "the disk: No space left on device. Make room and repeat the command"
     )

@@ -1,4 +1,4 @@
-"""Signals and data workers that end: what a program says, what it leaves, its exit code."""
+"""Signals and data workers that end: message, checkpoint, exit code."""
 
 import gc
 import os
@@ -62,7 +62,7 @@ def test_in_the_test_and_at_the_baselines(program: Program) -> None:
 
 
 def test_slurm_requeues(program: Program, straight: Any) -> None:
-    """Lightning's own handlers run: a checkpoint that the next start finds by itself, then `scontrol requeue`."""
+    """Lightning's own handlers run: they save a checkpoint that the next start finds, then `scontrol requeue`."""
     scontrol = program.folder / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {program.folder}/asked\n')
@@ -84,7 +84,7 @@ def test_slurm_requeues(program: Program, straight: Any) -> None:
 
 
 def in_worker(batch: int, do: Callable[[], Any]) -> Callable[..., Any]:
-    """Instead of reading a batch of rows: the worker does something at its n-th."""
+    """A replacement for reading a batch: the worker does something at its n-th."""
     read, seen = PairDataset.__getitems__, []
 
     def broken(self: PairDataset, rows: list[int]) -> Any:
@@ -143,7 +143,7 @@ def test_while_a_config_is_composed(program: Program) -> None:
 
 
 def test_a_run_leaves_nothing_open(program: Program) -> None:
-    """Hundreds of them share the process of a multirun."""
+    """Hundreds of runs share the process of a multirun."""
     process, used = psutil.Process(), []
     for _ in range(2):
         assert program.train("baselines.enabled=true", "baselines.training.epochs=1").code == 0
@@ -162,7 +162,7 @@ def test_a_sweep_does_not_keep_configs(program: Program) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_job(tmp_path: Path) -> None:
-    """The workers end first; that is no error then. And a failed worker in a process of its own: exit code 1."""
+    """The workers end first, which is no error then. A worker that fails alone gives exit code 1."""
     write_pairs(tmp_path, {"train": 1600, "val": 32, "test": 32})
     process = start("train", tmp_path, "trainer.max_epochs=60", "data.batch_size=4", "data.num_workers=2")
     wait_for(process, lambda: list(tmp_path.rglob("last.ckpt")))
