@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from energy_flow.checkpoints.format import damage
+from energy_flow.checkpoints.format import corruption
 from tests.cli.helpers import spawn, start
 from tests.cli.same import unlike
 from tests.cli.test_resume import BUSY
@@ -56,7 +56,7 @@ class Findings:
     def check_checkpoints(self, place: Path) -> None:
         """Read every last.ckpt below `place`."""
         for last in place.glob("train/runs/*/checkpoints/last.ckpt"):
-            reason = damage(last)
+            reason = corruption(last)
             if reason is not None:
                 self.unreadable.append(f"{last}: {reason}")
 

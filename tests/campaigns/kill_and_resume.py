@@ -5,7 +5,7 @@
 
 Every run is ended one to three times. The same command line, with resume=auto, starts it again. At its end
 checkpoints, metrics.json and the curves of TensorBoard and the CSV file must equal the uninterrupted run, bit for bit.
-After SIGTERM and SIGINT, a run must give the right exit code and name the step to go on from, which is its last step.
+After SIGTERM and SIGINT, a run must give the right exit code and name the step to resume from, which is its last step.
 """
 
 import random
@@ -78,13 +78,13 @@ def _interrupt(folder: Path, place: Path, moment: float, signum: signal.Signals,
 
 def _check_step(place: Path, err: str, findings: Findings) -> None:
     """Compare the steps in the message of an interrupted run with the step of its checkpoint."""
-    message = re.search(r"(?:terminated|interrupted) at step (\d+)\nto go on from step (\d+):\n", err)
+    message = re.search(r"(?:terminated|interrupted) at step (\d+)\nto resume from step (\d+):\n", err)
     steps = [load(path)["global_step"] for path in place.glob("train/runs/*/checkpoints/last.ckpt")]
     if message is None or "Traceback" in err:
         findings.failed.append(f"{place.name}: no message how to go on: {err[-500:]}")
     elif [int(message[1]), int(message[2])] != steps * 2:
         findings.failed.append(
-            f"{place.name}: ended at step {message[1]}, goes on from {message[2]}, checkpoint of {steps}"
+            f"{place.name}: ended at step {message[1]}, resumes from {message[2]}, checkpoint of {steps}"
         )
 
 

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from energy_flow.atomic import digest
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.data import PairDataset, read_data_settings
 from energy_flow.data.inspection import inspect
@@ -160,7 +161,7 @@ def load_model(path: Path) -> None:
             assert set(file.keys()) == set(model.processor.state_dict())
         return
     checkpoint = checkpoints.load(path)
-    module = checkpoints.restore(EnergyFlowModule, checkpoint, path)
+    module = compatibility.restore(EnergyFlowModule, checkpoint, path)
     for name, value in module.state_dict().items():
         assert torch.equal(value, checkpoint["state_dict"][name].to(value.dtype)) or not value.isfinite().all(), name
     EnergyFlowModel.from_checkpoint(path)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.errors import EnergyFlowError
 from energy_flow.training.module import EnergyFlowModule
@@ -125,7 +126,7 @@ def test_settings_of_any_structure(tmp_path: Path, section: str, value: Any) -> 
     changed = tmp_path / "changed.ckpt"
     torch.save(whole, changed)
     try:
-        module = checkpoints.restore(EnergyFlowModule, checkpoints.load(changed), changed)
+        module = compatibility.restore(EnergyFlowModule, checkpoints.load(changed), changed)
     except EnergyFlowError as error:
         check_brief(error)
     else:
