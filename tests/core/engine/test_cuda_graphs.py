@@ -1,5 +1,6 @@
 """When CUDA graphs are recorded and when they are dropped, on a CPU with stand-ins for graphs."""
 
+import contextlib
 import copy
 import dataclasses
 from typing import Any
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from energy_flow.core.engine import cuda_graphs
 from energy_flow.core.engine import engine as tape_engine
-from energy_flow.core.engine.cuda_graphs import GraphCache
-from energy_flow.core.engine.engine import TapeEngine
+from energy_flow.core.engine.cuda_graphs import ChunkGraph, GraphCache
+from energy_flow.core.engine.engine import ExecutionPlan, TapeEngine
 from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.rollout import RolloutCall
+from energy_flow.core.tensors import tensors_of
 from tests.helpers import Case
 
 CASE = Case({"spawn.enabled": True}, training=True)
@@ -100,6 +103,49 @@ class Idle:
 
     def used(self) -> bool:
         return self.was_used
+
+
+class NoGraph:
+    """Stands in for `torch.cuda.CUDAGraph`: a replay computes nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+@torch.no_grad()
+def test_a_replay_reads_fixed_inputs_and_gives_copies_of_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", NoGraph)
+    monkeypatch.setattr(cuda_graphs, "_free_stream", lambda device: None)
+    monkeypatch.setattr(cuda_graphs, "_recording", lambda *_: contextlib.nullcontext())
+    processor = CASE.processor()
+    engine = processor._engine
+    assert isinstance(engine, TapeEngine)
+    recorded: list[tuple[Tensor, RolloutCall]] = []
+
+    def run(surface: Tensor, call: RolloutCall) -> Any:
+        recorded.append((surface, call))
+        return engine._run(surface, call, ExecutionPlan(torch.float64, "none"), keep=True)
+
+    def inputs(seed: int) -> tuple[Tensor, RolloutCall]:
+        rule = processor.move_rule()._replace(scale=torch.tensor(0.5 + seed, dtype=torch.float64))
+        ids = torch.arange(3) + 10 * seed
+        call = RolloutCall(sample_ids=ids, optimizer_step=torch.tensor(seed), rule=rule, noisy=True, keep_paths=False)
+        return torch.full((3, 6, 1), 0.1 * seed, dtype=torch.float64), call
+
+    graph = ChunkGraph(torch.device("cpu"))
+    results = [graph.forward(run, *inputs(seed)) for seed in (1, 2)]
+    gradients = [torch.full((3, 12, size), 0.3, dtype=torch.float64) for size in (3, 1)]
+    graph.backward(lambda tape, *values: recorded.append(values), *gradients)
+    assert len(recorded) == 2, "each pass is recorded once"
+    for fixed, value in zip(tensors_of(recorded[0]), tensors_of(inputs(2)), strict=True):
+        assert torch.equal(fixed, value)
+    for fixed, value in zip(tensors_of(recorded[1]), gradients, strict=True):
+        assert torch.equal(fixed, value)
+        assert fixed.data_ptr() != value.data_ptr()
+    outputs = [{tensor.data_ptr() for tensor in tensors_of(result)} for result in (graph._result, *results)]
+    assert outputs[0] & outputs[1] == outputs[0] & outputs[2] == outputs[1] & outputs[2] == set()
+    assert tensors_of(results[0].counts)
 
 
 def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
