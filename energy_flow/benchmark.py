@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class BenchmarkSettings(Settings):
-    """The whole config of a benchmark. The chosen benchmark checks the section `benchmark`."""
+    """The whole config of a benchmark. The benchmark itself checks its section."""
 
     task_name: str
     device: Literal["cpu", "cuda"]
@@ -32,31 +32,32 @@ class BenchmarkSettings(Settings):
 
 
 def measure(config: dict[str, Any]) -> None:
-    """Run a benchmark; show its tables, write its picture and files."""
+    """Run one benchmark; write and show its tables and its picture.
+
+    Raises:
+        ConfigError: a setting is wrong, or the device is missing.
+        RuntimeError: two variants that must agree gave different results.
+    """
     settings = read(BenchmarkSettings, config, "")
     benchmark, own = read_benchmark(settings.benchmark)
-    device = _device(settings.device)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=cpu")
+    device = torch.device(settings.device)
     console, folder = Console(), Path(settings.paths.output_dir)
     machine = describe_machine(device, _command())
     try:
         with console.status("measuring") as status:
 
-            def report(step: str) -> None:
-                status.update(f"measuring: {step}")
-                log.info("measuring: %s", step)  # the log file shows the duration of each step
+            def progress(text: str) -> None:
+                status.update(f"measuring: {text}")
+                log.info("measuring: %s", text)  # the log file shows how long each part took
 
-            findings = benchmark.run(own, device, settings.seed, report)
+            findings = benchmark.run(own, device, settings.seed, progress)
         output.write(folder, machine, findings)
         benchmark.picture(findings.rows).savefig(folder / "benchmark.png")
         output.show(console, machine, findings)
     finally:
         print_text(console, f"run folder: {folder}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=cpu")
-    return torch.device(name)
 
 
 def _command() -> str:
@@ -65,7 +66,7 @@ def _command() -> str:
 
 @application("benchmark")
 def main(config: dict[str, Any]) -> None:
-    """Entry point."""
+    """Run the program."""
     measure(config)
 
 

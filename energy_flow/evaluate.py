@@ -29,6 +29,7 @@ from energy_flow.runs.screen import describe, show_examples, show_metrics, show_
 from energy_flow.runs.trainer import build_trainer
 from energy_flow.settings import PathSettings, Settings, read
 from energy_flow.tables import print_text
+from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.callbacks.progress_bar import ProgressBar
 from energy_flow.training.losses import LossSettings
 
@@ -117,13 +118,14 @@ class Evaluation:
     def _test(self, model: Model) -> Tested:
         """Test a model. Another process may hold the row scores, so they are read back from the run folder."""
         paths = {suffix: self._rows_path(suffix, model) for suffix in self.suffixes}
-        keep = {self.task.row_measure + suffix: path for suffix, path in paths.items()}
-        model.module.all_targets = self.all_targets
+        keep = [
+            KeepRowScores(path, self.task.row_measure + suffix, self.all_targets if suffix else None)
+            for suffix, path in paths.items()
+        ]
         try:
             metrics = run_test(self.trainer, model.module, self.data, None, keep)
         except EnergyFlowError as error:
             raise CheckpointError(f"ckpt_path = {model.path}: {error}") from error
-        model.module.all_targets = None
         if not metrics:
             raise ConfigError("trainer.limit_test_batches = 0: nothing is tested. Raise it")
         scores = {}

@@ -44,8 +44,8 @@ def rich_table(
     table.title = None if title is None else Text(title, style="table.title")
     table.caption = None if caption is None else Text(caption, style="table.caption")
     for name in columns:
-        align: Literal["left", "right"] = "left" if name in left else "right"
-        table.add_column(Text(name), justify=align, no_wrap=name not in wrap, overflow="fold")
+        justify: Literal["left", "right"] = "left" if name in left else "right"
+        table.add_column(Text(name), justify=justify, no_wrap=name not in wrap, overflow="fold")
     for number, cells in enumerate(rows):
         if number in rules:
             table.add_section()

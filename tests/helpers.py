@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from energy_flow.core.energy_lattice import LatticeSettings
-from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
+from energy_flow.core.networks import ModelSettings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.ops.counter_noise import counter_noise
 from energy_flow.settings import read

@@ -42,7 +42,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from energy_flow.core.geometry import cell_centres, deposit_cells, fold
+from energy_flow.core.flow_step import fold
+from energy_flow.core.geometry import cell_centres, deposit_cells
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.settings import SPLITS, DataSettings
 from energy_flow.data.storage.arrays import SIDES, HeldArray

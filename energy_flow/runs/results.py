@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from energy_flow.metrics.row_scores import FILE, read_row_scores, write_row_scor
 from energy_flow.metrics.task import RETRIEVAL, Task, task_of
 from energy_flow.runs.screen import show_examples, show_metrics, show_notes
 from energy_flow.runs.settings import TrainSettings
-from energy_flow.runs.trainer import ended_by_signals
+from energy_flow.runs.training import ended_by_signals
 from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule
@@ -109,12 +109,12 @@ def run_test(
     module: EnergyFlowModule,
     data: EnergyDataModule,
     ckpt_path: str | None,
-    keep: Mapping[str, Path],
+    keep: Sequence[KeepRowScores],
 ) -> dict[str, float]:
     """Test the module, or a checkpoint of it.
 
     Args:
-        keep: files for row scores, by their name in the module's `test_rows`.
+        keep: callbacks that write row scores.
 
     Returns:
         All metrics whose names begin with `test/`.
@@ -123,8 +123,7 @@ def run_test(
         KeyboardInterrupt: the process received a signal.
     """
     others = [callback for callback in trainer.callbacks if not isinstance(callback, KeepRowScores)]  # type: ignore[attr-defined]
-    kept = [KeepRowScores(path, measure) for measure, path in keep.items()]
-    trainer.callbacks = [*others, *kept]  # type: ignore[attr-defined]
+    trainer.callbacks = [*others, *keep]  # type: ignore[attr-defined]
     with ended_by_signals(trainer):
         trainer.test(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}

@@ -116,8 +116,9 @@ def test_a_file(program: Program, ckpt: str, model: EnergyFlowModel, named: dict
         assert (outcome.code, outcome.err) == (0, "")
         assert len(tables(outcome.out)) == 5
         written = load_file(outcome.folder / "predictions.safetensors")
-        assert torch.equal(written["neighbour_row"], order[:, :3])
-        torch.testing.assert_close(written["score"], scores.gather(1, order[:, :3]), atol=1e-6, rtol=0)
+        # The program runs batches of 16 rows, this test all 40 at once: rows equal to rounding may swap.
+        for rows in (order[:, :3], written["neighbour_row"]):
+            torch.testing.assert_close(written["score"], scores.gather(1, rows), atol=1e-6, rtol=0)
         with torch.no_grad():
             torch.testing.assert_close(written["embedding"], model(source))
         lines = [json.loads(line) for line in (outcome.folder / "neighbours.jsonl").read_text().splitlines()]

@@ -175,7 +175,8 @@ def test_the_same_seed_gives_the_same_data() -> None:
         assert torch.equal(ours, theirs)
     assert first.fingerprint == again.fingerprint
     more = settings(train=9).open("train")
-    assert torch.equal(more.all()[0][:7], first.all()[0]), "more rows leave the first ones as they are"
+    # More rows leave the first ones as they are, to rounding: the sums over waves are products of another shape.
+    torch.testing.assert_close(more.all()[0][:7], first.all()[0], rtol=0, atol=1e-6)
 
 
 def test_splits_and_seeds_differ() -> None:

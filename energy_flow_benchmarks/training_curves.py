@@ -1,4 +1,4 @@
-"""Training steps of both sides of `benchmark=report`: the same model, data and optimiser."""
+"""Training steps by both sides of `benchmark=report`: the same model, data and optimiser."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,7 +10,8 @@ from torch.nn import functional
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow_benchmarks import before
-from energy_flow_benchmarks.flows import EMBEDDING_DIM, lattice_settings, model_settings
+from energy_flow_benchmarks.flows import EMBEDDING_DIM, report_lattice
+from energy_flow_benchmarks.workload import model_settings
 
 BATCH = 2
 LEARNING_RATE = 1e-3
@@ -25,16 +26,20 @@ def training_step(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> Callable[[], Tensor]:
-    """A function that makes one training step (forward, backward, AdamW) and returns its loss before the step.
+    """Return a function that runs one training step (forward, backward, AdamW) and returns the loss.
 
-    Two samples with targets of their own; which numbers they and the parameters start with depends on `seed` alone.
+    The batch has two samples. It and the first parameters depend on `seed` alone.
 
     Args:
         side: `before` or `now`.
+        lattice, energy_dim, hidden_size: sizes of the model.
+        device, dtype: of the parameters.
+        seed: of data and parameters.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        processor = FlowProcessor(EMBEDDING_DIM, lattice, model_settings(energy_dim, hidden_size), seed=seed)
+        model = model_settings({"energy_dim": energy_dim, "hidden_size": hidden_size})
+        processor = FlowProcessor(EMBEDDING_DIM, lattice, model, seed=seed)
         source, target = (functional.normalize(torch.randn(BATCH, EMBEDDING_DIM), dim=-1) for _ in range(2))
     processor = processor.to(device=device, dtype=dtype)
     source, target = source.to(device, dtype), target.to(device, dtype)
@@ -54,12 +59,12 @@ def training_step(
 
 def loss_curves(
     sides: Iterable[str], num_steps: int, device: torch.device, seed: int
-) -> tuple[dict[str, Tensor], dict[str, float | None]]:
-    """Losses [num_steps] of a tiny training (2 samples, 4 x 4 cells, 3 steps, float64), and its seconds, per side."""
-    lattice = lattice_settings(4, 4, depth=6)
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return losses [num_steps] and seconds of a tiny training, per side: 2 samples, 4 x 4 cells, 3 steps, float64."""
+    lattice = report_lattice(4, 4, depth=6)
     lattice = lattice.model_copy(update={"movement": lattice.movement.model_copy(update={"warmup_steps": 0})})
     curves: dict[str, Tensor] = {}
-    seconds: dict[str, float | None] = {}
+    seconds: dict[str, float] = {}
     for side in sides:
         step = training_step(side, lattice, 1, 8, device, seed, torch.float64)
         begin = time.perf_counter()
