@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,22 +68,21 @@ def test_examples_have_names(program: Program) -> None:
 
 def test_a_finished_job_is_freed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
-    free, build = train._free, EnergyFlowModule.from_config
+    build = EnergyFlowModule.from_config
 
     def build_and_watch(*args: Any) -> EnergyFlowModule:
         module = build(*args)
         alive.append(weakref.ref(module))
         return module
 
-    def free_and_look() -> None:
-        free()
+    def collect_and_check() -> None:
+        gc.collect()
         assert alive[0]() is None, "the job's module is still held"
         alive.append(alive[0])
 
     monkeypatch.setattr(EnergyFlowModule, "from_config", build_and_watch)
-    monkeypatch.setattr(train, "_free", free_and_look)
+    monkeypatch.setattr(train, "gc", SimpleNamespace(collect=collect_and_check))
     assert program.train().code == 0
-    gc.collect()
     assert len(alive) == 2
 
 
