@@ -254,7 +254,7 @@ def test_a_layer_of_the_tape(padding: int, empty: bool) -> None:
         assert_ways_back_agree((out,), (following,))
         sums = LayerGradients(layer)
         on_gates, on_memory = gates_backward(gates, memory, on_following.clone(), layer.bias, sums.bias)
-        layer.add_memory_gradient(on_gates, on_memory)
+        layer.add_hidden_gradient(on_gates, on_memory)
         sums.add(on_gates, both, num_rows if empty else 0)
         on_read = layer.input_gradient(on_gates)
         below = torch.ones_like(on_read)

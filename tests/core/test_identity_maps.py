@@ -50,7 +50,12 @@ def test_no_parameter_belongs_to_a_cell() -> None:
 @pytest.mark.parametrize(
     ("dim", "settings", "model", "message"),
     [
-        (7, {}, {}, r"dimension 7 must be surfaces of .* 3 x 2 x 1 = 6 numbers\. Set lattice\.width and lattice\.height"),
+        (
+            7,
+            {},
+            {},
+            r"dimension 7 must be surfaces of .* 3 x 2 x 1 = 6 numbers\. Set lattice\.width and lattice\.height",
+        ),
         (6, {}, {"energy_dim": 2}, r"dimension 6 must be .* 3 x 2 x 2 = 12 numbers.* model\.maps=learned"),
         (6, {"max_steps": 0}, {}, r"lattice\.max_steps = 0 .*Set lattice\.max_steps=1"),
         (6, {}, {"map_hidden": 4}, r"model\.map_hidden = 4: .*Set model\.map_hidden=null"),
