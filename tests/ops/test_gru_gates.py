@@ -40,7 +40,7 @@ def formula(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 def forward(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
-    """`gates_forward` into a poisoned view."""
+    """`gates_forward` into a view whose neighbours are NaN."""
     before, out = gates.clone(), strided(torch.full_like(hidden, torch.nan))
     around = out._base
     assert around is not None
@@ -52,7 +52,7 @@ def forward(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(gates: Tensor, hidden: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`gates_backward` on copies; gradients of the products, of the bias, and of the hidden state past the products."""
+    """`gates_backward` on copies: gradients of the products, of the bias, and the direct one of the hidden state."""
     grad_bias = torch.zeros_like(bias)
     grad_gates, grad_hidden = gates_backward(gates.clone(), hidden, grad.clone(), bias, grad_bias)
     return grad_gates, grad_bias, grad_hidden
@@ -122,7 +122,7 @@ def test_backward(device: str, dtype: torch.dtype, size: tuple[int, int]) -> Non
     bound = 4 * tolerance(dtype, device)  # gradients of up to 3, products of several factors
     close(mine, grad_gates, bound)
     close(my_hidden, grad_hidden, bound)
-    # In plain torch sums of rounded numbers, rounded once more; approximate tanhs of kernels add up.
+    # Plain torch sums rounded numbers and rounds again; errors of approximate tanhs in kernels add up.
     close(my_bias, grad_bias, size[0] * bound)
 
 
@@ -135,7 +135,7 @@ def test_rows_beyond_a_count_give_nothing(device: str, dtype: torch.dtype, size:
     used = int(share * size[0])
     grad[used:] = 0
     expected, (true_gates, true_bias, true_hidden) = forward(gates, hidden, bias), backward(gates, hidden, bias, grad)
-    if use_triton(gates):  # kernels don't read them: they hold anything
+    if use_triton(gates):  # kernels don't read these rows, so they may hold anything
         gates[used:], hidden[used:] = torch.nan, torch.nan
         expected[used:] = 0
     count, out, grad_bias = torch.tensor(used, device=device), torch.empty_like(hidden), torch.zeros_like(bias)

@@ -1,4 +1,4 @@
-"""Products of as many leading rows as a tensor says."""
+"""Products of the leading rows; their number is in a tensor."""
 
 import pytest
 import torch
@@ -31,14 +31,14 @@ def test_rows_in_use_are_those_of_the_whole_product(
     num, inner, columns = size
     used = int(share * num)
     left, right, before = (torch.randn(shape) for shape in ((num, inner), (inner, columns), (num, columns)))
-    left[used:] = 0  # as `prefix_addmm` asks for
+    left[used:] = 0  # as `prefix_addmm` requires
     left, right, before = (tensor.to(device, dtype) for tensor in (left, right, before))
     if transposed:
         right = right.t().contiguous().t()
     count, product = torch.tensor(used, device=device), left.double() @ right.double()
 
     out, total = strided(torch.full_like(before, OTHER)), strided(before)
-    if use_triton(left):  # on a CPU torch's bfloat16 products read what lies beside an operand
+    if use_triton(left):  # torch's bfloat16 products on a CPU read beyond an operand
         left = strided(left)
     prefix_mm(left, right, out, count)
     prefix_addmm(left, right, total, count)

@@ -1,4 +1,4 @@
-"""Triton kernels: their tests once more in the interpreter, and what only a device can show."""
+"""Triton kernels: their tests once more in the interpreter, and tests that need a device."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_in_the_interpreter(file: str) -> None:
 
 
 def test_kernels_are_picked_by_device() -> None:
-    """In the interpreter on a CPU too: the tests that it runs really run kernels."""
+    """The interpreter picks kernels on a CPU too, so its tests do run kernels."""
     assert use_triton(torch.zeros(1)) == INTERPRETED
     assert not use_triton(torch.zeros(1, device="meta"))
 
