@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
+templates_path = ["_templates"]
 exclude_patterns = ["_build", "reference/generated/config.md"]  # included by reference/config.md
 default_role = "literal"
 
@@ -33,10 +34,14 @@ html_title = "energy_flow"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
+html_show_sourcelink = False
+FLAT = ("getting_started", "results", "troubleshooting", "performance", "picture_book")
+html_sidebars = {page: [] for page in FLAT}  # pages without pages below them need no section navigation
 html_theme_options = {
     "show_prev_next": False,
-    "header_links_before_dropdown": 6,
+    "header_links_before_dropdown": 5,
     "navbar_persistent": ["search-button-field"],
+    "secondary_sidebar_items": {"**": ["page-toc"], "troubleshooting": []},  # its headings are too long
     "footer_start": ["sphinx-version"],
 }
 
@@ -49,6 +54,7 @@ autodoc_inherit_docstrings = False  # Lightning's and torch's use directives of 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autosummary_generate = True
+toc_object_entries_show_parents = "hide"
 napoleon_use_ivar = True
 
 

@@ -25,15 +25,15 @@ HYDRA = "hydra"  # Hydra's own group: `--hydra-help` is about it
 # The class that checks a program's own keys, a group or an option of a group.
 _OWNERS = {
     "train": "energy_flow.runs.settings:TrainSettings",
-    "evaluate": "energy_flow.runs.settings:EvaluateSettings",
+    "evaluate": "energy_flow.evaluate:EvaluateSettings",
     "predict": "energy_flow.predict:PredictSettings",
     "encode": "energy_flow.encode:EncodeSettings",
     "check": "energy_flow.check:CheckSettings",
     "benchmark": "energy_flow.benchmark:BenchmarkSettings",
     "lattice/": "energy_flow.core.energy_lattice:LatticeSettings",
-    "model/": "energy_flow.core.flow_processor:ModelSettings",
+    "model/": "energy_flow.core.networks:ModelSettings",
     "loss/": "energy_flow.training.losses:LossSettings",
-    "optimizer/": "energy_flow.training.module:OptimizerSettings",
+    "optimizer/": "energy_flow.training.optimizer:OptimizerSettings",
     "rollout/": "energy_flow.core.rollout:RolloutSettings",
     "trainer/": "energy_flow.runs.trainer:TrainerSettings",
     "baselines/": "energy_flow.comparison.baselines:BaselineSettings",

@@ -1,6 +1,6 @@
-"""Strict settings: unknown keys, wrong types and values out of range end before any work starts.
+"""Strict settings: refuse unknown keys, wrong types and values out of range before any work starts.
 
-Every class owns its `Settings`; the defaults stand in `conf/` alone.
+Every class owns its `Settings`; the defaults are in `conf/` only.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from energy_flow.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Base of all settings: no unknown keys, no silent conversions, no change after construction."""
+    """Base of all settings: no unknown keys, no silent conversions, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
@@ -40,10 +40,10 @@ def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
     Args:
         settings: the class to build.
         section: a plain mapping (`OmegaConf.to_container(..., resolve=True)`).
-        key: where the section stands in the config, e.g. `lattice`; "" for the top.
+        key: of the section in the config, e.g. `lattice`; "" for the top.
 
     Raises:
-        ConfigError: names every wrong key with its value, the limit and what to do.
+        ConfigError: names every wrong key with its value, the limit and the remedy.
     """
     if not isinstance(section, Mapping):
         raise ConfigError(f"{key} = {section!r}: must be a section with the keys {', '.join(settings.model_fields)}")
@@ -118,8 +118,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> tuple[str, str]:
-    """Key (with its value) and what is wrong with it."""
-    # Union members stand in the location as type names ("int"); they are no part of the key.
+    """The key with its value, and the fault."""
+    # pydantic puts the members of a union into the location as type names ("int"); they are no part of the key.
     path, owner = [key] if key else [], settings
     for part in detail["loc"]:
         if isinstance(part, int):
@@ -139,7 +139,7 @@ def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> tuple
     if detail["type"] == "model_type":
         return f"{full} = {_shown(detail['input'])}", f"must be a section with the keys {', '.join(owner.model_fields)}"
     if detail["type"] == "value_error" and detail["loc"] == ():
-        return "", _reason(detail)  # a rule over several keys: it names them itself
+        return "", _reason(detail)  # a rule over several keys; its message names them
     return f"{full} = {_shown(detail['input'])}", _reason(detail)
 
 
@@ -148,7 +148,7 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _join(found: Iterable[tuple[str, str]]) -> list[str]:
-    """One line per key, also where every member of a union has its own complaint."""
+    """One line per key, also where each member of a union has its own reason."""
     reasons: dict[str, list[str]] = {}
     for head, reason in found:
         reasons.setdefault(head, []).append(reason)
@@ -156,7 +156,7 @@ def _join(found: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written in a config."""
+    """A value in the notation of a config."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return repr(value)

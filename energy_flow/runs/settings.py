@@ -1,4 +1,4 @@
-"""Settings of the programs that train and evaluate, and the device that they run on."""
+"""Settings of a training run, and the choice of a device."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -9,13 +9,12 @@ from pydantic import Field, model_validator
 from energy_flow.comparison.baselines import BaselineSettings
 from energy_flow.errors import ConfigError
 from energy_flow.settings import PathSettings, Settings
-from energy_flow.training.losses import LossSettings
 
 Section = dict[str, Any]
 
 
 class TrainSettings(Settings):
-    """The whole config of a training run. Sections are checked by the classes that own them."""
+    """The whole config of a training run. The classes that own the sections check them."""
 
     task_name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -43,39 +42,16 @@ class TrainSettings(Settings):
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the run keeps the checkpoints that it goes on from."""
+        """The folder of the checkpoints that the run can resume from."""
         last = (self.callbacks or {}).get("last_checkpoint") or {}
         return Path(last.get("dirpath", Path(self.paths.output_dir, "checkpoints")))
 
 
-class SizeSettings(Settings):
-    """Cells of a lattice to evaluate on; None: as many as in the checkpoint."""
-
-    width: Annotated[int, Field(ge=1)] | None
-    height: Annotated[int, Field(ge=1)] | None
-
-
-class EvaluateSettings(Settings):
-    """The whole config of an evaluation."""
-
-    task_name: str
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-    ckpt_path: str | Annotated[list[str], Field(min_length=1)]
-    optimized_metric: str
-    lattice: SizeSettings
-    loss: LossSettings
-    baselines: BaselineSettings
-    data: Section
-    rollout: Section
-    trainer: Section
-    paths: PathSettings
-
-
 def find_device(name: str) -> torch.device:
-    """The device of a config key `device`: cpu, cuda or auto.
+    """The device for a value of the config key `device`: cpu, cuda or auto.
 
     Raises:
-        ConfigError: cuda, and there is no GPU.
+        ConfigError: the value is cuda, but there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=auto")

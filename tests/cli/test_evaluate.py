@@ -1,4 +1,4 @@
-"""Trained models side by side as a user runs it: one table of several files, both galleries, intervals, errors."""
+"""Evaluation from the command line: several models in one table, both galleries, intervals, errors."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def best(trained: Outcome) -> Path:
 
 @pytest.fixture
 def other(best: Path, tmp_path: Path) -> Path:
-    """The same architecture with other weights, without its loss: a file of `save_pretrained`."""
+    """A file of `save_pretrained`: the same architecture with other weights, and without a loss."""
     model = EnergyFlowModel.from_checkpoint(best)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_several_agree_with_each_alone(program: Program, best: Path, other: Path
     assert "nearest targets" not in both.out
 
 
-def test_rows_are_kept_of_each(program: Program, best: Path, other: Path) -> None:
+def test_row_scores_of_each_model_are_kept(program: Program, best: Path, other: Path) -> None:
     outcome = program.evaluate(f"ckpt_path=[{best},{other}]", *FITTED)
     found = outcome.metrics()
     for key in ("best", "other"):
@@ -86,7 +86,7 @@ def test_ranks_among_all_targets(program: Program, best: Path) -> None:
 def test_a_test_split_alone(program: Program, best: Path) -> None:
     outcome = program.evaluate(f"ckpt_path={best}", "data.train=null", "data.val=null", "baselines.enabled=true")
     assert outcome.code == 0
-    assert "ridge: left out, needs data.train to be fitted" in outcome.out
+    assert "ridge: left out, needs data.train to fit" in outcome.out
     assert "among all 32 targets (test)" in outcome.out
     metrics = outcome.metrics()
     assert metrics["test_all/mrr"] == pytest.approx(metrics["test/mrr"])
@@ -163,5 +163,5 @@ def test_models_of_other_sizes_and_losses(program: Program, best: Path) -> None:
     found, name = outcome.metrics(), best.parents[1].name
     assert found[f"model/{name}/params"] != found["model/wide/params"] == run.metrics()["params"]
     assert found["model/wide/mrr"] == pytest.approx(run.metrics()["test/mrr"])
-    assert f"other data than those that {name} was trained with: train, val, test" in outcome.out
-    assert "other data than those that wide" not in outcome.out
+    assert f"not the data that {name} was trained with: train, val, test" in outcome.out
+    assert "not the data that wide" not in outcome.out

@@ -15,7 +15,7 @@ from tests.cli.helpers import ROOT, write_pairs
 
 pytestmark = pytest.mark.slow
 
-SOURCES = ("energy_flow", "conf", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("energy_flow", "energy_flow_benchmarks", "conf", "pyproject.toml", "README.md", "LICENSE")
 TINY = [
     "size=small",
     "lattice.width=3",

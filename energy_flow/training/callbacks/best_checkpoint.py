@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from energy_flow.checkpoints.io import AtomicCheckpointIO
+from energy_flow.checkpoints.lightning_loops import last_saved_path
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class BestCheckpoint(ModelCheckpoint):
     def _is_lost(self, trainer: Trainer) -> bool:
         """Whether the last checkpoint could not be written."""
         written_by = trainer.strategy.checkpoint_io
-        lost = isinstance(written_by, AtomicCheckpointIO) and self._last_checkpoint_saved in written_by.failed
+        lost = isinstance(written_by, AtomicCheckpointIO) and last_saved_path(self) in written_by.failed
         decided: bool = trainer.strategy.broadcast(lost)
         return decided
 

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from pydantic import Field
 
 from energy_flow.checkpoints.io import LAST
+from energy_flow.checkpoints.lightning_loops import has_stepped, is_last_batch, validates_next
 from energy_flow.settings import Remedy, checked_arguments
 from energy_flow.training.callbacks.scalars import is_logging_batch
 
@@ -50,19 +51,15 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = self._clock()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or loop._is_training_done:
+        if not has_stepped(trainer) or is_last_batch(trainer):
             return
-        data_fetcher = trainer.fit_loop._data_fetcher
-        assert data_fetcher is not None
-        if not loop._should_check_val_fx(data_fetcher) and self._is_due(trainer):
+        if not validates_next(trainer) and self._is_due(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        loop = trainer.fit_loop.epoch_loop
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        if loop._should_accumulate() or loop._is_training_done:
+        if not has_stepped(trainer) or is_last_batch(trainer):
             return
         if self._is_due(trainer):
             self._save(trainer)

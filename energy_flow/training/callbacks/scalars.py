@@ -2,6 +2,8 @@
 
 from lightning.pytorch import Trainer
 
+from energy_flow.checkpoints.lightning_loops import get_logging_step
+
 
 def is_logging_batch(trainer: Trainer) -> bool:
     """Whether to log in this training batch: one of every `trainer.log_every_n_steps`; 0 disables logging."""
@@ -14,7 +16,7 @@ def logging_step(trainer: Trainer) -> int:
 
     At the end of a batch `global_step` is already one higher. Lightning's own callbacks read this counter too.
     """
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    return get_logging_step(trainer)
 
 
 def log_scalars(trainer: Trainer, scalars: dict[str, float], step: int) -> None:
