@@ -1,4 +1,4 @@
-"""Whether memory and open files stay flat, over the steps of one run and over the runs of one process.
+"""Check that memory and open files stay flat, over the steps of one run and over the runs of one process.
 
 python -m tests.campaigns.flat_memory steps 5000      # at debug size; step 500 (a tenth) beside the last one
 python -m tests.campaigns.flat_memory jobs 200        # of a multirun, with a model as small as they get
@@ -32,7 +32,7 @@ def usage() -> Usage:
 
 
 class Watch(Callback):
-    """Keeps the usage of some steps."""
+    """Keep the usage at some steps."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -44,7 +44,7 @@ class Watch(Callback):
 
 
 def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
-    """One run of so many steps in 25 epochs with everything on but the test; the first tenth has seen all of it."""
+    """One run in 25 epochs with everything except the test; its first tenth has done everything once."""
     watch = Watch(number // 10)
     build = train.build_trainer
 
@@ -64,7 +64,7 @@ def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
 
 
 def jobs(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
-    """A multirun of so many tiny runs, with their tests."""
+    """A multirun of tiny runs, with their tests."""
     write_pairs(folder)
     seen: dict[int, Usage] = {}
     inner: Callable[[dict[str, Any]], float | None] = train.train
@@ -87,7 +87,7 @@ def run(*arguments: str, folder: Path) -> None:
 
 
 def grown(first: Usage, last: Usage) -> dict[str, float]:
-    """By which share each has grown."""
+    """The relative growth of each value."""
     names = ("resident memory", "open files", "threads")
     return {name: after / before - 1 for name, before, after in zip(names, first, last, strict=True)}
 

@@ -30,7 +30,7 @@ def main() -> None:
             (corpus / str(number)).write_bytes(bytes([number]) + seed.content)
 
         def once(content: bytes) -> None:
-            """The first byte says which kind of file the others are."""
+            """Load one input; its first byte chooses the kind of file."""
             seed = seeds[content[0] % len(seeds)] if content else seeds[0]
             path = place / seed.name
             path.write_bytes(content[1:])

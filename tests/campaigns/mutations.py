@@ -1,4 +1,4 @@
-"""Ways to damage a file: blind ones, and ones that know what headers look like."""
+"""Ways to corrupt a file: at random, and with knowledge of the headers."""
 
 import io
 import random
@@ -54,18 +54,18 @@ HEAD = 600  # bytes where headers stand
 
 
 def flips(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A few bits are others, more often in the head."""
-    damaged = bytearray(content)
+    """Flip a few bits, more often in the head."""
+    corrupt = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        end = min(HEAD, len(damaged)) if rng.random() < 0.6 else len(damaged)
-        damaged[rng.randrange(end)] ^= 1 << rng.randrange(8)
-    return bytes(damaged)
+        end = min(HEAD, len(corrupt)) if rng.random() < 0.6 else len(corrupt)
+        corrupt[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    return bytes(corrupt)
 
 
 def overwrites(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A length or an offset is something else: 1, 2, 4 or 8 bytes of all kinds."""
-    damaged, size = bytearray(content), rng.choice((1, 2, 4, 8))
-    start = rng.randrange(max(1, min(HEAD, len(damaged)) - size) if rng.random() < 0.6 else max(1, len(damaged) - size))
+    """Replace 1, 2, 4 or 8 bytes, such as a length or an offset."""
+    corrupt, size = bytearray(content), rng.choice((1, 2, 4, 8))
+    start = rng.randrange(max(1, min(HEAD, len(corrupt)) - size) if rng.random() < 0.6 else max(1, len(corrupt) - size))
     values = (
         b"\0" * size,
         b"\xff" * size,
@@ -73,8 +73,8 @@ def overwrites(content: bytes, rng: random.Random, others: Sequence[bytes]) -> b
         rng.randbytes(size),
         (1 << (8 * size - 2)).to_bytes(size, "little"),
     )
-    damaged[start : start + size] = rng.choice(values)
-    return bytes(damaged)
+    corrupt[start : start + size] = rng.choice(values)
+    return bytes(corrupt)
 
 
 def truncations(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
@@ -82,7 +82,7 @@ def truncations(content: bytes, rng: random.Random, others: Sequence[bytes]) -> 
 
 
 def blocks(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A block is left out, stands twice, or is filled with chance."""
+    """Remove a block, repeat it, or fill it with random bytes."""
     start = rng.randrange(len(content))
     end = min(len(content), start + rng.choice((1, 4, 16, 64, 256)))
     middle = rng.choice((b"", content[start:end] * 2, rng.randbytes(end - start)))
@@ -90,27 +90,27 @@ def blocks(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes
 
 
 def splices(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """The beginning of one file and the end of another."""
+    """Join the beginning of one file and the end of another."""
     other = rng.choice(others)
     return content[: rng.randrange(len(content) + 1)] + other[rng.randrange(len(other) + 1) :]
 
 
 def numbers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A number of a text header is another."""
+    """Replace a number in a text header."""
     return _replaced(content, rng, rb"-?\d+", NUMBERS)
 
 
 def words(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A word of a text header is another: a type, a name, a path."""
+    """Replace a word in a text header: a type, a name, a path."""
     return _replaced(content, rng, rb"[\w./<>|-]{2,}", WORDS)
 
 
 def records(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A zip archive with one record damaged, under a checksum that is right; or renamed, packed, left out, twice."""
+    """Corrupt one record of a zip archive under a valid checksum; or rename, compress, remove or repeat it."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    except Exception:  # noqa: BLE001 - damaged before, or no archive
+    except Exception:  # noqa: BLE001 - corrupt already, or no archive
         return headers(content, rng, others)
     index = 0 if rng.random() < 0.5 else rng.randrange(len(parts))  # the first one is the pickle of a checkpoint
     name, record = parts[index]
@@ -133,7 +133,7 @@ def records(content: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def headers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """The length of a safetensors header, or its text with a length that is right again."""
+    """Change the length of a safetensors header, or its text with a correct length."""
     if len(content) < 8 or content[8:9] != b"{":
         return flips(content, rng, others)
     length = int.from_bytes(content[:8], "little")
@@ -145,7 +145,7 @@ def headers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def nested(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Brackets without end somewhere."""
+    """Insert endless brackets."""
     start, bracket = rng.randrange(len(content)), rng.choice((b"[", b"(", b'{"a":', b'"', b"-"))
     return content[:start] + bracket * rng.choice((10, 1_000, 50_000)) + content[start:]
 

@@ -1,4 +1,4 @@
-"""The campaign of flat memory measures and judges; how much is for a long run of it to say."""
+"""The campaign of flat memory measures, and detects growth; a real result needs a long run."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The campaign's short form."""
+"""A short campaign."""
 
 import signal
 from pathlib import Path

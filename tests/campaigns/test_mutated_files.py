@@ -1,4 +1,4 @@
-"""The campaigns in short, what they would find, and headers of any structure."""
+"""Short campaigns, the failures that they detect, and headers of any structure."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The assumptions about Lightning's private names, and that no other module uses one."""
+"""Test each assumption about Lightning's private names, and that no other module uses one."""
 
 import ast
 import importlib

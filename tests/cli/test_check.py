@@ -1,4 +1,4 @@
-"""`energy_flow.check`: what it shows, what it writes, how it ends."""
+"""`energy_flow.check`: its output, its report file, its exit codes."""
 
 import json
 import sys

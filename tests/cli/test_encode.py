@@ -1,4 +1,4 @@
-"""Training data of text pairs: what is written, going on, and what is refused before anything is encoded."""
+"""Encode text pairs: the files, resuming, and refusals before anything is encoded."""
 
 import csv
 import json
@@ -125,7 +125,7 @@ def test_an_encoder_that_changed_is_found_at_the_end(pairs: Program, encoder: Li
 
 
 def test_an_encoder_that_int8_is_too_coarse_for(pairs: Program, encoder: Library) -> None:
-    """Its rows have one number far above the others; found with the first rows, and mended by the advice."""
+    """Its rows have one number far above the others: detected in the first rows, and the advice helps."""
     encoder.change = np.eye(1, 512, dtype=np.float32)[0] * 3
     message = pairs.refused("encoder=stand/in-512", "batch_size=5", "save_every=1", program="encode")
     assert "dtype = int8: too coarse for this encoder: source row" in message
@@ -221,7 +221,7 @@ def test_input_and_output_must_be_given(pairs: Program) -> None:
 
 
 def test_metadata_say_what_the_embedded_data_say(pairs: Program) -> None:
-    """So that files of both kinds can be asked alike."""
+    """Give files of both kinds the same interface."""
     assert pairs.encode().code == 0
     embedded = Path(__file__).parents[2] / "energy_flow" / "data" / "reverse_dictionary" / "test.safetensors"
     with safe_open(embedded, "numpy") as theirs, safe_open(pairs.folder / "out.safetensors", "numpy") as ours:

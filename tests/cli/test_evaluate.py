@@ -1,4 +1,4 @@
-"""Trained models side by side as a user runs it: one table of several files, both galleries, intervals, errors."""
+"""Compare trained models as a user does: one table of several files, both galleries, intervals, errors."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def best(trained: Outcome) -> Path:
 
 @pytest.fixture
 def other(best: Path, tmp_path: Path) -> Path:
-    """The same architecture with other weights, without its loss: a file of `save_pretrained`."""
+    """A file of `save_pretrained`: the same architecture with other weights, without its loss."""
     model = EnergyFlowModel.from_checkpoint(best)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The nearest words of texts, rows and files; what can't be predicted from ends with a message."""
+"""The nearest words of texts, rows and files; unusable inputs are refused."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def model(trained: Outcome) -> EnergyFlowModel:
 
 @pytest.fixture
 def named(program: Program) -> dict[str, list[str]]:
-    """Names of every split, in files beside them."""
+    """Names of every split, in files next to it."""
     names = {split: [f"{split} word {row}" for row in range(size)] for split, size in SIZES.items()}
     for split, words in names.items():
         lines = [json.dumps({"headword": word, "definition": f"what {word} means"}) for word in words]
@@ -52,7 +52,7 @@ def tables(out: str) -> list[list[tuple[str, float]]]:
 
 
 def by_hand(model: EnergyFlowModel, source: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
-    """Cosines with all targets of all splits, and their order."""
+    """Cosines with the targets of all splits, and their order."""
     targets = torch.cat([load_file(folder / f"{split}.safetensors")["target"] for split in SIZES])
     with torch.no_grad():
         scores = normalize(model(source).double(), dim=-1) @ normalize(targets.double(), dim=-1).T

@@ -1,4 +1,4 @@
-"""What a run leaves behind when something goes wrong, and what it says at its end."""
+"""The results of a run: its files when something goes wrong, and the output at its end."""
 
 import gc
 import json
