@@ -19,25 +19,20 @@ from energy_flow.training.csv_logger import ResumableCSVLogger
 # Attribute of built callbacks and loggers: their key in the config, for messages.
 CONFIG_KEY = "config_key"
 
-
 # Lightning accepts these values, but nobody means them: without patience the first validation ends a run.
 _LIMITS = {pl.callbacks.EarlyStopping: {"patience": Annotated[int, Field(ge=1)]}}
-
 
 # Packages whose classes a config may build; more of them may be built as arguments.
 _BUILT = ("energy_flow.training", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
 _ARGUMENTS = (*_BUILT, "torch.optim", "datetime")
 
-
 # Environment variable with more packages that the user trusts, separated by commas; a config can't set it.
 TRUST = "ENERGY_FLOW_TRUST"
-
 
 # Loggers that can append to their own files.
 _PURGING = {f"{cls.__module__}.{cls.__qualname__}" for cls in (ResumableCSVLogger, TensorBoardLogger)} | {
     "lightning.pytorch.loggers.TensorBoardLogger"
 }
-
 
 RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 
