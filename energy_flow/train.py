@@ -137,16 +137,21 @@ def _test(
     return metrics.get(settings.optimized_metric)
 
 
+def _free_memory() -> None:
+    """Free the memory of a job: the jobs of a multirun share one process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @application("train")
 def main(config: dict[str, Any]) -> float | None:
     """Entry point."""
     filter_warnings(resuming=config.get("ckpt_path") is not None or config.get("resume") is not None)
     try:
         return train(config)
-    finally:  # the jobs of a multirun share one process
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    finally:
+        _free_memory()
 
 
 if __name__ == "__main__":

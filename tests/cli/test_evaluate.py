@@ -118,7 +118,7 @@ def test_failing_baselines_lose_no_metrics(program: Program, best: Path, monkeyp
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("energy_flow.training.run.run_baselines", fail)
+    monkeypatch.setattr("energy_flow.runs.results.run_baselines", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         program.evaluate(f"ckpt_path={best}", *FITTED)
     [written] = (program.folder / "logs").rglob("metrics.json")

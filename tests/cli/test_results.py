@@ -67,7 +67,7 @@ def test_results_are_read_as_words(program: Program) -> None:
 
 def test_a_finished_job_is_freed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
-    free, build = train._free, EnergyFlowModule.from_config
+    free, build = train._free_memory, EnergyFlowModule.from_config
 
     def build_and_watch(*args: Any) -> EnergyFlowModule:
         module = build(*args)
@@ -80,7 +80,7 @@ def test_a_finished_job_is_freed(program: Program, monkeypatch: pytest.MonkeyPat
         alive.append(alive[0])
 
     monkeypatch.setattr(EnergyFlowModule, "from_config", build_and_watch)
-    monkeypatch.setattr(train, "_free", free_and_look)
+    monkeypatch.setattr(train, "_free_memory", free_and_look)
     assert program.train().code == 0
     gc.collect()
     assert len(alive) == 2
