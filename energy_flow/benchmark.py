@@ -13,6 +13,7 @@ from rich.console import Console
 from energy_flow.errors import ConfigError
 from energy_flow.runs.application import application
 from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.tables import print_text
 from energy_flow_benchmarks import output
 from energy_flow_benchmarks.machine import describe_machine
 from energy_flow_benchmarks.registry import read_benchmark
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class BenchmarkSettings(Settings):
-    """The whole config of a benchmark. Its section is checked by the benchmark that owns it."""
+    """The whole config of a benchmark. The benchmark itself checks its section."""
 
     task_name: str
     device: Literal["cpu", "cuda"]
@@ -31,31 +32,32 @@ class BenchmarkSettings(Settings):
 
 
 def measure(config: dict[str, Any]) -> None:
-    """One benchmark from its config to its tables, picture and files."""
+    """Run one benchmark; write and show its tables and its picture.
+
+    Raises:
+        ConfigError: a setting is wrong, or the device is missing.
+        RuntimeError: two variants that must agree gave different results.
+    """
     settings = read(BenchmarkSettings, config, "")
     benchmark, own = read_benchmark(settings.benchmark)
-    device = _device(settings.device)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=cpu")
+    device = torch.device(settings.device)
     console, folder = Console(), Path(settings.paths.output_dir)
     machine = describe_machine(device, _command())
     try:
         with console.status("measuring") as status:
 
-            def say(what: str) -> None:
-                status.update(f"measuring: {what}")
-                log.info("measuring: %s", what)  # the log file says what took how long
+            def progress(text: str) -> None:
+                status.update(f"measuring: {text}")
+                log.info("measuring: %s", text)  # the log file shows how long each part took
 
-            findings = benchmark.run(own, device, settings.seed, say)
+            findings = benchmark.run(own, device, settings.seed, progress)
         output.write(folder, machine, findings)
         benchmark.picture(findings.rows).savefig(folder / "benchmark.png")
         output.show(console, machine, findings)
     finally:
-        console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=cpu")
-    return torch.device(name)
+        print_text(console, f"run folder: {folder}")
 
 
 def _command() -> str:
@@ -64,7 +66,7 @@ def _command() -> str:
 
 @application("benchmark")
 def main(config: dict[str, Any]) -> None:
-    """Entry point."""
+    """Run the program."""
     measure(config)
 
 

@@ -1,4 +1,4 @@
-"""Look at data before they are trained on: python -m energy_flow.check [data=...]"""
+"""Inspect data before training: python -m energy_flow.check [data=...]"""
 
 import json
 import time
@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic import Field
 from rich.console import Console
-from rich.table import Table
 
 from energy_flow.atomic import write_whole
 from energy_flow.data import read_data_settings
@@ -15,6 +14,7 @@ from energy_flow.data.inspection import DataReport, SideReport, SplitReport, ins
 from energy_flow.errors import DataError
 from energy_flow.runs.application import application
 from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.tables import print_text, rich_table
 
 
 class CheckSettings(Settings):
@@ -28,10 +28,10 @@ class CheckSettings(Settings):
 
 
 def check(config: dict[str, Any]) -> None:
-    """Read a data set once; show what it is like and write it to `check.json`.
+    """Read a data set once, show the findings and write them to `check.json`.
 
     Raises:
-        DataError: training would refuse it; says why.
+        DataError: training would refuse the data; the message has all reasons.
     """
     settings = read(CheckSettings, config, "")
     console, started = Console(), time.perf_counter()
@@ -40,42 +40,34 @@ def check(config: dict[str, Any]) -> None:
     path = Path(settings.paths.output_dir, "check.json")
     write_whole(path, (json.dumps({**report.as_json(), "seconds": seconds}, indent=2) + "\n").encode())
     show(report, console)
-
-    def say(what: str) -> None:
-        console.print(what, highlight=False, markup=False, soft_wrap=True)
-
     for warning in report.warnings:
-        say(f"warning: {warning}")
-    say(f"read {report.num_bytes / 1e6:,.1f} MB in {seconds:.2f} s, {report.num_bytes / 1e9 / seconds:.2f} GB/s")
-    say(f"written: {path}")
+        print_text(console, f"warning: {warning}")
+    speed = report.num_bytes / 1e9 / seconds
+    print_text(console, f"read {report.num_bytes / 1e6:,.1f} MB in {seconds:.2f} s, {speed:.2f} GB/s")
+    print_text(console, f"written: {path}")
     if report.refused:
         raise DataError("training would refuse these data:\n" + "\n".join(f"  {line}" for line in report.refused))
-    say("training would take these data")
+    print_text(console, "training would accept these data")
 
 
 def show(report: DataReport, console: Console) -> None:
-    """What was found as tables: a column per side of a split, and what splits have in common."""
+    """Print a table with a column per side of a split, and a table of the rows that splits share."""
     if report.splits:
-        table = Table(title="Data", title_justify="left")
-        table.add_column("", no_wrap=True)
-        sides = [
-            (f"{split}\n{side}", found, values)
+        sides = {
+            f"{split}\n{side}": _cells(found, values)
             for split, found in report.splits.items()
             for side, values in found.sides.items()
-        ]
-        columns = [_cells(found, values) for _, found, values in sides]
-        for heading, _, _ in sides:
-            table.add_column(heading, justify="right", no_wrap=True)
-        for name in columns[0]:
-            table.add_row(name, *(column[name] for column in columns))
-        console.print(table)
+        }
+        names = list(next(iter(sides.values())))
+        rows = [[name, *(cells[name] for cells in sides.values())] for name in names]
+        console.print(rich_table(["", *sides], rows, title="Data", left=[""]))
     if report.shared:
-        shared = Table(title="Rows shared between splits", title_justify="left")
-        for heading in ("of", "in", "source", "target", "pair"):
-            shared.add_column(heading, justify="left" if heading in ("of", "in") else "right")
-        for (split, other), copies in report.shared.items():
-            shared.add_row(split, other, *(f"{found.count:,}" for found in copies.values()))
-        console.print(shared)
+        rows = [
+            [split, other, *(f"{found.count:,}" for found in sides.values())]
+            for (split, other), sides in report.shared.items()
+        ]
+        headings = ["of", "in", "source", "target", "pair"]
+        console.print(rich_table(headings, rows, title="Rows shared between splits", left=["of", "in"]))
 
 
 def _cells(split: SplitReport, side: SideReport) -> dict[str, str]:
@@ -89,8 +81,8 @@ def _cells(split: SplitReport, side: SideReport) -> dict[str, str]:
         "NaN or Inf": side.not_finite,
         "bad scales": side.bad_scales,
         "zero rows": side.zero_rows,
-        "copies": side.copies.count,
-        "copied pairs": split.pair_copies.count,
+        "duplicates": side.copies.count,
+        "duplicate pairs": split.pair_copies.count,
         "far-off norms": side.far_off,
         "constant columns": len(side.constant_columns),
     }

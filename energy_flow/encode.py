@@ -1,4 +1,4 @@
-"""Training data of your own text pairs: python -m energy_flow.encode input=pairs.jsonl output=pairs.safetensors"""
+"""Encode own text pairs as training data: python -m energy_flow.encode input=pairs.jsonl output=pairs.safetensors"""
 
 import sys
 from pathlib import Path
@@ -14,6 +14,7 @@ from energy_flow.data.text.pairs import TextPairs, read_texts
 from energy_flow.runs.application import application
 from energy_flow.runs.settings import find_device
 from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.tables import print_text
 
 
 class EncodeSettings(Settings):
@@ -33,7 +34,7 @@ class EncodeSettings(Settings):
 
 
 def encode(config: dict[str, Any]) -> None:
-    """One file from its config to its place."""
+    """Encode a file of text pairs into a file of embeddings."""
     settings = read(EncodeSettings, config, "")
     console, device = Console(), find_device(settings.device)
     given, output = (Path(path).expanduser().absolute() for path in (settings.input, settings.output))
@@ -48,20 +49,22 @@ def encode(config: dict[str, Any]) -> None:
         "dtype": settings.dtype,
     }
     partial = PartialResult(output, identity)
-
-    def say(what: str) -> None:
-        console.print(what, highlight=False, markup=False, soft_wrap=True)
-
-    say(f"{len(texts):,} pairs of {given}; encoder {encoder.name}, dimension {encoder.dim}, on {device}")
+    print_text(
+        console, f"{len(texts):,} pairs of {given}; encoder {encoder.name}, dimension {encoder.dim}, on {device}"
+    )
     cut = encoder.num_cut([*texts.source, *texts.target])
     if cut:
-        say(f"{cut:,} of {2 * len(texts):,} texts are longer than this encoder reads: their ends are left out")
+        print_text(
+            console, f"{cut:,} of {2 * len(texts):,} texts are longer than this encoder reads: their ends are ignored"
+        )
     if done := partial.num_rows():
-        say(f"going on after {done:,} rows of {partial.folder}")
+        print_text(console, f"continuing after {done:,} rows in {partial.folder}")
     try:
         _run(settings, texts, encoder, partial, console)
     except KeyboardInterrupt:
-        print(f"{partial.num_rows():,} of {len(texts):,} rows are kept; the same command goes on", file=sys.stderr)
+        print(
+            f"{partial.num_rows():,} of {len(texts):,} rows are saved; repeat the command to continue", file=sys.stderr
+        )
         raise
     metadata = {
         "encoder": encoder.name,
@@ -71,11 +74,12 @@ def encode(config: dict[str, Any]) -> None:
         "text": given.name,
     }
     lowest = assemble(partial, output, texts, encoder, metadata)
-    say(
-        f"checked: {len(texts):,} pairs with names, all rows finite and of length 1, a few encoded again: "
-        f"cosine {lowest:.5f} or more"
+    print_text(
+        console,
+        f"checked: {len(texts):,} pairs with names, all rows finite and of length 1; a sample encoded again has "
+        f"cosines of at least {lowest:.5f}",
     )
-    say(f"written: {output}; data=files data.train={settings.output} trains with it")
+    print_text(console, f"written: {output}; data=files data.train={settings.output} trains with it")
 
 
 def _run(

@@ -1,9 +1,8 @@
-"""The nearest words of an input: python -m energy_flow.predict text=... | row=... | input=... [key=value ...]"""
+"""Find the nearest words of inputs: python -m energy_flow.predict text=... | row=... | input=... [key=value ...]"""
 
 import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,27 +11,24 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save
 from torch import Tensor
 
 from energy_flow.atomic import write_whole
 from energy_flow.data import EnergyDataModule
-from energy_flow.data.gallery import Gallery, names_of
-from energy_flow.data.storage.names import read_source_text
-from energy_flow.data.storage.rows import Rows
-from energy_flow.data.text.encoder import TextEncoder
+from energy_flow.data.gallery import Gallery
 from energy_flow.errors import CheckpointError, ConfigError
 from energy_flow.metrics.retrieval import nearest, ranks
 from energy_flow.pretrained import SHIPPED, EnergyFlowModel
 from energy_flow.runs.application import application
 from energy_flow.runs.checks import check_normalisation
+from energy_flow.runs.inputs import Inputs, input_of_split, inputs_of_file, inputs_of_texts
 from energy_flow.runs.settings import find_device
 from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.tables import print_text, rich_table
 
-_SHOWN = 5  # inputs of a file
-_PUBLISHER = "sentence-transformers"  # whose encoders a model's file may name
+_SHOWN = 5  # inputs of a file on the screen
 
 Words = Annotated[str, Field(pattern=r"\S")]
 
@@ -60,21 +56,12 @@ class PredictSettings(Settings):
         if not given:
             raise ValueError('text, row and input are null: give one of them, such as text="it measures earthquakes"')
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are given: an input is one of them; leave out the others")
+            raise ValueError(f"{' and '.join(given)} are given: only one input is allowed; leave out the others")
         return self
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is asked: N rows."""
-
-    source: Tensor  # [N, D]
-    labels: list[str]
-    true: str | None = None  # the name that the one row should find
-
-
 def predict(config: dict[str, Any]) -> None:
-    """One prediction from its config to its table or files."""
+    """Find the nearest candidates of all inputs and show them; write files for `input=FILE`."""
     settings = read(PredictSettings, config, "")
     console, device = Console(), find_device(settings.device)
     model = load_model(settings.ckpt_path)
@@ -91,24 +78,24 @@ def predict(config: dict[str, Any]) -> None:
     if settings.input is None:
         _show(console, inputs, gallery, score, index)
         if inputs.true is not None:
-            _say(console, _place(inputs.true, embedding, gallery))
+            print_text(console, _rank_of_true(inputs.true, embedding, gallery))
         return
     _write(Path(settings.paths.output_dir), inputs, embedding, gallery, score, index)
     _show(console, inputs, gallery, score[:_SHOWN], index[:_SHOWN])
-    _say(console, f"{len(inputs.labels):,} inputs, all of them in predictions.safetensors and neighbours.jsonl")
-    _say(console, f"run folder: {settings.paths.output_dir}")
+    print_text(console, f"all {len(inputs.labels):,} inputs: see predictions.safetensors and neighbours.jsonl")
+    print_text(console, f"run folder: {settings.paths.output_dir}")
 
 
 def load_model(ckpt_path: str | None) -> EnergyFlowModel:
-    """The model of a .ckpt or .safetensors; None: the one that comes with the package.
+    """Load the model of a .ckpt or .safetensors; None: the model that the package ships.
 
     Raises:
-        CheckpointError: it isn't there, or can't be used.
+        CheckpointError: the file is missing or unusable.
     """
     if ckpt_path is None:
         if not SHIPPED.is_file():
             raise CheckpointError(
-                f"ckpt_path = null: the weights that come with the package aren't there ({SHIPPED}). Train some: "
+                f"ckpt_path = null: the weights of the package are missing ({SHIPPED}). Train a model: "
                 "python -m energy_flow.train, then ckpt_path=logs/train/runs/.../checkpoints/best.ckpt"
             )
         return EnergyFlowModel.from_pretrained(SHIPPED)
@@ -121,8 +108,8 @@ def _check_gallery(settings: PredictSettings, model: EnergyFlowModel, gallery: G
     size, dim = gallery.target.shape
     if dim != model.card.dim:
         raise ConfigError(
-            f"gallery = {settings.gallery or 'null: the data'}: candidates of dimension {dim}, the model gives "
-            f"{model.card.dim}. Give targets made with the same encoder as the training data"
+            f"gallery = {settings.gallery or 'null: the data'}: candidates of dimension {dim}, but the model predicts "
+            f"{model.card.dim}. Give targets from the encoder of the training data"
         )
     if settings.k > size:
         raise ConfigError(f"k = {settings.k}: there are {size:,} candidates. Set k={size} or less")
@@ -133,65 +120,11 @@ def _inputs(
 ) -> Inputs:
     if settings.text is not None:
         texts = [settings.text] if isinstance(settings.text, str) else settings.text
-        return Inputs(_encoded(texts, settings.encoder, model, device, console), texts)
+        return inputs_of_texts(texts, settings.encoder, model.card, device, console)
     if settings.input is not None:
-        rows = Rows(settings.input, "source", model.card.normalize, "input")
-        _check_source(f"input = {settings.input}", rows.dim, model)
-        return Inputs(rows.all(), rows.names or [f"row {row}" for row in range(len(rows))])
-    return _of_split(settings, model, data)
-
-
-def _of_split(settings: PredictSettings, model: EnergyFlowModel, data: EnergyDataModule) -> Inputs:
-    row, split = settings.row, settings.split
-    assert row is not None
-    if split not in data.splits():
-        raise ConfigError(f"split = {split}: data.{split} is null. Give data.{split}=PATH, or another split")
-    dataset = data.splits()[split]
-    if row >= len(dataset):
-        raise ConfigError(f"row = {row}: data.{split} has the rows 0 to {len(dataset) - 1:,}")
-    _check_source(f"data.{split}", dataset.dim, model)
-    text = read_source_text(dataset.files[::-1], row)
-    label = f"row {row} of {split}" + (f": {text}" if text else "")
-    return Inputs(dataset[row]["source"].unsqueeze(0), [label], names_of(split, dataset)[row])
-
-
-def _check_source(what: str, dim: int, model: EnergyFlowModel) -> None:
-    if dim != model.card.dim:
-        raise ConfigError(
-            f"{what}: embeddings of dimension {dim}, the model takes {model.card.dim}. Give rows made with the same "
-            "encoder as the training data"
-        )
-
-
-def _encoded(
-    texts: list[str], name: str | None, model: EnergyFlowModel, device: torch.device, console: Console
-) -> Tensor:
-    name = name or _named_encoder(model)
-    encoder = TextEncoder(name, str(device))
-    if encoder.dim != model.card.dim:
-        raise ConfigError(
-            f"encoder = {name}: gives embeddings of dimension {encoder.dim}, the model takes {model.card.dim}. Give "
-            f"the encoder of the training data{f', {model.card.encoder}' if model.card.encoder else ''}"
-        )
-    if cut := encoder.num_cut(texts):
-        _say(console, f"{cut} of the texts are longer than the encoder reads: their ends are left out")
-    return torch.from_numpy(encoder.encode(texts))
-
-
-def _named_encoder(model: EnergyFlowModel) -> str:
-    """The encoder that a model's file names: of a known publisher, as an encoder brings weights and code of its own."""
-    name = model.card.encoder
-    if name is None:
-        raise ConfigError(
-            "encoder = null: the model doesn't say what made the embeddings that it was trained with. Give "
-            "encoder=NAME, the sentence-transformers model that did"
-        )
-    if not re.fullmatch(rf"{_PUBLISHER}/[\w-][\w.-]*", name):
-        raise ConfigError(
-            f"encoder = null: the model names {name!r}, which isn't one of {_PUBLISHER}/. An encoder brings files of "
-            f"its own: if you trust it, give it yourself, encoder={name}"
-        )
-    return name
+        return inputs_of_file(settings.input, model.card)
+    assert settings.row is not None
+    return input_of_split(settings.split, settings.row, data, model.card)
 
 
 @torch.no_grad()
@@ -203,25 +136,19 @@ def _embed(model: EnergyFlowModel, source: Tensor, batch_size: int, console: Con
     return torch.cat([model(block.to(device)).cpu() for block in watched])
 
 
-def _say(console: Console, what: str) -> None:
-    console.print(what, highlight=False, markup=False, soft_wrap=True)
-
-
 def _show(console: Console, inputs: Inputs, gallery: Gallery, score: Tensor, index: Tensor) -> None:
-    """A table per input, of the first ones that there are scores of; the true name is marked."""
+    """Print a table for each row of `score`; the true name is marked."""
     for label, scores, found in zip(inputs.labels, score.tolist(), index.tolist(), strict=False):
         console.print(Text(label, style="bold"), soft_wrap=True)
-        table = Table()
-        table.add_column("", justify="right")
-        table.add_column("word")
-        table.add_column("cosine", justify="right")
-        for place, (value, candidate) in enumerate(zip(scores, found, strict=True), 1):
-            name = gallery.names[candidate]
-            table.add_row(str(place), Text(f"{name}  <- the true one" if name == inputs.true else name), f"{value:.4f}")
-        console.print(table)
+        names = [gallery.names[candidate] for candidate in found]
+        rows = [
+            [str(place), f"{name}  <- the true one" if name == inputs.true else name, f"{value:.4f}"]
+            for place, (name, value) in enumerate(zip(names, scores, strict=True), 1)
+        ]
+        console.print(rich_table(["", "word", "cosine"], rows, left=["word"], wrap=["word"]))
 
 
-def _place(true: str, embedding: Tensor, gallery: Gallery) -> str:
+def _rank_of_true(true: str, embedding: Tensor, gallery: Gallery) -> str:
     candidates = gallery.find(true)
     if not candidates:
         return f"true word: {true}, which is not among the {len(gallery.names):,} candidates"
@@ -231,7 +158,7 @@ def _place(true: str, embedding: Tensor, gallery: Gallery) -> str:
 
 
 def _write(folder: Path, inputs: Inputs, embedding: Tensor, gallery: Gallery, score: Tensor, index: Tensor) -> None:
-    """`predictions.safetensors`: embedding [N, D], neighbour_row and score [N, k]; `neighbours.jsonl`: a line a row."""
+    """Write `predictions.safetensors` (embedding [N, D], neighbour_row and score [N, k]) and `neighbours.jsonl`."""
     row = gallery.row[index]
     arrays = {"embedding": embedding.contiguous(), "neighbour_row": row, "score": score}
     lines = []
@@ -254,16 +181,16 @@ def _main(config: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point."""
-    sys.argv[1:] = [_literal(word) for word in sys.argv[1:]]
+    sys.argv[1:] = [_quoted(word) for word in sys.argv[1:]]
     _main()
 
 
-def _literal(word: str) -> str:
-    """`text=...` may hold any character, also those that Hydra's grammar knows; lists and what is quoted stay."""
+def _quoted(word: str) -> str:
+    """Quote the value of `text=...`, so that it may hold characters of Hydra's grammar; lists and quotes stay."""
     key, _, value = word.partition("=")
     if key != "text" or value in ("", "null") or value[0] in "[\"'":
         return word
-    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # for OmegaConf, which reads ${...} as a reference
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf would read ${...} as a reference
     return f"text={QuotedString(value, Quote.double).with_quotes()}"
 
 

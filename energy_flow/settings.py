@@ -4,8 +4,12 @@ Every class owns its `Settings`; the defaults are in `conf/` only.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -27,6 +31,7 @@ class PathSettings(Settings):
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+P = ParamSpec("P")
 
 
 def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
@@ -49,17 +54,60 @@ def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
         raise ConfigError("\n".join(_join(found))) from error
 
 
-def check_type(value: Any, annotation: Any, key: str) -> None:
-    """Check a config value against a third-party function's annotation.
+@dataclass(frozen=True)
+class Remedy:
+    """The end of a message about an argument: `Annotated[int, Field(ge=1), Remedy("null removes the callback")]`."""
+
+    text: str
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> None:
+    """Check arguments against a function's annotations. Mappings and arguments without an annotation pass.
+
+    Args:
+        function: may be third-party code.
+        arguments: by name.
+        key: the config section of the arguments.
 
     Raises:
-        ConfigError: names the key, the value and the type.
+        ConfigError: names every wrong argument with its key, its value, the limit and the `Remedy`.
     """
+    hints = typing.get_type_hints(function, include_extras=True)
+    checked = {name: value for name, value in arguments.items() if name in hints and not isinstance(value, Mapping)}
+    found = [line for name, value in checked.items() for line in _wrong_value(value, hints[name], f"{key}.{name}")]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def checked_arguments(key: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a constructor: check its arguments with `check_arguments` before it runs.
+
+    Args:
+        key: the config section, for messages.
+    """
+
+    def decorate(constructor: Callable[P, None]) -> Callable[P, None]:
+        signature = inspect.signature(constructor)
+
+        @functools.wraps(constructor)
+        def construct(*args: P.args, **kwargs: P.kwargs) -> None:
+            check_arguments(constructor, signature.bind(*args, **kwargs).arguments, key)
+            constructor(*args, **kwargs)
+
+        return construct
+
+    return decorate
+
+
+def _wrong_value(value: Any, annotation: Any, key: str) -> list[str]:
+    """Lines of a message if the value doesn't have the type; otherwise none."""
     try:
         TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
     except ValidationError as error:
-        found = [(f"{key} = {_shown(value)}", _reason(detail)) for detail in error.errors(include_url=False)]
-        raise ConfigError("\n".join(_join(found))) from error
+        lines = _join((f"{key} = {_shown(value)}", _reason(detail)) for detail in error.errors(include_url=False))
+        remedies = [extra.text for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, Remedy)]
+        return ["; ".join([line, *remedies]) for line in lines]
+    return []
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -25,11 +25,12 @@ from energy_flow.runs.checks import check_loss, refuse_processes
 from energy_flow.runs.instantiate import build_all, build_loggers
 from energy_flow.runs.job import is_multirun
 from energy_flow.runs.log import filter_warnings
-from energy_flow.runs.results import finish, hyper_parameters, read_metrics, test
+from energy_flow.runs.results import finish, hyper_parameters, read_metrics, run_test
 from energy_flow.runs.settings import TrainSettings
 from energy_flow.runs.trainer import build_trainer
 from energy_flow.runs.training import fit, introduce, log_results
 from energy_flow.settings import read
+from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.module import EnergyFlowModule
 
 
@@ -125,12 +126,12 @@ def _test(
     if score is not None:
         metrics[settings.optimized_metric] = float(score)
     if settings.test and data.test is not None:
-        keep = {task_of(settings.optimized_metric).row_measure: Path(settings.paths.output_dir, FILE)}
-        metrics |= test(trainer, module, data, best_path or None, keep)
+        keep = KeepRowScores(Path(settings.paths.output_dir, FILE), task_of(settings.optimized_metric).row_measure)
+        metrics |= run_test(trainer, module, data, best_path or None, [keep])
     else:
         console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
     results = finish(settings, trainer, module, data, metrics, console)
-    log_results(trainer, hyper_parameters(settings), results.headlines())
+    log_results(trainer, hyper_parameters(settings), results.summary())
     console.print(
         f"trained {seconds:.0f} s; TensorBoard: tensorboard --logdir {settings.paths.log_dir}", soft_wrap=True
     )

@@ -1,8 +1,8 @@
-"""How the earlier code base did it: one Python object per flow, loops, dictionaries, `.item()`, one stack per group.
+"""The method of the earlier code base: one Python object per flow, loops, dictionaries, `.item()`, a stack per group.
 
-The "before" side of `benchmark=report`, slow on purpose; nothing else imports it. It follows the report's section
-"Identified Performance Issues": completed flows are found by a list comprehension, grouped by their coordinates in a
-dictionary, aggregated group by group with tensors that are made anew for every group, and deleted one by one.
+This is the "before" side of `benchmark=report`, slow on purpose; nothing else imports it. It follows the performance
+analysis: a list comprehension finds completed flows, a dictionary groups them by coordinate, a loop aggregates group
+by group with new tensors, and flows are deleted one by one.
 
 Letters: B samples, W x H cells, S = W * H, E energy dimension, H hidden size, L layers.
 """
@@ -35,13 +35,13 @@ Flows = dict[int, ListFlow]  # by id
 
 
 def select_active(flows: Flows) -> tuple[Tensor, Tensor]:
-    """Coordinates [A, 3] and energies [A, E] of the active flows."""
+    """Return positions [A, 3] and energies [A, E] of the active flows."""
     active = [flow for flow in flows.values() if flow.status == ACTIVE]
     return torch.stack([flow.position for flow in active]), torch.stack([flow.energy for flow in active])
 
 
 def collect(flows: Flows, width: int, height: int) -> dict[Cell, list[ListFlow]]:
-    """The completed flows, grouped by the cell of their sample that they lie in."""
+    """Group the completed flows by sample and cell."""
     completed = [flow for flow in flows.values() if flow.status in (REACHED, PROJECTED)]
     groups: dict[Cell, list[ListFlow]] = {}
     for flow in completed:
@@ -52,12 +52,13 @@ def collect(flows: Flows, width: int, height: int) -> dict[Cell, list[ListFlow]]
 
 
 def nearest_cell(coordinate: float, num_cells: int) -> int:
+    """Return the cell of a normalised coordinate."""
     place = (coordinate + 1) / 2 * (num_cells - 1)
     return min(max(math.floor(place + 0.5), 0), num_cells - 1)
 
 
 def aggregate(groups: dict[Cell, list[ListFlow]], batch: int, width: int, height: int, empty: Tensor) -> Tensor:
-    """Softmax average of every group: surface [B, S, E]; `empty` [E] is what a cell without landings holds."""
+    """Return the softmax average of every group, a surface [B, S, E]; a cell without landings holds `empty` [E]."""
     surfaces = []
     for sample in range(batch):
         cells = []
@@ -79,22 +80,22 @@ def _average(members: list[ListFlow]) -> Tensor:
 
 
 def _distance(z: Tensor) -> Tensor:
-    """To the nearest plane; z = 0 goes to z0."""
+    """Return the distance to the nearest plane; z = 0 goes to z0."""
     return 1 - z if z.item() > 0 else 1 + z
 
 
 def cleanup(flows: Flows, device: torch.device) -> None:
-    """Delete the flows that have ended, one by one, and tidy up the device every time."""
+    """Delete the ended flows one by one, and empty the device's cache every time."""
     for key in [key for key, flow in flows.items() if flow.status != ACTIVE]:
         del flows[key]
-    # The earlier code also reset the peak counters here; not done, they are what this benchmark reads.
+    # The earlier code also reset the peak counters here. This benchmark reads them, so it does not.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
 def forward(processor: FlowProcessor, embedding: Tensor) -> Tensor:
-    """A whole forward pass, flow by flow, with the processor's parameters: embedding [B, D] -> [B, D]."""
+    """Run a forward pass, flow by flow, with the processor's parameters: embedding [B, D] -> [B, D]."""
     settings = processor.settings
     surface = processor.map_in(embedding)
     flows = _place(surface, processor)
@@ -113,7 +114,7 @@ def forward(processor: FlowProcessor, embedding: Tensor) -> Tensor:
 
 
 def _place(surface: Tensor, processor: FlowProcessor) -> Flows:
-    """surface [B, S, E] -> one flow per cell, in the middle plane."""
+    """Place one flow per cell of a surface [B, S, E], in the middle plane."""
     width, height = processor.settings.width, processor.settings.height
     flows: Flows = {}
     for sample in range(surface.shape[0]):
@@ -135,17 +136,17 @@ def _place(surface: Tensor, processor: FlowProcessor) -> Flows:
 def _step(flow: ListFlow, processor: FlowProcessor, scale: Tensor) -> None:
     carrier = processor.carrier
     features = processor.neuron.network(torch.cat([flow.position, flow.energy]))
-    memory = torch.cat([features, flow.energy])
+    top = torch.cat([features, flow.energy])
     hidden = []
     for cell, old in zip(carrier.cells, flow.hidden, strict=True):
         assert isinstance(cell, nn.GRUCell)
-        memory = cell(memory, old)
-        hidden.append(memory)
-    change = carrier.energy_head(memory)
+        top = cell(top, old)
+        hidden.append(top)
+    change = carrier.energy_head(top)
     flow.energy = flow.energy + change if processor.model.residual_energy else torch.tanh(change)
     flow.hidden = hidden
     limit = processor.settings.movement.max_displacement
-    moved = flow.position + (scale * carrier.displacement_head(memory)).clamp(-limit, limit)
+    moved = flow.position + (scale * carrier.displacement_head(top)).clamp(-limit, limit)
     z = moved[2]
     if abs(z.item()) >= 1:
         z = torch.full_like(z, math.copysign(1.0, z.item()))

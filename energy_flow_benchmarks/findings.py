@@ -1,27 +1,45 @@
-"""What a benchmark finds: rows of measurements, and tables and notes beside them."""
+"""Results of a benchmark: measured rows, tables of text and notes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Time and memory of one variant; both are None where memory ran out."""
+
+    seconds: float | None  # median
+    peak_bytes: int | None = None  # beyond the memory in use before; None: not measured
+
+    def rate(self, amount: float) -> float:
+        """Return `amount` per second.
+
+        Raises:
+            RuntimeError: there is no time, because memory ran out.
+        """
+        if self.seconds is None:
+            raise RuntimeError("out of memory: the rate of this machine could not be measured")
+        return amount / self.seconds
+
+
+@dataclass(frozen=True)
 class Row:
-    """One measurement; these are also the keys of a row of `benchmark.json`."""
+    """One measurement. The fields are the keys of a row of `benchmark.json`."""
 
     benchmark: str
-    case: str  # what was done, and which variant the ratio is to
+    case: str  # the work, and the variant that ratios refer to
     size: int  # of the case: flows, landings, ...
-    variant: str  # who did it
+    variant: str
     seconds: float | None  # median; None: not measured
-    peak_bytes: int | None = None  # most memory while it ran, beyond what was there before; None: not measured
-    ratio: float | None = None  # seconds of the baseline / seconds: how many times faster than the baseline
-    share: float | None = None  # of the machine's rate that the arithmetic ran at; None: not asked
-    count: int | None = None  # of events, where these were counted and nothing was timed
+    peak_bytes: int | None = None  # beyond the memory in use before; None: not measured
+    ratio: float | None = None  # seconds of the baseline / seconds
+    share: float | None = None  # least seconds at the machine's own rate / seconds; None: does not apply
+    count: int | None = None  # of events, where events were counted and nothing was timed
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of words: what was found, read for a reader."""
+    """A table of text cells."""
 
     title: str
     columns: tuple[str, ...]
@@ -30,7 +48,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that one benchmark has found."""
+    """All results of one benchmark."""
 
     rows: list[Row]
     grids: list[Grid] = field(default_factory=list)
@@ -41,34 +59,50 @@ def rows_of(
     benchmark: str,
     case: str,
     size: int,
-    seconds: dict[str, float | None],
+    found: Mapping[str, Measured],
     baseline: str | None = None,
-    peaks: dict[str, int | None] | None = None,
+    least: float | None = None,
 ) -> list[Row]:
-    """One row per variant of a case.
+    """Return one row per variant of a case.
 
     Args:
-        seconds: per variant; None where it was not measured.
-        baseline: the variant that ratios refer to, None for no ratios.
-        peaks: bytes per variant.
+        benchmark, case, size: the same fields of all rows; the case also names the baseline.
+        found: measurements by variant.
+        baseline: the variant that ratios refer to; None: no ratios.
+        least: seconds that the machine's own rate allows; None: no shares.
     """
-    base = None if baseline is None else seconds[baseline]
+    base = None if baseline is None else found[baseline].seconds
+    case = case if baseline is None else f"{case}; ratio to {baseline}"
     return [
         Row(
-            benchmark=benchmark,
-            case=case,
-            size=size,
-            variant=variant,
-            seconds=taken,
-            peak_bytes=(peaks or {}).get(variant),
-            ratio=base / taken if base is not None and taken else None,
+            benchmark,
+            case,
+            size,
+            variant,
+            one.seconds,
+            one.peak_bytes,
+            ratio=base / one.seconds if base and one.seconds else None,
+            share=least / one.seconds if least and one.seconds else None,
         )
-        for variant, taken in seconds.items()
+        for variant, one in found.items()
     ]
 
 
+def grid_by_size(title: str, heading: str, sizes: Iterable[int], unit: str, lines: Mapping[str, Sequence[str]]) -> Grid:
+    """Return a table with a line per variant and a column per size.
+
+    Args:
+        title: of the table.
+        heading: of the first column.
+        sizes, unit: of the other columns, such as 1000 and "flows".
+        lines: cells by the text of the first column.
+    """
+    columns = (heading, *(f"{size:,} {unit}" for size in sizes))
+    return Grid(title, columns, tuple((name, *cells) for name, cells in lines.items()))
+
+
 def find(rows: Iterable[Row], case: str, size: int, variant: str) -> Row:
-    """The row of a case that begins with `case`.
+    """Return the first row whose case begins with `case`.
 
     Raises:
         KeyError: there is no such row.
@@ -79,6 +113,6 @@ def find(rows: Iterable[Row], case: str, size: int, variant: str) -> Row:
     raise KeyError(f"{case}, {size}, {variant}")
 
 
-def sizes(rows: Iterable[Row], case: str) -> list[int]:
-    """The sizes at which a case was measured, ascending."""
+def sizes_of(rows: Iterable[Row], case: str) -> list[int]:
+    """Return the sizes of a case, ascending."""
     return sorted({row.size for row in rows if row.case.startswith(case)})

@@ -1,23 +1,20 @@
-"""The flows that both sides of `benchmark=report` work on, and the two forms that they are put into.
+"""The flows of `benchmark=report`, and their two forms: Python objects (before) and tensors (now).
 
-The one place that knows how finished flows get into the framework's own structures.
+Only this module knows how finished flows get into the framework's own structures.
 """
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from energy_flow.config import config_dir
 from energy_flow.core.energy_lattice import Deposits, EnergyLattice, LatticeSettings
-from energy_flow.core.flow_processor import FlowProcessor, ModelSettings
-from energy_flow.core.tensorized_flow_storage import FlowState, FlowStatus, TensorizedFlowStorage, TensorPool
-from energy_flow.settings import read
+from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.tensor_pool import TensorPool
+from energy_flow.core.tensorized_flow_storage import FlowState, FlowStatus, TensorizedFlowStorage
 from energy_flow_benchmarks import before
+from energy_flow_benchmarks.workload import lattice_settings, model_settings
 
 EMBEDDING_DIM = 8
 DEPTH = 40
@@ -31,7 +28,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class FlowTensors:
-    """Flows of one batch; neither side may write to them."""
+    """Flows of one batch. Neither side may write to them."""
 
     position: Tensor  # [B, M, 3]
     energy: Tensor  # [B, M, E]
@@ -39,42 +36,24 @@ class FlowTensors:
     steps: Tensor  # int64 [B, M]
     status: Tensor  # uint8 [B, M]
 
-    @property
-    def device(self) -> torch.device:
-        return self.position.device
-
 
 def plane_of(num_flows: int) -> tuple[int, int]:
-    """Width and height of a plane of that many cells, as square as it can be."""
+    """Return width and height of a plane with one cell per flow, as square as possible."""
     height = next(size for size in range(math.isqrt(num_flows), 0, -1) if num_flows % size == 0)
     return num_flows // height, height
 
 
-def lattice_settings(width: int, height: int, *, depth: int, max_steps: int | None = None) -> LatticeSettings:
-    """The default lattice at another size; one landing goes to one cell, as in the report."""
-    own = {"width": width, "height": height, "depth": depth, "max_steps": max_steps, "deposit": "nearest"}
-    return read(LatticeSettings, {**_defaults("lattice"), **own}, "lattice")
-
-
-def model_settings(energy_dim: int, hidden_size: int) -> ModelSettings:
-    """The default networks at another size."""
-    own = {"energy_dim": energy_dim, "hidden_size": hidden_size}
-    return read(ModelSettings, {**_defaults("model"), **own}, "model")
-
-
-def _defaults(group: str) -> dict[Any, Any]:
-    """The default option of a config group, read by itself: Hydra composes one config at a time."""
-    plain = OmegaConf.to_container(OmegaConf.load(Path(config_dir(), group, "default.yaml")))
-    assert isinstance(plain, dict)
-    return plain
+def report_lattice(width: int, height: int, *, depth: int) -> LatticeSettings:
+    """Return the default lattice at another size, where one landing touches one cell, as in the analysis."""
+    return lattice_settings({"width": width, "height": height, "depth": depth, "deposit": "nearest"})
 
 
 def finished_flows(
     samples: int, lattice: LatticeSettings, energy_dim: int, hidden_size: int, device: torch.device, seed: int
 ) -> FlowTensors:
-    """Flows after their last step: 1 in 20 was removed, half of the others reached a plane, the rest was projected.
+    """Draw flows after their last step: 5% removed, half of the others on a plane, the rest projected.
 
-    Every flow lies somewhere within a random cell, well away from its border: rounding can't change the cell.
+    Every flow is inside a random cell, away from its border, so that rounding cannot change the cell.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (samples, lattice.num_cells)
@@ -101,13 +80,13 @@ def finished_flows(
 
 
 def under_way(flows: FlowTensors) -> FlowTensors:
-    """The same flows in the middle of a rollout: those that will be projected are still active."""
+    """Return the same flows in the middle of a rollout: the projected ones are still active."""
     status = flows.status.masked_fill(flows.status == FlowStatus.PROJECTED, FlowStatus.ACTIVE)
     return FlowTensors(**{**vars(flows), "status": status})
 
 
 def as_list(flows: FlowTensors) -> before.Flows:
-    """One object per flow, each with tensors of its own; energies and positions ask for gradients, as in training."""
+    """Make one object per flow, with tensors of its own. Energies and positions need gradients, as in training."""
     listed: before.Flows = {}
     status, steps = flows.status.tolist(), flows.steps.tolist()
     for sample in range(flows.position.shape[0]):
@@ -125,14 +104,14 @@ def as_list(flows: FlowTensors) -> before.Flows:
 
 @dataclass(frozen=True)
 class TensorFlows:
-    """The same flows as the framework keeps them."""
+    """Flows in the framework's own storage."""
 
     storage: TensorizedFlowStorage
-    memory: Tensor  # [B, M, H]: what flows remember lies with the rollout; kept here as long as the flows are
+    hidden: Tensor  # [B, M, H]; the rollout holds it as long as the flows
 
 
 def as_tensors(flows: FlowTensors) -> TensorFlows:
-    """The framework's storage, with memory of its own; energies and positions ask for gradients, as in training."""
+    """Copy the flows into the framework's storage. Energies and positions need gradients, as in training."""
     state = FlowState(
         position=flows.position.clone().requires_grad_(),
         energy=flows.energy.clone().requires_grad_(),
@@ -149,20 +128,25 @@ def collect(lattice: EnergyLattice, flows: TensorFlows) -> Deposits:
 
 
 def select_active(flows: TensorFlows) -> tuple[Tensor, Tensor]:
-    """Coordinates [A, 3] and energies [A, E] of the active flows. The rollout needs no more than the mask."""
-    active = flows.storage.where(FlowStatus.ACTIVE)
+    """Return positions [A, 3] and energies [A, E] of the active flows. The rollout itself needs the mask alone."""
+    active = flows.storage.status == FlowStatus.ACTIVE
     return flows.storage.state.position[active], flows.storage.state.energy[active]
 
 
 def bare_lattice(settings: LatticeSettings, energy_dim: int) -> EnergyLattice:
-    """A lattice to collect with; nothing is read back from its surface."""
+    """Return a lattice for collection alone: it has no map out."""
     return EnergyLattice(settings, energy_dim, nn.Identity())
 
 
-def after_a_batch(samples: int, lattice: LatticeSettings, energy_dim: int, device: torch.device) -> FlowProcessor:
-    """A processor that has just run a batch of as many flows, and holds what they left: what the cleanup is for."""
+def processor_after_batch(
+    samples: int, lattice: LatticeSettings, energy_dim: int, device: torch.device
+) -> FlowProcessor:
+    """Return a processor that has just run a batch of as many flows, and still holds its output for the cleanup."""
     one_step = lattice.model_copy(update={"max_steps": 1})
-    processor = FlowProcessor(EMBEDDING_DIM, one_step, model_settings(energy_dim, hidden_size=4), seed=0).to(device)
+    processor = FlowProcessor(
+        EMBEDDING_DIM, one_step, model_settings({"energy_dim": energy_dim, "hidden_size": 4}), seed=0
+    )
+    processor = processor.to(device)
     with torch.no_grad():
         processor(torch.randn(samples, EMBEDDING_DIM, device=device))
     return processor

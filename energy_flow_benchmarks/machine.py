@@ -1,4 +1,4 @@
-"""On what, with what and when a benchmark was run: figures mean nothing without."""
+"""The machine, the versions and the date of a benchmark: figures mean nothing without them."""
 
 import datetime
 import importlib.metadata
@@ -15,7 +15,7 @@ MachineValue = str | int | None
 
 
 def describe_machine(device: torch.device, command: str) -> dict[str, MachineValue]:
-    """CPU, cores, threads, GPU, versions, date and the command; None for what isn't there."""
+    """Return CPU, cores, threads, GPU, versions, date and command; None for a missing part."""
     return {
         "cpu": _cpu_model(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),

@@ -1,91 +1,98 @@
-"""Measuring: alternating medians of several variants, peak memory, and the rates of the machine itself."""
+"""Measure alternating variants: median time and peak memory."""
 
 import gc
-import itertools
+import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import psutil
 import torch
+from pydantic import Field
 
+from energy_flow.core.engine.chunking import is_out_of_memory
+from energy_flow.settings import Settings
 from energy_flow.training.callbacks.memory_cleanup import trim_host
+from energy_flow_benchmarks.findings import Measured
 
+log = logging.getLogger(__name__)
+
+Count = Annotated[int, Field(ge=1)]
 Clock = Callable[[], float]
+Name = TypeVar("Name", bound=Hashable)
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # what clear_refs takes for "forget the peak of the resident memory"
+# Unmeasured runs of every turn. On a GPU a rollout runs twice, then records a CUDA graph, then replays it.
+WARMUP = {"cuda": 4, "cpu": 1}
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Effort(Settings):
+    """How much time a measurement takes."""
+
+    repeats: Count  # rounds
+    min_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of one turn
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Work that uses up what it works on: `setup` makes it anew before every run, outside of the measurement."""
+    """Work that uses up its input: `setup` makes a new one before every run, unmeasured."""
 
     setup: Callable[[], Any]
     run: Callable[[Any], Any]
 
+    def ready(self) -> Callable[[], Any]:
+        """Prepare one run."""
+        subject = self.setup()
+        return lambda: self.run(subject)
+
 
 Work = Callable[[], Any] | Prepared
+Build = Callable[[], Work]
 
 
-def compare(
-    variants: Mapping[str, Work],
-    device: torch.device,
-    *,
-    repeats: int = 3,
-    min_seconds: float = 0.1,
-    warmup: int = 1,
-    clock: Clock = time.perf_counter,
-) -> dict[str, float]:
-    """Median seconds of every variant, measured in one run and in turns.
+def measure(
+    variants: Mapping[Name, Build], device: torch.device, effort: Effort, clock: Clock = time.perf_counter
+) -> dict[Name, Measured]:
+    """Measure time and peak memory of all variants, which alternate for `effort.repeats` rounds.
 
-    A machine drifts: it warms up, and others use it too. So the variants take turns, `repeats` rounds of them; in its
-    turn a variant runs until `min_seconds` have passed, at least once. Every single run counts for the median.
-
-    Python's garbage collector rests meanwhile, as in `timeit`. On CUDA a run is timed by events on the device, from an
-    idle device to the end of the last kernel: work on the host in between counts, waiting for the host doesn't.
+    A machine drifts: it heats up, and other programs use it too. So each round has one turn per variant. In its turn a
+    variant is built, warmed up, timed until `effort.min_seconds` have passed, and freed; only one is in memory at a
+    time. A variant that runs out of memory has no further turns.
 
     Args:
-        variants: what to measure, by name.
-        device: where it runs.
-        repeats: rounds.
-        min_seconds: time of one turn, preparations included.
-        warmup: runs of every variant that don't count.
+        variants: functions that build the work, by name.
+        device: where the work runs.
+        effort: rounds, and seconds of a turn.
         clock: seconds, for devices without events.
+
+    Returns:
+        Seconds: the median over rounds of each turn's median. Peak: the smallest over rounds, because in the first
+        round compilers and libraries take memory of their own.
     """
-    timer = _event_seconds if device.type == "cuda" else lambda run: _clock_seconds(run, clock)
-    for work, _ in itertools.product(variants.values(), range(warmup)):
-        _bound(work)()
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for _, (name, work) in itertools.product(range(repeats), variants.items()):
-        gc.collect()
-        begin, enabled = clock(), gc.isenabled()
-        gc.disable()
-        try:
-            while True:
-                taken[name].append(timer(_bound(work)))
-                if clock() - begin >= min_seconds:
-                    break
-        finally:
-            if enabled:
-                gc.enable()
-    return {name: statistics.median(runs) for name, runs in taken.items()}
+    turns: dict[Name, list[Measured]] = {name: [] for name in variants}
+    for _ in range(effort.repeats):
+        for name, build in variants.items():
+            if all(turn.seconds is not None for turn in turns[name]):
+                turns[name].append(_turn(build, device, effort.min_seconds, clock))
+                free(device)
+    return {name: _combined(own) for name, own in turns.items()}
 
 
 def peak_memory(work: Work, device: torch.device) -> int | None:
-    """Most bytes that one run of `work` holds beyond what was there before; a run of its own, not timed.
+    """Return the most bytes that one run holds beyond the memory in use before.
 
-    On CUDA: what tensors hold of the allocator, as the allocator rounds it. On a CPU: growth of the resident memory of
-    this process, by the kernel's own high-water mark. So Python objects, autograd nodes and what the allocator adds to
-    every tensor count: for many small tensors they are most of it. Memory that the process held but had free is given
-    back first; what of it can't be given back makes the result too small, never too large.
+    On CUDA: bytes of tensors, as the allocator rounds them. On a CPU: growth of this process's resident memory, by the
+    kernel's high-water mark. So Python objects and autograd nodes count, which are most of it for many small tensors.
+    Free memory of the process is first given back to the system. The rest of it makes the result too small, never too
+    large.
 
     Returns:
-        None where the system keeps no high-water mark that can be reset (anything but Linux).
+        None where the system has no high-water mark to reset (other systems than Linux).
     """
-    run = _bound(work)
+    run = ready(work)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -95,41 +102,83 @@ def peak_memory(work: Work, device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         del kept
         return torch.cuda.max_memory_allocated(device) - before
-    return _resident_growth(run)
+    trim_host()
+    try:
+        _CLEAR_REFS.write_text("5")  # resets the high-water mark
+    except OSError:
+        return None
+    before = psutil.Process().memory_info().rss
+    kept = run()
+    peak = _high_water_mark()
+    del kept
+    return max(0, peak - before)
 
 
-def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype, device: torch.device, **options: Any) -> float:
-    """FLOP/s of the product [m, k] x [k, n]: what this machine can do, measured now. `options` go to `compare`."""
-    left, right = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
-    out = torch.empty(m, n, dtype=dtype, device=device)
-    seconds = compare({"product": lambda: torch.mm(left, right, out=out)}, device, **options)
-    return 2 * m * k * n / seconds["product"]
+def ready(work: Work) -> Callable[[], Any]:
+    """Return one run of the work, prepared."""
+    return work.ready() if isinstance(work, Prepared) else work
 
 
-def copy_rate(num_bytes: int, device: torch.device, **options: Any) -> float:
-    """Bytes/s of a copy, bytes read and bytes written both counted. `options` go to `compare`."""
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    return 2 * num_bytes / compare({"copy": lambda: target.copy_(source)}, device, **options)["copy"]
+def free(device: torch.device) -> None:
+    """Give unused memory of a GPU back to its driver, the allocator's reserve included."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
-def _bound(work: Work) -> Callable[[], Any]:
-    """One run, prepared."""
-    if not isinstance(work, Prepared):
-        return work
-    subject = work.setup()
-    return lambda: work.run(subject)
+def _turn(build: Build, device: torch.device, min_seconds: float, clock: Clock) -> Measured:
+    built: list[Work] = []
+
+    def first_runs() -> None:
+        built.append(build())
+        for _ in range(WARMUP[device.type]):
+            ready(built[0])()
+
+    try:
+        peak = peak_memory(first_runs, device)
+        return Measured(_median_seconds(built[0], device, min_seconds, clock), peak)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        log.info("out of memory: %s", error)
+        return Measured(None, None)
+
+
+def _combined(turns: list[Measured]) -> Measured:
+    seconds = [turn.seconds for turn in turns if turn.seconds is not None]
+    if len(seconds) < len(turns):
+        return Measured(None, None)
+    peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]
+    return Measured(statistics.median(seconds), min(peaks, default=None))
+
+
+def _median_seconds(work: Work, device: torch.device, min_seconds: float, clock: Clock) -> float:
+    """Time runs until `min_seconds` have passed, at least one. As in timeit, no garbage is collected meanwhile."""
+    taken: list[float] = []
+    gc.collect()
+    begin, enabled = clock(), gc.isenabled()
+    gc.disable()
+    try:
+        while not taken or clock() - begin < min_seconds:
+            run = ready(work)
+            taken.append(_event_seconds(run) if device.type == "cuda" else _clock_seconds(run, clock))
+    finally:
+        if enabled:
+            gc.enable()
+    return statistics.median(taken)
 
 
 def _clock_seconds(run: Callable[[], Any], clock: Clock) -> float:
     begin = clock()
     kept = run()
     seconds = clock() - begin
-    del kept  # what a run returns is let go outside of the measurement
+    del kept  # to free a result takes time that isn't part of the run
     return seconds
 
 
 def _event_seconds(run: Callable[[], Any]) -> float:
+    """From an idle device to the end of the last kernel. Work on the host counts; the host's wait does not."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
@@ -140,20 +189,16 @@ def _event_seconds(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def _resident_growth(run: Callable[[], Any]) -> int | None:
-    trim_host()
-    try:
-        _RESET.write_text(_RESET_PEAK)
-    except OSError:
-        return None
-    before = _resident("VmRSS")
-    kept = run()
-    after = _resident("VmHWM")
-    del kept
-    return max(0, after - before)
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Search the chain of errors: one that ends the recording of a CUDA graph hides behind an error of the graph."""
+    while error is not None:
+        if is_out_of_memory(error):
+            return True
+        error = error.__context__
+    return False
 
 
-def _resident(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+def _high_water_mark() -> int:
+    """Most resident bytes since the last reset."""
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
+    return int(lines["VmHWM"].split()[0]) * 1024

@@ -1,8 +1,8 @@
-"""What a benchmark leaves: `benchmark.json`, `benchmark.md` and tables on the screen."""
+"""Show and write the results of a benchmark: the screen, `benchmark.json` and `benchmark.md`."""
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,37 +12,37 @@ from energy_flow_benchmarks.findings import Findings, Grid, Row
 from energy_flow_benchmarks.machine import MachineValue
 
 COLUMNS = ("case", "size", "variant", "time", "peak memory", "ratio", "share of the rate", "count")
-ALWAYS = 6  # of these columns are shown even if nothing is in them
-SAID = ("date", "command")  # of the machine: they stand at the top of the page
-LONG = 60  # a cell of more characters goes over several lines, and lines need rules between them
+ALWAYS = 6  # the first columns are shown even where they are empty
+AT_THE_TOP = ("date", "command")  # of the machine's values
+LONG = 60  # characters of a cell that needs several lines, and so rules between the rows
 TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def write(folder: Path, machine: Mapping[str, MachineValue], findings: Findings) -> None:
-    """Write `benchmark.json` (machine and rows) and `benchmark.md` (all that was found, dated)."""
+    """Write `benchmark.json` (machine and rows) and `benchmark.md` (all results, dated) into a folder."""
     rows = [dataclasses.asdict(row) for row in findings.rows]
     (folder / "benchmark.json").write_text(json.dumps({"machine": dict(machine), "rows": rows}, indent=2) + "\n")
     (folder / "benchmark.md").write_text(markdown(machine, findings))
 
 
 def markdown(machine: Mapping[str, MachineValue], findings: Findings) -> str:
-    """All that was found as a page of its own."""
-    name = findings.rows[0].benchmark
-    about = [f"- {key}: {value}" for key, value in machine.items() if value is not None and key not in SAID]
+    """Return the results as a page of their own."""
+    about = [f"- {key}: {value}" for key, value in machine.items() if value is not None and key not in AT_THE_TOP]
+    grids = (*findings.grids, _measurements(findings.rows))
     parts = [
-        f"# benchmark={name}, {machine['date']}",
+        f"# benchmark={findings.rows[0].benchmark}, {machine['date']}",
         f"```\n{machine['command']}\n```",
         "\n".join(about),
         "\n".join(f"- {note}" for note in findings.notes),
         "![measurements](benchmark.png)",
-        *(f"## {grid.title}\n\n{_markdown_table(grid)}" for grid in (*findings.grids, _measurements(findings.rows))),
+        *(f"## {grid.title}\n\n{_markdown_table(grid.columns, grid.lines)}" for grid in grids),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def show(console: Console, machine: Mapping[str, MachineValue], findings: Findings) -> None:
-    """The same on the screen."""
+    """Print the results."""
     for grid in (_measurements(findings.rows), *findings.grids):
         long = any(len(cell) > LONG for line in grid.lines for cell in line)
         table = Table(title=grid.title, title_justify="left", show_lines=long)
@@ -54,8 +54,27 @@ def show(console: Console, machine: Mapping[str, MachineValue], findings: Findin
         console.print(table, markup=False)
     for note in findings.notes:
         console.print(note, highlight=False, markup=False)
-    where = ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None and key != "command")
-    console.print(where, style="dim", highlight=False, markup=False)
+    about = ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None and key != "command")
+    console.print(about, style="dim", highlight=False, markup=False)
+
+
+def in_seconds(value: float | None) -> str:
+    """Write a time: "12.3 ms"; "-" for None."""
+    return _in_units(value, TIME_UNITS)
+
+
+def in_bytes(value: float | None) -> str:
+    """Write an amount of memory: "1.5 GiB"; "-" for None."""
+    return _in_units(value, BYTE_UNITS)
+
+
+def _in_units(value: float | None, units: Sequence[tuple[float, str]]) -> str:
+    """Write three digits, in the largest unit that leaves at least one digit before the point."""
+    if value is None:
+        return "-"
+    factor, unit = next(((factor, unit) for factor, unit in units if abs(value) >= factor), units[-1])
+    number = value / factor
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
 
 
 def _measurements(rows: Sequence[Row]) -> Grid:
@@ -64,8 +83,8 @@ def _measurements(rows: Sequence[Row]) -> Grid:
             row.case,
             f"{row.size:,}",
             row.variant,
-            in_units(row.seconds, TIME_UNITS),
-            in_units(row.peak_bytes, BYTE_UNITS),
+            in_seconds(row.seconds),
+            in_bytes(row.peak_bytes),
             "-" if row.ratio is None else f"{row.ratio:,.0f}" if row.ratio >= 100 else f"{row.ratio:.3g}",
             "-" if row.share is None else f"{100 * row.share:.3g}%",
             "-" if row.count is None else f"{row.count:,}",
@@ -73,22 +92,10 @@ def _measurements(rows: Sequence[Row]) -> Grid:
         for row in rows
     ]
     shown = [index for index in range(len(COLUMNS)) if index < ALWAYS or any(line[index] != "-" for line in lines)]
-    return Grid(
-        "Measurements",
-        tuple(COLUMNS[index] for index in shown),
-        tuple(tuple(line[index] for index in shown) for line in lines),
-    )
+    columns, *kept = (tuple(line[index] for index in shown) for line in (COLUMNS, *lines))
+    return Grid("Measurements", columns, tuple(kept))
 
 
-def in_units(value: float | None, units: Sequence[tuple[float, str]]) -> str:
-    """Three digits and the largest unit that leaves at least one before the point; - for None."""
-    if value is None:
-        return "-"
-    factor, unit = next(((factor, unit) for factor, unit in units if abs(value) >= factor), units[-1])
-    number = value / factor
-    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
-
-
-def _markdown_table(grid: Grid) -> str:
-    lines = [grid.columns, ("---",) * len(grid.columns), *grid.lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def _markdown_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    table = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)

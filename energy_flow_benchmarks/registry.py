@@ -1,4 +1,4 @@
-"""The benchmarks there are. Another one: a module with settings, `run` and `picture`, and a line here."""
+"""The benchmarks by name. To add one: a module with settings, `run` and `picture`, a config, and a line here."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,18 +12,13 @@ from energy_flow.settings import Settings, did_you_mean, read
 from energy_flow_benchmarks import collect, memory, report, scaling, stability, step
 from energy_flow_benchmarks.findings import Findings, Row
 
-Run = Callable[[Any, torch.device, int, Callable[[str], None]], Findings]
-
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark.
-
-    `run(settings, device, seed, say)` measures; `say(text)` tells the user what it is at. `picture(rows)` draws.
-    """
+    """One benchmark: its settings, `run(settings, device, seed, progress)` and `picture(rows)`."""
 
     settings: type[Settings]
-    run: Run
+    run: Callable[[Any, torch.device, int, Callable[[str], None]], Findings]
     picture: Callable[[list[Row]], Figure]
 
 
@@ -38,10 +33,10 @@ BENCHMARKS = {
 
 
 def read_benchmark(section: Mapping[str, Any]) -> tuple[Benchmark, Settings]:
-    """The benchmark that the config group `benchmark` names, and its settings.
+    """Return the benchmark that the config group `benchmark` names, and its settings.
 
     Raises:
-        ConfigError: no such benchmark, or settings that can't work.
+        ConfigError: there is no such benchmark, or a setting is wrong.
     """
     name = section.get("name")
     if name not in BENCHMARKS:

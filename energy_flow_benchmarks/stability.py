@@ -1,4 +1,4 @@
-"""`benchmark=stability`: a thousand training steps with changing populations; does memory grow, does time?"""
+"""`benchmark=stability`: a long training with changing populations; do memory or time grow?"""
 
 import statistics
 import time
@@ -11,30 +11,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional
 
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.settings import Settings
 from energy_flow.viz.style import BLUE, GREEN, ORANGE, VERMILION, new_figure
+from energy_flow_benchmarks.figures import plain_axes
 from energy_flow_benchmarks.findings import Findings, Grid, Row
-from energy_flow_benchmarks.output import BYTE_UNITS, TIME_UNITS, in_units
-from energy_flow_benchmarks.workload import SHORT, Count, Dtype, SizeSettings, Workload, autocast, free
+from energy_flow_benchmarks.measure import Count, free
+from energy_flow_benchmarks.output import in_bytes, in_seconds
+from energy_flow_benchmarks.workload import SHORT, Dtype, SizeSettings, Workload, autocast, of_device
 
 STEP, RESIDENT = "training step", "resident memory"
 IN_USE, RESERVED = "device memory in use", "device memory reserved"
+STATS = {IN_USE: "allocated_bytes.all.current", RESERVED: "reserved_bytes.all.current"}
 COUNTS = {
     "allocation retries": "num_alloc_retries",
     "segments": "segment.all.current",
     "segments ever allocated": "segment.all.allocated",
 }
 COLOURS = {STEP: BLUE, RESERVED: VERMILION, IN_USE: ORANGE, RESIDENT: GREEN}
-EARLY = 10  # the step that late ones are compared with
+EARLY = 10  # ratios refer to this step
 SETTLED, END = "after warm-up", "at the end"
 LEARNING_RATE = 1e-4
-LOOKS = 10  # measurements of time and memory over the whole run
+NUM_REPORTS = 10  # of time and memory, evenly over the run
 
 
 class StabilityOnDevice(SizeSettings):
-    """What is trained on a kind of device."""
+    """The training on one kind of device."""
 
     dtype: Dtype
     batches: Annotated[list[Count], Field(min_length=1)]
@@ -63,8 +67,8 @@ class StabilitySettings(Settings):
         return self
 
 
-class _Clock:
-    """Seconds of every step; on a GPU by events, read when all is over, so that steps don't wait for each other."""
+class _StepTimer:
+    """Seconds of every step. On a GPU it reads its events at the end, so that steps don't wait for each other."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -91,7 +95,7 @@ class _Clock:
 
 
 class Training:
-    """Steps of a training whose flows spawn, are removed and explore; every batch is new, and sizes take turns."""
+    """A training whose flows spawn, are removed and explore. Every batch is new; batch sizes alternate."""
 
     def __init__(self, workload: Workload, batches: list[int], dtype: Dtype) -> None:
         self.processor: FlowProcessor = workload.processor()
@@ -99,16 +103,16 @@ class Training:
         self._generator = torch.Generator(workload.device).manual_seed(workload.seed)
         self._optimizer = torch.optim.AdamW(self.processor.parameters(), lr=LEARNING_RATE)
         self._num_steps = 0
-        self.created: list[Tensor] = []  # per sample, mean over the batch
+        self.created: list[Tensor] = []  # per step: flows per sample, mean over the batch
         self.removed: list[Tensor] = []
 
     def step(self) -> None:
-        """One step of forward, backward and optimiser."""
+        """Run forward, backward and the optimiser."""
         source, target, rows = self._draw(self._batches[self._num_steps % len(self._batches)])
         self._optimizer.zero_grad()
         with autocast(self._dtype, source.device):
             output: FlowOutput = self.processor(source, rows)
-            loss = torch.nn.functional.mse_loss(output.embedding.float(), target)
+            loss = functional.mse_loss(output.embedding.float(), target)
         loss.backward()
         self._optimizer.step()
         self.processor.optimizer_step.add_(1)
@@ -118,48 +122,49 @@ class Training:
 
     @torch.no_grad()
     def validate(self) -> None:
-        """A batch of the largest size, without noise and without a graph."""
+        """Run a batch of the largest size, without noise and without a graph."""
         self.processor.eval()
         with autocast(self._dtype, self._workload.device):
             self.processor(self._draw(max(self._batches))[0])
         self.processor.train()
 
     def _draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Source and target [B, D], rows [B]."""
+        """Return source and target [B, D] and data rows [B]."""
         shape, device = (batch, self._workload.dim), self._workload.device
         source, target = (torch.randn(shape, generator=self._generator, device=device) for _ in range(2))
         rows = torch.arange(batch, device=device) + self._num_steps * max(self._batches)
-        return torch.nn.functional.normalize(source, dim=-1), torch.nn.functional.normalize(target, dim=-1), rows
+        return functional.normalize(source, dim=-1), functional.normalize(target, dim=-1), rows
 
 
-def run(settings: StabilitySettings, device: torch.device, seed: int, say: Callable[[str], None]) -> Findings:
-    """Train, look at memory now and then, at times in the end.
+def run(settings: StabilitySettings, device: torch.device, seed: int, progress: Callable[[str], None]) -> Findings:
+    """Train; read the memory at some steps, and all times at the end.
 
     Raises:
         RuntimeError: parameters are no longer finite, or the population never changed.
     """
-    own = settings.cuda if device.type == "cuda" else settings.cpu
+    own = of_device(device, settings.cpu, settings.cuda)
     free(device)
     workload = Workload.read(own, settings.dim, device, seed)
-    training, clock = Training(workload, own.batches, own.dtype), _Clock(device)
-    looks = looks_at(settings)
+    training, timer = Training(workload, own.batches, own.dtype), _StepTimer(device)
+    reported = reported_steps(settings)
     rows: list[Row] = []
     for step in range(1, settings.steps + 1):
-        clock.time(training.step)
+        timer.time(training.step)
         if step % settings.validate_every == 0:
             training.validate()
         if step % settings.cleanup_every == 0:
             training.processor.cleanup_memory_safe()
-        if step in looks:
-            say(f"step {step:,} of {settings.steps:,}")
+        if step in reported:
+            progress(f"step {step:,} of {settings.steps:,}")
             rows += _memory_rows(settings, step, device)
-    rows = _time_rows(settings, looks, clock.seconds()) + rows
+    rows = _time_rows(settings, reported, timer.seconds()) + rows
     created, removed = (torch.stack(counts).cpu() for counts in (training.created, training.removed))
-    _require_life(training, created, removed)
+    _require_changes(training.processor, created, removed)
     notes = [
-        f"{settings.steps:,} steps with AdamW, {SHORT[own.dtype]}, batches of {', '.join(map(str, own.batches))} "
-        f"samples in turn, {workload.lattice.num_cells} cells, {workload.lattice.num_steps} steps; a batch without "
-        f"gradients every {settings.validate_every}, cleanup_memory_safe() every {settings.cleanup_every}",
+        f"{settings.steps:,} steps with AdamW, {SHORT[own.dtype]}, alternating batches of "
+        f"{', '.join(map(str, own.batches))} samples, {workload.lattice.num_cells} cells, {workload.lattice.num_steps} "
+        f"steps; a batch without gradients every {settings.validate_every}, cleanup_memory_safe() every "
+        f"{settings.cleanup_every}",
         f"flows created per sample {created.min():.5g} to {created.max():.5g}, removed {removed.min():.5g} to "
         f"{removed.max():.5g}",
         f"time at a step: the median of the {settings.window} steps around it; ratio: to step {EARLY}",
@@ -168,7 +173,7 @@ def run(settings: StabilitySettings, device: torch.device, seed: int, say: Calla
 
 
 def picture(rows: list[Row]) -> Figure:
-    """Time and memory over the steps, both from zero: what grows is seen to grow."""
+    """Draw time and memory over the steps, both from zero, so that growth shows."""
     figure = new_figure(10, 3.6)
     time_axes, memory_axes = figure.subplots(1, 2)
     _draw(time_axes, rows, STEP, lambda row: (row.seconds or 0) * 1e3)
@@ -184,7 +189,7 @@ def picture(rows: list[Row]) -> Figure:
 
 
 def _draw(axes: Axes, rows: list[Row], case: str, value: Callable[[Row], float]) -> None:
-    own = sorted((row for row in rows if row.case.startswith(case)), key=lambda row: row.size)
+    own = [row for row in rows if row.case.startswith(case)]
     if not own:
         return
     values = [value(row) for row in own]
@@ -192,62 +197,61 @@ def _draw(axes: Axes, rows: list[Row], case: str, value: Callable[[Row], float])
     axes.set_ylim(0, max(1.25 * max(values), axes.get_ylim()[1]))
     axes.set_xlim(left=0)
     axes.set_xlabel("step", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
 
 
-def looks_at(settings: StabilitySettings) -> list[int]:
-    """Steps at which time and memory are reported: an early one, the end of the warm-up, then evenly."""
-    evenly = {max(1, settings.steps * part // LOOKS) for part in range(1, LOOKS + 1)}
+def reported_steps(settings: StabilitySettings) -> list[int]:
+    """Return the steps whose time and memory are reported: an early one, the end of the warm-up, then evenly."""
+    evenly = {max(1, settings.steps * part // NUM_REPORTS) for part in range(1, NUM_REPORTS + 1)}
     return sorted({min(EARLY, settings.steps), settings.warmup_steps, *evenly})
 
 
-def _time_rows(settings: StabilitySettings, looks: list[int], seconds: list[float]) -> list[Row]:
-    taken = {step: statistics.median(around(seconds, step, settings.window)) for step in looks}
-    early = taken[min(EARLY, settings.steps)]
-    case = f"{STEP}; ratio to step {min(EARLY, settings.steps)}"
-    return [Row("stability", case, step, "step", one, ratio=early / one) for step, one in taken.items()]
-
-
-def around(seconds: list[float], step: int, window: int) -> list[float]:
-    """Those of the `window` steps around a step (counted from 1), moved inside where it is near an end."""
+def steps_around(seconds: list[float], step: int, window: int) -> list[float]:
+    """Return the seconds of the `window` steps around a step (counted from 1), moved inside near an end."""
     first = min(max(step - 1 - window // 2, 0), max(len(seconds) - window, 0))
     return seconds[first : first + window]
 
 
+def _time_rows(settings: StabilitySettings, reported: list[int], seconds: list[float]) -> list[Row]:
+    taken = {step: statistics.median(steps_around(seconds, step, settings.window)) for step in reported}
+    early = min(EARLY, settings.steps)
+    case = f"{STEP}; ratio to step {early}"
+    return [Row("stability", case, step, "step", one, ratio=taken[early] / one) for step, one in taken.items()]
+
+
 def _memory_rows(settings: StabilitySettings, step: int, device: torch.device) -> list[Row]:
-    resident = psutil.Process().memory_info().rss
-    rows = [Row("stability", RESIDENT, step, "process", None, resident)]
+    rows = [Row("stability", RESIDENT, step, "process", None, psutil.Process().memory_info().rss)]
     if device.type == "cuda":
         found = torch.cuda.memory_stats(device)
-        for case, key in ((IN_USE, "allocated_bytes.all.current"), (RESERVED, "reserved_bytes.all.current")):
-            rows.append(Row("stability", case, step, "allocator", None, found[key]))
+        rows += [Row("stability", case, step, "allocator", None, found[key]) for case, key in STATS.items()]
         if step in (settings.warmup_steps, settings.steps):
             when = SETTLED if step == settings.warmup_steps else END
             rows += [Row("stability", case, step, when, None, count=found[key]) for case, key in COUNTS.items()]
     return rows
 
 
-def _require_life(training: Training, created: Tensor, removed: Tensor) -> None:
-    if not all(bool(parameter.isfinite().all()) for parameter in training.processor.parameters()):
+def _require_changes(processor: FlowProcessor, created: Tensor, removed: Tensor) -> None:
+    if not all(bool(parameter.isfinite().all()) for parameter in processor.parameters()):
         raise RuntimeError("parameters are no longer finite")
-    if created.max() <= training.processor.settings.num_cells or removed.max() == 0:
-        raise RuntimeError("the population never changed: no child was born, or no flow removed, in any step")
+    if created.max() <= processor.settings.num_cells or removed.max() == 0:
+        raise RuntimeError(
+            "the population never changed: no step created a child, or no step removed a flow. In benchmark.cpu.lattice"
+            " (on a GPU benchmark.cuda.lattice) lower spawn.threshold or raise filter.min_displacement"
+        )
 
 
 def growth_grid(rows: list[Row], settings: StabilitySettings) -> Grid:
-    """What was looked at, after the warm-up and at the end."""
+    """Compare time and memory after the warm-up and at the end."""
+    steps = (settings.warmup_steps, settings.steps)
     lines = []
     for case in dict.fromkeys(row.case for row in rows):
         at = {row.size: row for row in rows if row.case == case}
-        lines.append((case, *(_value(at[step]) for step in (settings.warmup_steps, settings.steps))))
-    columns = ("what", f"after {settings.warmup_steps:,} steps", f"after {settings.steps:,} steps")
-    return Grid("What a long training does to memory and time", columns, tuple(lines))
+        lines.append((case, *(_value(at[step]) for step in steps)))
+    columns = ("measured", *(f"after {step:,} steps" for step in steps))
+    return Grid("Growth of memory and time over a long training", columns, tuple(lines))
 
 
 def _value(row: Row) -> str:
     if row.count is not None:
         return f"{row.count:,}"
-    return in_units(row.peak_bytes, BYTE_UNITS) if row.seconds is None else in_units(row.seconds, TIME_UNITS)
+    return in_bytes(row.peak_bytes) if row.seconds is None else in_seconds(row.seconds)

@@ -1,10 +1,9 @@
-"""What training benchmarks run: a lattice of some size, a batch for it, and one training step of a processor."""
+"""The work of the training benchmarks: a lattice, a batch and one training step of a processor."""
 
-import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -14,32 +13,66 @@ from torch.nn import functional
 
 from energy_flow.config import config_dir
 from energy_flow.core.energy_lattice import LatticeSettings
-from energy_flow.core.flow_processor import FlowProcessor, ModelSettings
+from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.networks import ModelSettings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, did_you_mean, read
 
 Dtype = Literal["float32", "bfloat16"]
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Shape = tuple[int, int, int]  # of a product [m, k] x [k, n]
+Shape = tuple[int, int, int]  # m, k, n of a matrix product [m, k] x [k, n]
+OnDevice = TypeVar("OnDevice")
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-TRAINED_STEPS = 1000  # optimiser steps behind us: displacements have their full scale
-STAYS = 0.9  # share of the way to a plane that a flow may go in all steps together
+TRAINED_STEPS = 1000  # earlier optimiser steps: displacements have their full scale
+LONGEST_WAY = 0.9  # of the distance to a plane, for a flow that must not reach it
 
 
 class SizeSettings(Settings):
-    """A preset of the config group `size`, and what is changed of it."""
+    """A preset of the config group `size`, and changes to it."""
 
     size: str
     lattice: dict[str, Any] = Field(default_factory=dict)
     model: dict[str, Any] = Field(default_factory=dict)
 
 
+def of_device(device: torch.device, cpu: OnDevice, cuda: OnDevice) -> OnDevice:
+    """Return the settings for this kind of device."""
+    return cuda if device.type == "cuda" else cpu
+
+
+def lattice_settings(*changes: Mapping[str, Any]) -> LatticeSettings:
+    """Return the default lattice with changes.
+
+    Raises:
+        ConfigError: a change is wrong.
+    """
+    return read(LatticeSettings, _merged("lattice", *changes), "lattice")
+
+
+def model_settings(*changes: Mapping[str, Any]) -> ModelSettings:
+    """Return the default networks with changes.
+
+    Raises:
+        ConfigError: a change is wrong.
+    """
+    return read(ModelSettings, _merged("model", *changes), "model")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step without its optimiser; a call runs it."""
+
+    run: Callable[[], Tensor]  # -> embeddings [B, D], detached; leaves gradients in the parameters
+    parameters: Mapping[str, nn.Parameter]  # by the processor's names
+
+    def __call__(self) -> Tensor:
+        return self.run()
+
+
 @dataclass(frozen=True)
 class Workload:
-    """A model and what it is trained on."""
+    """A model and its batches."""
 
     lattice: LatticeSettings
     model: ModelSettings
@@ -49,37 +82,41 @@ class Workload:
 
     @classmethod
     def read(cls, size: SizeSettings, dim: int, device: torch.device, seed: int) -> "Workload":
-        """The sizes of a preset with its changes.
+        """Read a preset with its changes.
 
         Raises:
-            ConfigError: there is no such preset, or its changes can't work.
+            ConfigError: there is no such preset, or a change is wrong.
         """
-        preset = _preset(size.size)
-        lattice = _merged(_group("lattice"), preset.get("lattice", {}), size.lattice)
-        model = _merged(_group("model"), preset.get("model", {}), size.model)
-        return cls(read(LatticeSettings, lattice, "lattice"), read(ModelSettings, model, "model"), dim, device, seed)
+        known = {path.stem: path for path in Path(config_dir(), "size").glob("*.yaml")}
+        if size.size not in known:
+            raise ConfigError(f"benchmark: size = {size.size!r}: no such preset; {did_you_mean(size.size, known)}")
+        preset: Any = OmegaConf.load(known[size.size])
+        lattice = lattice_settings(preset.get("lattice", {}), size.lattice)
+        return cls(lattice, model_settings(preset.get("model", {}), size.model), dim, device, seed)
 
     def where_no_flow_ends(self) -> "Workload":
-        """The same with moves so short that all flows are active in all steps: the most work there can be."""
-        movement = self.lattice.movement
-        shortest = min(movement.max_displacement, STAYS / max(self.lattice.num_steps, 1))
-        movement = movement.model_copy(update={"max_displacement": shortest})
-        return Workload(
-            self.lattice.model_copy(update={"movement": movement}), self.model, self.dim, self.device, self.seed
-        )
+        """Shorten the moves, so that all flows are active in all steps: the most work there can be."""
+        longest = LONGEST_WAY / max(self.lattice.num_steps, 1)
+        return self.with_longest_move(min(self.lattice.movement.max_displacement, longest))
+
+    def with_longest_move(self, max_displacement: float) -> "Workload":
+        """Change `lattice.movement.max_displacement`."""
+        movement = self.lattice.movement.model_copy(update={"max_displacement": max_displacement})
+        return replace(self, lattice=self.lattice.model_copy(update={"movement": movement}))
 
     def without_steps(self) -> "Workload":
-        """The same with flows that land where they begin: maps, landings and aggregation alone."""
-        lattice = self.lattice.model_copy(update={"max_steps": 0})
-        return Workload(lattice, self.model, self.dim, self.device, self.seed)
+        """Let all flows land where they begin: maps, landings and aggregation alone."""
+        return replace(self, lattice=self.lattice.model_copy(update={"max_steps": 0}))
 
     def num_flows(self, batch: int) -> int:
+        """Return the number of flows of a batch."""
         return batch * self.lattice.num_cells
 
     def arithmetic(self, batch: int) -> float:
-        """FLOPs of a training step's recurrent products, three times the forward pass's, all flows active to the end.
+        """Return the FLOPs of a training step's recurrent products, if all flows are active in all steps.
 
-        An element of [flows x X] · [X x 3H] and of [flows x H] · [H x 3H] each counts for two; nothing else counts.
+        FLOPs = 3 · steps · flows · Σ over layers of 2 · 3H · (inputs + H): the forward pass once, the backward pass
+        twice. Nothing else counts.
         """
         size = self.model.hidden_size
         inputs = [self.model.features + self.model.energy_dim] + [size] * (self.model.num_layers - 1)
@@ -87,7 +124,7 @@ class Workload:
         return 3.0 * forward * self.lattice.num_steps
 
     def processor(self, **rollout: Any) -> FlowProcessor:
-        """A processor whose parameters depend on the seed alone.
+        """Return a processor whose parameters depend on the seed alone.
 
         Args:
             rollout: changes to the automatic settings of the rollout.
@@ -100,25 +137,60 @@ class Workload:
         return processor.to(self.device)
 
     def batch(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Embeddings of unit length [B, D], and a random gradient of what comes out."""
+        """Return embeddings of unit length [B, D], and a random gradient [B, D] of the output."""
         generator = torch.Generator().manual_seed(self.seed)
         embedding, cotangent = (torch.randn(batch, self.dim, generator=generator) for _ in range(2))
         return functional.normalize(embedding, dim=-1).to(self.device), cotangent.to(self.device)
+
+    def step(self, batch: int, dtype: Dtype, **rollout: Any) -> Callable[[], Step]:
+        """Return a function that builds a training step of a new processor; `rollout` as in `processor`."""
+        data = self.batch(batch)
+        return lambda: step_of(self.processor(**rollout), *data, dtype)
 
 
 Model = Callable[[Tensor], Tensor]  # embeddings [B, D] -> embeddings [B, D]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One training step without its optimiser."""
+def step_of(processor: FlowProcessor, embedding: Tensor, cotangent: Tensor, dtype: Dtype) -> Step:
+    """Return a training step of a processor."""
+    parameters = dict(processor.named_parameters())
+    return training_step(lambda batch: processor(batch).embedding, parameters, embedding, cotangent, dtype)
 
-    run: Callable[[], Tensor]  # -> embeddings [B, D] without their graph; gradients are left in the parameters
-    parameters: Mapping[str, nn.Parameter]  # under the processor's names
+
+def training_step(
+    model: Model, parameters: Mapping[str, nn.Parameter], embedding: Tensor, cotangent: Tensor, dtype: Dtype
+) -> Step:
+    """Return a step of any model: gradients set to None, forward, backward."""
+
+    def run() -> Tensor:
+        clear_gradients(parameters)
+        return forward_backward(model, embedding, cotangent, dtype)
+
+    return Step(run, parameters)
+
+
+def clear_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Set all gradients to None."""
+    for parameter in parameters.values():
+        parameter.grad = None
+
+
+def forward_backward(model: Model, embedding: Tensor, cotangent: Tensor, dtype: Dtype) -> Tensor:
+    """Run forward and backward; the loss is the inner product of the output with a fixed random gradient."""
+    with autocast(dtype, embedding.device):
+        out = model(embedding)
+        loss = (out.float() * cotangent).sum()
+    loss.backward()
+    return out.detach()
+
+
+def autocast(dtype: Dtype, device: torch.device) -> torch.autocast:
+    """Return a context whose matrix products have this dtype."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def product(shape: Shape, dtype: Dtype, device: torch.device) -> Callable[[], Callable[[], Tensor]]:
-    """Builds the product [m, k] x [k, n] of a shape (m, k, n): the machine's own rate, to be timed beside the steps."""
+    """Return a function that builds a matrix product, whose rate is the machine's own."""
     m, k, n = shape
 
     def build() -> Callable[[], Tensor]:
@@ -129,71 +201,12 @@ def product(shape: Shape, dtype: Dtype, device: torch.device) -> Callable[[], Ca
     return build
 
 
-def product_rate(shape: Shape, seconds: float) -> float:
-    """FLOP/s of a product that took so long."""
-    return 2 * shape[0] * shape[1] * shape[2] / seconds
+def product_flops(shape: Shape) -> int:
+    """Return the FLOPs of a matrix product."""
+    return 2 * shape[0] * shape[1] * shape[2]
 
 
-def autocast(dtype: Dtype, device: torch.device) -> torch.autocast:
-    """A context in which products are of this dtype."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def forward_backward(model: Model, embedding: Tensor, cotangent: Tensor, dtype: Dtype) -> Tensor:
-    """Forward and backward; the loss is the inner product of the output with a fixed random gradient."""
-    with autocast(dtype, embedding.device):
-        out = model(embedding)
-        loss = (out.float() * cotangent).sum()
-    loss.backward()
-    return out.detach()
-
-
-def training_step(
-    model: Model, parameters: Mapping[str, nn.Parameter], embedding: Tensor, cotangent: Tensor, dtype: Dtype
-) -> Step:
-    """Gradients are let go, then forward and backward."""
-
-    def run() -> Tensor:
-        for parameter in parameters.values():
-            parameter.grad = None
-        return forward_backward(model, embedding, cotangent, dtype)
-
-    return Step(run, parameters)
-
-
-def step_of(processor: FlowProcessor, embedding: Tensor, cotangent: Tensor, dtype: Dtype) -> Step:
-    """A step of the framework's own."""
-    parameters = dict(processor.named_parameters())
-    return training_step(lambda batch: processor(batch).embedding, parameters, embedding, cotangent, dtype)
-
-
-def free(device: torch.device) -> None:
-    """Give back what nobody holds any more of a GPU's memory, the allocator's reserve included."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-
-
-def _preset(name: str) -> dict[str, Any]:
-    known = {path.stem: path for path in Path(config_dir(), "size").glob("*.yaml")}
-    if name not in known:
-        raise ConfigError(f"benchmark: size = {name!r}: no such preset; {did_you_mean(name, known)}")
-    return _plain(known[name])
-
-
-def _group(group: str) -> dict[str, Any]:
-    return _plain(Path(config_dir(), group, "default.yaml"))
-
-
-def _plain(path: Path) -> dict[str, Any]:
-    # Read by itself: Hydra composes one config at a time, and that is the benchmark's.
-    plain = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _merged(*sections: Mapping[str, Any]) -> dict[str, Any]:
-    merged = OmegaConf.to_container(OmegaConf.merge(*(OmegaConf.create(dict(section)) for section in sections)))
-    assert isinstance(merged, dict)
-    return {str(key): value for key, value in merged.items()}
+def _merged(group: str, *changes: Mapping[str, Any]) -> Any:
+    # The default option is read by itself: Hydra composes one config at a time, which is the benchmark's.
+    defaults = OmegaConf.load(Path(config_dir(), group, "default.yaml"))
+    return OmegaConf.to_container(OmegaConf.merge(defaults, *map(dict, changes)))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from energy_flow.core.energy_lattice import LatticeSettings
-from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
+from energy_flow.core.networks import ModelSettings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.ops.counter_noise import counter_noise
 from energy_flow.settings import read
@@ -145,6 +146,19 @@ def reference_of(case: Case, processor: FlowProcessor, embedding: Tensor, rows: 
             return counter_noise(case.seed, optimizer_step, step, torch.tensor([row]), slot + 1, torch.float64)[0, slot]
 
     reference = Reference(processor, lattice, case.model_settings().residual_energy, case.optimizer_step, noise)
+    return reference.run(embedding, rows.tolist())
+
+
+def reference_of_training(processor: FlowProcessor, embedding: Tensor, rows: Tensor) -> ReferenceOutput:
+    """The same of a processor in training with noise, at its own optimiser step."""
+    optimizer_step = processor.optimizer_step.clone()
+
+    def noise(step: int, row: int, slot: int) -> Tensor:
+        return counter_noise(processor.seed, optimizer_step, step, torch.tensor([row]), slot + 1, torch.float64)[
+            0, slot
+        ]
+
+    reference = Reference(processor, processor.settings, processor.model.residual_energy, int(optimizer_step), noise)
     return reference.run(embedding, rows.tolist())
 
 

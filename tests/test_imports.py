@@ -15,6 +15,8 @@ TIERS = {
     "core": 1,
     "metrics": 2,
     "config": 3,
+    "config_comments": 3,
+    "config_reference": 3,
     "checkpoints": 3,
     "data": 4,
     "viz": 4,
@@ -27,7 +29,7 @@ TIERS = {
 WITHOUT_CORE = {"metrics", "checkpoints", "config"}
 # `core` is what a lattice is, `core.engine` the same numbers, faster: one module chooses between them.
 MAY_USE_ENGINE = [["core", "flow_processor"]]
-FREE = {"atomic", "errors", "settings", "signals", "version"}
+FREE = {"atomic", "errors", "settings", "signals", "tables", "version"}
 HEAVY = {"lightning", "hydra", "omegaconf", "matplotlib", "tensorboard"}
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "synchronize"}
 # Called between batches, by whoever looks at a result, or on a CPU alone: these may wait.

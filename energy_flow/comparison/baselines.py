@@ -1,4 +1,4 @@
-"""What simpler methods reach on the same data: a flow lattice has to be seen beside them.
+"""Simple methods on the same data, to judge the results of a flow lattice.
 
 N samples, D embedding dimension, h hidden size of an MLP
 """
@@ -27,7 +27,7 @@ from energy_flow.settings import Settings
 from energy_flow.training.losses import LossSettings
 
 Predict = Callable[[Tensor], Tensor]  # source [N, D] -> prediction [N, D]
-Fit = Callable[[dict[str, Pairs]], tuple[Predict, str]]  # splits -> how to predict, what was chosen
+Fit = Callable[[dict[str, Pairs]], tuple[Predict, str]]  # splits -> prediction function, selected hyperparameters
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "identity": (),
@@ -36,13 +36,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "procrustes": ("train",),
     **dict.fromkeys(("linear", "mlp", "residual_mlp", "mlp_cosine", "mlp_large"), ("train", "val")),
 }
-USED_FOR = {"train": "data.train to be fitted", "val": "data.val to choose {choice} by {headline}"}
-CHOICE = {"ridge": "λ"}  # others: the best epoch
+USED_FOR = {"train": "data.train to fit", "val": "data.val to select {choice} by {metric}"}
+CHOICE = {"ridge": "λ"}  # the others select the best epoch
 
-# λ of the ridge regression relative to the mean eigenvalue of XᵀX, so that one grid fits any number of samples.
+# λ of ridge regression, relative to the mean eigenvalue of XᵀX: one grid works for any number of samples.
 RIDGE_GRID = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 7))
 GRAM_ROWS = 65536
-COSINE_TIMES = 4  # as many epochs with the cosine loss: it learns slower (MRR .29 after 6, .37 after 20), each is cheap
+COSINE_EPOCHS = 4  # times as many epochs with the cosine loss, which learns more slowly (MRR .29 after 6, .37 after 20)
 
 
 class BaselineSettings(Settings):
@@ -55,12 +55,20 @@ class BaselineSettings(Settings):
 
 @dataclass(frozen=True)
 class BaselineResults:
-    """Metrics of the baselines that ran, why the others didn't, and what was chosen for those that have a choice."""
+    """Results by the name of the baseline.
+
+    Attributes:
+        metrics: of the baselines that ran.
+        row_scores: their scores on every test row, float64 [N].
+        all_row_scores: the same among the targets of all splits.
+        skipped: why a baseline did not run.
+        details: selected hyperparameters.
+    """
 
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    # What the task measures of each test row, float64 [N]; tensors can't be compared as a whole.
-    rows: dict[str, Tensor] = field(default_factory=dict, compare=False)
-    all_rows: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    # compare=False: `==` on tensors gives a tensor.
+    row_scores: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    all_row_scores: dict[str, Tensor] = field(default_factory=dict, compare=False)
     skipped: dict[str, str] = field(default_factory=dict)
     details: dict[str, str] = field(default_factory=dict)
 
@@ -79,45 +87,45 @@ def run_baselines(
     report: Report | None = None,
     all_targets: AllTargets | None = None,
 ) -> BaselineResults:
-    """Fit the task's baselines on `train`, choose on `val` by the task's headline, measure on `test`.
+    """Fit the task's baselines on `train`, select on `val` by the primary metric, measure on `test`.
 
-    - `identity`: the source embedding itself.
-    - `mean`: the mean target of `train` for every sample, the floor: all samples see the candidates in the same order,
+    - `identity`: the source embedding.
+    - `mean`: the mean target of `train` for every sample. This is the floor: all samples order the candidates equally,
       so their ranks are 1 to N.
-    - `ridge`: the linear map (XᵀX + λ)⁻¹XᵀY; λ chosen on `val`. Where errors count with an intercept (X and Y are
-      centred); for ranks without (it is common to all predictions and says nothing about which is which).
+    - `ridge`: the linear map (XᵀX + λ)⁻¹XᵀY, λ selected on `val`. Regression adds an intercept (X and Y are centred).
+      Retrieval does not: a shift that all predictions share carries no information.
     - `procrustes`: the orthogonal map UVᵀ with UΣVᵀ = XᵀY (Schönemann 1966, Psychometrika 31).
-    - `linear`: a linear map with bias that begins as the identity, trained with the model's loss of embeddings (it has
-      no surface); here and below learning rate, weight decay and epoch are chosen on `val`.
+    - `linear`: a linear map with bias, initialised as the identity, trained with the model's loss except its surface
+      term. Here and below, learning rate, weight decay and epoch are selected on `val`.
     - `mlp`: Linear(D, h), GELU, Linear(h, D) with as many parameters as the model, same loss.
-    - `residual_mlp`: the same beside a skip from the input.
-    - `mlp_cosine`: that MLP with the cosine loss, and four times the epochs.
-    - `mlp_large`: that MLP with many times the parameters.
+    - `residual_mlp`: the same MLP plus a skip connection.
+    - `mlp_cosine`: the same MLP with the cosine loss, and four times as many epochs.
+    - `mlp_large`: the same MLP with `settings.large` times as many parameters.
 
-    The global random state is neither read nor changed; on one device, the same arguments give the same results.
+    The function neither reads nor changes the global random state. On one device, equal arguments give equal results.
 
     Args:
-        train, val, test: (source [N, D], target [N, D]) float32. Without `train` only the identity can be measured;
-            without `val` neither λ nor the best epoch can be chosen. What is left out for that stands in `skipped`.
-        task: which baselines, and how they are measured.
-        settings: of those that are trained; whether baselines are `enabled` is the caller's business.
-        num_parameters: how many the model has beside which the baselines stand.
-        loss: that model's loss.
-        seed: of initial weights and order of samples.
+        train, val, test: (source [N, D], target [N, D]) float32. `skipped` lists the baselines that need a missing
+            `train` or `val`.
+        task: names the baselines and measures them.
+        settings: for the trained baselines; `enabled` is ignored here.
+        num_parameters: number of parameters of the model.
+        loss: loss of the model.
+        seed: for initial weights and sample order.
         device: where to compute.
-        report: is told what is being done, e.g. "mlp epoch 3/20".
-        all_targets: more candidates, among which test rows are ranked as well.
+        report: called with the current step, such as "mlp epoch 3/20".
+        all_targets: a larger gallery, in which test rows are ranked too.
 
     Raises:
-        ValueError: the shapes of source and target, or of two splits, don't fit.
+        ValueError: the shapes of source and target, or of two splits, don't match.
     """
     given = {"train": train, "val": val, "test": test}
     splits = {name: (pairs[0].to(device), pairs[1].to(device)) for name, pairs in given.items() if pairs is not None}
     _check_shapes(splits)
-    report = report or _say_nothing
+    report = report or (lambda _: None)
     cosine = loss.model_copy(update={"cosine": 1.0, "mse": 0.0, "contrastive": 0.0, "learn_temperature": False})
 
-    longer = settings.training.model_copy(update={"epochs": COSINE_TIMES * settings.training.epochs})
+    longer = settings.training.model_copy(update={"epochs": COSINE_EPOCHS * settings.training.epochs})
 
     def trained(name: str, build: Build, its_loss: LossSettings = loss, how: TrainingSettings | None = None) -> Fit:
         return _trained(TrainedBaseline(name, build, task, its_loss, how or settings.training, seed, report))
@@ -135,7 +143,7 @@ def run_baselines(
     }
     results = BaselineResults()
     for name in task.baselines:
-        words = {"choice": CHOICE.get(name, "the best epoch"), "headline": task.headings[task.headline]}
+        words = {"choice": CHOICE.get(name, "the best epoch"), "metric": task.primary_heading}
         missing = [USED_FOR[split].format(**words) for split in NEEDS[name] if split not in splits]
         if missing:
             results.skipped[name] = "needs " + " and ".join(missing)
@@ -148,16 +156,16 @@ def run_baselines(
 def _measure(
     name: str, fit: Fit, splits: dict[str, Pairs], task: Task, results: BaselineResults, all_targets: AllTargets | None
 ) -> None:
-    # The caller may be in Lightning's inference mode, in which an MLP couldn't be trained.
+    # The caller may be in Lightning's inference mode, where an MLP can't be trained.
     with torch.inference_mode(False), torch.enable_grad():
         predict, detail = fit(splits)
     source, target = splits["test"]
     with torch.no_grad():
         prediction = predict(source)
-        results.rows[name] = task.rows(prediction, target).cpu()
-        results.metrics[name] = task.metrics(prediction, target, results.rows[name])
+        results.row_scores[name] = task.row_scores(prediction, target).cpu()
+        results.metrics[name] = task.metrics(prediction, target, results.row_scores[name])
         if all_targets is not None:
-            results.all_rows[name] = all_targets.ranks(prediction).cpu()
+            results.all_row_scores[name] = all_targets.ranks(prediction).cpu()
     if detail:
         results.details[name] = detail
 
@@ -176,7 +184,7 @@ def _fit_ridge(splits: dict[str, Pairs], task: Task) -> tuple[Predict, str]:
     mean_source, mean_target = source.double().mean(0), target.double().mean(0)
     if task is RETRIEVAL:
         mean_source, mean_target = torch.zeros_like(mean_source), torch.zeros_like(mean_target)
-    # One eigendecomposition XᵀX = Q diag(e) Qᵀ serves every λ: (XᵀX + λ)⁻¹XᵀY = Q diag(1 / (e + λ)) QᵀXᵀY.
+    # One eigendecomposition XᵀX = Q diag(e) Qᵀ is enough for all λ: (XᵀX + λ)⁻¹XᵀY = Q diag(1 / (e + λ)) QᵀXᵀY.
     eigenvalues, vectors = torch.linalg.eigh(_gram(source, source) - len(source) * mean_source.outer(mean_source))
     projected = vectors.T @ (_gram(source, target) - len(source) * mean_source.outer(mean_target))
     scale = eigenvalues.mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -185,10 +193,8 @@ def _fit_ridge(splits: dict[str, Pairs], task: Task) -> tuple[Predict, str]:
         matrix = vectors @ (projected / (eigenvalues.clamp(min=0) + grid_value * scale).unsqueeze(-1))
         return lambda x: (x.double() - mean_source) @ matrix + mean_target
 
-    found = [task.measure(linear_map(g)(val_source), val_target)[task.headline] for g in RIDGE_GRID]
-    best = 0
-    for index, value in enumerate(found):
-        best = index if task.improves(value, found[best]) else best
+    found = [task.measure(linear_map(g)(val_source), val_target)[task.primary] for g in RIDGE_GRID]
+    best = task.best(found)
     low, high, value = (g * scale.item() for g in (RIDGE_GRID[0], RIDGE_GRID[-1], RIDGE_GRID[best]))
     detail = f"λ = {value:.3g} of {len(RIDGE_GRID)} from {low:.3g} to {high:.3g} (val {task.named(found[best])})"
     return linear_map(RIDGE_GRID[best]), detail
@@ -201,7 +207,7 @@ def _fit_procrustes(splits: dict[str, Pairs]) -> tuple[Predict, str]:
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
-    # In chunks, so that a large data set isn't held in float64 as a whole.
+    # In chunks: a large data set must not be in memory as float64.
     total = x.new_zeros(x.shape[1], y.shape[1], dtype=torch.float64)
     for rows_x, rows_y in zip(x.split(GRAM_ROWS), y.split(GRAM_ROWS), strict=True):
         total += rows_x.double().T @ rows_y.double()
@@ -224,7 +230,3 @@ def _check_shapes(splits: dict[str, Pairs]) -> None:
                 f"{name}: source {list(source.shape)} and target {list(target.shape)} must both be [N >= 2, D], "
                 f"with the D = {list(dim)} of the test split"
             )
-
-
-def _say_nothing(_: str) -> None:
-    pass

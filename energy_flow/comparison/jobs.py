@@ -1,4 +1,4 @@
-"""The jobs of a Hydra multirun, read back from its folder."""
+"""Read the jobs of a Hydra multirun from its folder."""
 
 import functools
 import json
@@ -23,12 +23,12 @@ class Job:
     """One job of a multirun.
 
     Attributes:
-        name: of its folder, the job's number.
+        name: the name of its folder, which is the job's number.
         folder: its run folder.
         words: its overrides.
-        seed: of its config; None where that says none.
-        metrics: what `metrics.json` holds, None for a number that was not finite; empty where there is no such file.
-        error: what ended it, in a line; None where nothing did, or nobody could say.
+        seed: the config's seed; None if the config has none.
+        metrics: the content of `metrics.json`, None for a number that was not finite; empty if there is no such file.
+        error: one line about the error that ended the job; None without an error, or after a kill.
     """
 
     name: str
@@ -40,29 +40,29 @@ class Job:
 
     @property
     def variant(self) -> tuple[str, ...]:
-        """Its overrides but for the seed: jobs that share them are one model trained several times."""
+        """All overrides except the seed: jobs with equal ones are runs of one model."""
         return tuple(word for word in self.words if not _SEED.match(word))
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """All jobs that have begun, by number."""
+    """All jobs that have started, in order of their numbers."""
     return [_read(path) for path in sorted(folder.glob("**/.hydra/overrides.yaml"), key=_job_number)]
 
 
 def write_error(folder: Path, error: BaseException) -> None:
-    """Keep what ended a job in its folder: a line that names it, then the traceback."""
+    """Write an error into the folder of its job: a one-line summary, then the traceback."""
     message = next((line for line in str(error).splitlines() if line.strip()), "")
     line = message if isinstance(error, EnergyFlowError | KeyboardInterrupt) else f"{type(error).__name__}: {message}"
     (folder / _ERROR).write_text("\n".join([line, "", *traceback.format_exception(error)]))
 
 
 def clear_error(folder: Path) -> None:
-    """Forget what ended an earlier run in this folder."""
+    """Remove the error of an earlier run in this folder."""
     (folder / _ERROR).unlink(missing_ok=True)
 
 
 def distinguishing_overrides(given: Sequence[Sequence[str]]) -> list[str]:
-    """Of each list of overrides those that not all of them have, as one would type them."""
+    """For each list of overrides, those that not all lists share, as a command line."""
     common = set.intersection(*map(set, given)) if len(given) > 1 else set()
     return [shlex.join(word for word in words if word not in common) for words in given]
 
@@ -75,7 +75,7 @@ def _job_number(overrides: Path) -> tuple[int, str]:
 def _read(overrides: Path) -> Job:
     run = overrides.parent.parent
     metrics, error = run / "metrics.json", run / _ERROR
-    words, seed = _described(overrides, overrides.stat().st_mtime_ns)
+    words, seed = _read_overrides(overrides, overrides.stat().st_mtime_ns)
     return Job(
         name=run.name,
         folder=run,
@@ -87,13 +87,13 @@ def _read(overrides: Path) -> Job:
 
 
 @functools.cache
-def _described(overrides: Path, written: int) -> tuple[tuple[str, ...], int | None]:
-    """Overrides and seed of a job; reading YAML is slow, and all jobs are read after each."""
-    config = _plain(overrides.with_name("config.yaml"))
+def _read_overrides(overrides: Path, written: int) -> tuple[tuple[str, ...], int | None]:
+    """Overrides and seed of a job. Cached by modification time: YAML is slow, and every job's end reads all jobs."""
+    config = _read_yaml(overrides.with_name("config.yaml"))
     seed = config.get("seed") if isinstance(config, dict) else None
-    return tuple(map(str, _plain(overrides) or ())), seed if isinstance(seed, int) else None
+    return tuple(map(str, _read_yaml(overrides) or ())), seed if isinstance(seed, int) else None
 
 
-def _plain(path: Path) -> Any:
-    """A file of a run folder as it stands: references such as ${oc.env:HOME} stay text."""
+def _read_yaml(path: Path) -> Any:
+    """Read a YAML file without resolving references: ${oc.env:HOME} stays text."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,154 +1,156 @@
-"""A comparison as files and as a table: `comparison.csv`, `comparison.md`, `comparison.png`."""
+"""A comparison as tables for the screen, and as `comparison.csv`, `comparison.md` and `comparison.png`."""
 
-import csv
 import io
+from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.markup import escape
 from rich.table import Table
 
 from energy_flow.atomic import write_whole
-from energy_flow.comparison.compare import Comparison, Method
+from energy_flow.comparison.compare import Comparison, Method, bounds
+from energy_flow.comparison.models import Pair, has_several, pairs_of
 from energy_flow.metrics.bootstrap import LEVEL, Interval
 from energy_flow.metrics.task import Task
+from energy_flow.tables import markdown_table, rich_table, write_csv
 from energy_flow.viz.forest import ForestLine, forest_figure
 
 ABOUT = (
-    f"Intervals: {LEVEL:.0%}, bootstrap over test rows and seeds, differences on the same rows; of one seed alone they "
-    "say nothing of other seeds."
+    f"Intervals: {LEVEL:.0%}, bootstrap over test rows and seeds; differences on the same rows. An interval of one "
+    "seed says nothing about other seeds."
 )
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> None:
-    """Write all three files into a folder."""
-    write_whole(folder / "comparison.csv", _csv(comparison).encode())
-    write_whole(folder / "comparison.md", _markdown(comparison).encode())
+    """Write `comparison.csv`, `comparison.md` and `comparison.png` of a multirun into a folder.
+
+    Raises:
+        OSError: a file can't be written.
+    """
+    write_csv(folder / "comparison.csv", [_values(comparison, method) for method in comparison.methods.values()])
+    write_whole(folder / "comparison.md", _page(comparison).encode())
     picture = io.BytesIO()
     _figure(comparison).savefig(picture, format="png")
     write_whole(folder / "comparison.png", picture.getvalue())
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """The comparison for the screen; the files have room for more."""
-    notes = [f"{method.name}: {_note(method)}" for method in comparison.methods if _note(method)]
-    caption = "\n".join([*notes, ABOUT])
-    table = Table(title=_title(comparison), title_justify="left", caption=escape(caption), caption_justify="left")
-    headings = _headings(comparison)
-    lines = [dict(zip(headings, _cells(comparison, method), strict=True)) for method in comparison.methods]
-    task = comparison.task
-    chosen = ["method", "seeds", task.headings[task.headline], _difference(comparison)]
-    for name in chosen:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name in ("method", "seeds"))
-    for line, method in zip(lines, comparison.methods, strict=True):
-        table.add_row(*(escape(line[name]) for name in chosen), style="dim" if method.is_baseline else "")
-    return table
+    """The comparison of a multirun for the screen, with the most important columns of the files."""
+    methods, headings = comparison.methods.values(), _headings(comparison)
+    chosen = [headings[index] for index in (0, 1, 2, 4)]
+    lines = [dict(zip(headings, _cells(comparison, method), strict=True)) for method in methods]
+    notes = [f"{method.name}: {_note(method)}" for method in methods if _note(method)]
+    return rich_table(
+        chosen,
+        [[line[name] for name in chosen] for line in lines],
+        title=_title(comparison),
+        caption="\n".join([*notes, ABOUT]),
+        left=["method"],
+        wrap=chosen[2:],
+        styles=["dim" if method.is_baseline else "" for method in methods],
+    )
+
+
+def interval_table(comparisons: Mapping[str, Comparison]) -> Table | None:
+    """The primary metric of tested models and baselines with its intervals, then the differences of pairs.
+
+    Args:
+        comparisons: of the same methods, by the heading of their primary metric. The first one selects the pairs.
+
+    Returns:
+        None if the methods have no intervals.
+    """
+    main = next(iter(comparisons.values()))
+    if main.num_rows is None:
+        return None
+    rows = [
+        [method.name, *(text for found in comparisons.values() for text in _two_cells(found, found.interval(key)))]
+        for key, method in main.methods.items()
+    ]
+    rules = []
+    # All pairs of a section share one method: the single model (index 0), or else the subtracted method (index 1).
+    shared = 1 if has_several(main) else 0
+    for key, pairs in groupby(pairs_of(main), key=lambda pair: pair[shared]):
+        rules.append(len(rows))
+        rows.append([_section_title(main, main.methods[key]), *[""] * (2 * len(comparisons))])
+        rows += [_difference_cells(comparisons, pair, main.methods[pair[1 - shared]].name) for pair in pairs]
+    over = f"{main.num_rows:,} test rows" + (", of the mean also over models" if has_several(main) else "")
+    return rich_table(
+        ["method", *(text for heading in comparisons for text in (heading, "interval"))],
+        rows,
+        title=f"How sure: {LEVEL:.0%} bootstrap intervals over {over}",
+        left=["method"],
+        wrap=["method"],
+        styles=["italic" if number in rules else "" for number in range(len(rows))],
+        rules=rules,
+    )
+
+
+def _section_title(comparison: Comparison, method: Method) -> str:
+    if not has_several(comparison):
+        return f"{method.name} minus"
+    return f"minus {method.name}, the {'best baseline' if method.is_baseline else 'first'}"
+
+
+def _difference_cells(comparisons: Mapping[str, Comparison], pair: Pair, name: str) -> list[str]:
+    cells = (_two_cells(found, found.difference(*pair), "+") for found in comparisons.values())
+    return [f"  {name}", *(text for both in cells for text in both)]
+
+
+def _two_cells(comparison: Comparison, interval: Interval | None, sign: str = "") -> tuple[str, str]:
+    if interval is None:
+        return "-", "-"
+
+    def shown(value: float) -> str:
+        return (sign if value >= 0 else "") + comparison.task.shown(comparison.task.primary, value)
+
+    return shown(interval.mean), f"{shown(interval.low)} to {shown(interval.high)}"
 
 
 def _title(comparison: Comparison) -> str:
-    models = sum(not method.is_baseline for method in comparison.methods)
-    return f"Comparison of {models} model{'s' if models != 1 else ''}"
+    count = len(comparison.models)
+    return f"Comparison of {count} model{'s' if count != 1 else ''}"
 
 
 def _headings(comparison: Comparison) -> list[str]:
     task = comparison.task
-    others = [task.headings[metric] for metric in task.summary if metric != task.headline]
     return [
         "method",
         "seeds",
-        task.headings[task.headline],
+        task.primary_heading,
         "each seed",
-        _difference(comparison),
-        *others,
+        f"difference to {comparison.reference.name}",
+        *(task.headings[metric] for metric in task.secondary),
         "parameters",
         "fit seconds",
         "note",
     ]
 
 
-def _difference(comparison: Comparison) -> str:
-    return f"difference to {comparison.reference}"
-
-
 def _cells(comparison: Comparison, method: Method) -> list[str]:
     task, metrics = comparison.task, method.metrics
-    others = [_shown(task, metric, metrics[metric]) for metric in task.summary if metric != task.headline]
+    secondary = {metric: metrics[metric] for metric in task.secondary}
     return [
         method.name,
-        str(len(method.headlines)),
-        _interval(task, method.mean),
-        ", ".join(task.shown(task.headline, value) for value in method.headlines) or "-",
-        _interval(task, method.difference, signed=True),
-        *others,
+        str(len(method.primary)),
+        _in_brackets(task, comparison.interval(method.key)),
+        ", ".join(task.shown(task.primary, value) for value in method.primary) or "-",
+        _in_brackets(task, _difference(comparison, method), signed=True),
+        *("-" if value is None else task.shown(metric, value) for metric, value in secondary.items()),
         "-" if metrics["params"] is None else f"{metrics['params']:,.0f}",
         "-" if metrics["fit_seconds"] is None else f"{metrics['fit_seconds']:.1f}",
         _note(method),
     ]
 
 
-def _note(method: Method) -> str:
-    missing = f"missing: {'; '.join(method.missing)}" if method.missing else ""
-    return "; ".join(part for part in (method.note, missing) if part)
+def _difference(comparison: Comparison, method: Method) -> Interval | None:
+    """To the reference; None for the reference itself."""
+    reference = comparison.reference
+    return None if method is reference else comparison.difference(method.key, reference.key)
 
 
-def _markdown(comparison: Comparison) -> str:
-    headings = _headings(comparison)
-    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
-    lines += ["| " + " | ".join(_cells(comparison, method)) + " |" for method in comparison.methods]
-    return "\n".join([f"# {_title(comparison)}", "", *lines, "", ABOUT, "", "![differences](comparison.png)", ""])
-
-
-def _csv(comparison: Comparison) -> str:
-    text = io.StringIO(newline="")
-    lines = [_line(comparison.task, method) for method in comparison.methods]
-    writer = csv.DictWriter(text, list(lines[0]))
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def _line(task: Task, method: Method) -> dict[str, object]:
-    """A line of the .csv: numbers in full."""
-    return {
-        "method": method.name,
-        "kind": "baseline" if method.is_baseline else "model",
-        "seeds": " ".join(map(str, method.seeds)),
-        "missing": "; ".join(method.missing),
-        f"{task.headline}_of_seeds": " ".join(map(repr, method.headlines)),
-        **_bounds(task.headline, method.mean),
-        **_bounds("difference", method.difference),
-        **method.metrics,
-        "note": method.note,
-    }
-
-
-def _bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
-    bounds = (None, None, None) if interval is None else (interval.mean, interval.low, interval.high)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), bounds, strict=True))
-
-
-def _figure(comparison: Comparison) -> Figure:
-    task = comparison.task
-    lines = [_forest_line(comparison, method) for method in comparison.methods]
-    return forest_figure(
-        lines,
-        title=f"{_title(comparison)}: {task.headings[task.headline]} on the test split",
-        label=f"difference in {task.headings[task.headline]} to {comparison.reference}, {LEVEL:.0%} interval",
-        lower_is_better=task.lower_is_better,
-        kinds=("model", "baseline"),
-    )
-
-
-def _forest_line(comparison: Comparison, method: Method) -> ForestLine:
-    found, task = method.difference, comparison.task
-    if found is not None:
-        shown = _interval(task, found, signed=True)
-        return ForestLine(method.name, (found.mean, found.low, found.high), shown, method.is_baseline)
-    shown = _interval(task, method.mean) if method.name == comparison.reference else method.note
-    return ForestLine(method.name, None, shown, method.is_baseline)
-
-
-def _interval(task: Task, interval: Interval | None, *, signed: bool = False) -> str:
+def _in_brackets(task: Task, interval: Interval | None, *, signed: bool = False) -> str:
     if interval is None:
         return "-"
     sign = "+" if signed else ""
@@ -156,5 +158,54 @@ def _interval(task: Task, interval: Interval | None, *, signed: bool = False) ->
     return f"{interval.mean:{digits}} [{interval.low:{digits}}, {interval.high:{digits}}]"
 
 
-def _shown(task: Task, metric: str, value: float | None) -> str:
-    return "-" if value is None else task.shown(metric, value)
+def _note(method: Method) -> str:
+    missing = f"missing: {'; '.join(method.missing)}" if method.missing else ""
+    return "; ".join(part for part in (method.note, missing) if part)
+
+
+def _page(comparison: Comparison) -> str:
+    rows = [_cells(comparison, method) for method in comparison.methods.values()]
+    table = markdown_table(_headings(comparison), rows)
+    return f"# {_title(comparison)}\n\n{table}\n\n{ABOUT}\n\n![differences](comparison.png)\n"
+
+
+def _values(comparison: Comparison, method: Method) -> dict[str, object]:
+    """A row of the .csv: numbers with all their digits."""
+    primary = comparison.task.primary
+    return {
+        "method": method.name,
+        "kind": "baseline" if method.is_baseline else "model",
+        "seeds": " ".join(map(str, method.seeds)),
+        "missing": "; ".join(method.missing),
+        f"{primary}_of_seeds": " ".join(map(repr, method.primary)),
+        **_mean_and_bounds(primary, comparison.interval(method.key)),
+        **_mean_and_bounds("difference", _difference(comparison, method)),
+        **method.metrics,
+        "note": method.note,
+    }
+
+
+def _mean_and_bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
+    mean = None if interval is None else interval.mean
+    return {name: mean, f"{name}_low": None, f"{name}_high": None, **bounds(name, interval)}
+
+
+def _figure(comparison: Comparison) -> Figure:
+    heading = comparison.task.primary_heading
+    return forest_figure(
+        [_forest_line(comparison, method) for method in comparison.methods.values()],
+        title=f"{_title(comparison)}: {heading} on the test split",
+        label=f"difference in {heading} to {comparison.reference.name}, {LEVEL:.0%} interval",
+        lower_is_better=comparison.task.lower_is_better,
+        kinds=("model", "baseline"),
+    )
+
+
+def _forest_line(comparison: Comparison, method: Method) -> ForestLine:
+    difference, task = _difference(comparison, method), comparison.task
+    if difference is not None:
+        bounds = (difference.mean, difference.low, difference.high)
+        return ForestLine(method.name, bounds, _in_brackets(task, difference, signed=True), method.is_baseline)
+    is_reference = method is comparison.reference
+    shown = _in_brackets(task, comparison.interval(method.key)) if is_reference else method.note
+    return ForestLine(method.name, None, shown, method.is_baseline)

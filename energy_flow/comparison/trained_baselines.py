@@ -1,4 +1,4 @@
-"""Baselines that are trained: a linear map and MLPs of one hidden layer, with the model's own loss.
+"""Trained baselines: a linear map and MLPs with one hidden layer, with the model's own loss.
 
 N samples, D embedding dimension, h hidden size
 """
@@ -34,7 +34,7 @@ Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class TrainingSettings(Settings):
-    """How a baseline is trained; of all pairs of the two lists the best on validation counts."""
+    """Training of a baseline: every pair of learning rate and weight decay is tried, the best on validation is kept."""
 
     epochs: Annotated[int, Field(ge=1)]
     learning_rates: Annotated[list[PositiveRate], Field(min_length=1)]
@@ -43,20 +43,18 @@ class TrainingSettings(Settings):
 
 @dataclass(frozen=True)
 class Fitted:
-    """The network of the best epoch, and how it was found."""
+    """The network of the best epoch, with its hyperparameters in words."""
 
     network: nn.Module
-    headline: float  # of the task, on val
+    primary: float  # the primary metric on val
     detail: str
 
 
 @dataclass(frozen=True)
 class TrainedBaseline:
-    """A network trained with AdamW; the best epoch on validation counts.
+    """A network to train with AdamW and a cosine schedule down to 0; the epoch that is best on validation is kept.
 
-    The learning rate falls to 0 in a half cosine.
-
-    The global random state is neither read nor changed.
+    Training neither reads nor changes the global random state.
     """
 
     name: str
@@ -68,12 +66,12 @@ class TrainedBaseline:
     report: Report
 
     def fit(self, train: Pairs, val: Pairs) -> Fitted:
-        """The best on validation over all pairs of learning rate and weight decay (of equals the first)."""
+        """Train with every pair of learning rate and weight decay; return the (first) best on validation."""
         grid = list(itertools.product(self.settings.learning_rates, self.settings.weight_decays))
         best: Fitted | None = None
         for rate, decay in grid:
             found = self._fit(train, val, rate, decay, f" lr {rate:g} decay {decay:g}" if len(grid) > 1 else "")
-            best = found if best is None or self.task.improves(found.headline, best.headline) else best
+            best = found if best is None or self.task.improves(found.primary, best.primary) else best
         assert best is not None
         return best
 
@@ -92,9 +90,9 @@ class TrainedBaseline:
                 learner.loss(rows.to(source.device)).backward()
                 optimizer.step()
                 schedule.step()
-            headline = self._headline(learner.network, val)
-            if best is None or self.task.improves(headline, best):
-                best, best_epoch = headline, epoch
+            primary = self._primary(learner.network, val)
+            if best is None or self.task.improves(primary, best):
+                best, best_epoch = primary, epoch
                 best_weights = {key: value.clone() for key, value in learner.network.state_dict().items()}
         assert best is not None
         learner.network.load_state_dict(best_weights)
@@ -102,12 +100,12 @@ class TrainedBaseline:
         chosen = f"epoch {best_epoch} of {epochs}, lr {rate:g}, weight decay {decay:g}"
         return Fitted(learner.network, best, f"{count:,} parameters, {chosen} (val {self.task.named(best)})")
 
-    def _headline(self, network: nn.Module, val: Pairs) -> float:
+    def _primary(self, network: nn.Module, val: Pairs) -> float:
         with torch.no_grad():
-            return self.task.measure(network(val[0]), val[1])[self.task.headline]
+            return self.task.measure(network(val[0]), val[1])[self.task.primary]
 
     def _learner(self, train: Pairs) -> "_Learner":
-        # On the CPU: the same weights for every device, and only the CPU's generator to seed and restore.
+        # On the CPU: every device gets the same weights, and only the CPU generator is seeded and restored.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             network = self.build(train[0].shape[1])
@@ -116,7 +114,7 @@ class TrainedBaseline:
 
 @dataclass(frozen=True)
 class _Learner:
-    """A network with the loss of the model, but for the surface, which it doesn't have."""
+    """A network with the model's loss, without the surface term: these networks have no surface."""
 
     network: nn.Module
     temperature: Temperature
@@ -132,7 +130,7 @@ class _Learner:
         return cls(network.to(device), Temperature(settings).to(device), settings, train, bank)
 
     def groups(self, decay: float) -> list[dict[str, object]]:
-        """Parameters for AdamW; as in the model's training neither biases nor the temperature decay."""
+        """Parameter groups for AdamW; as in the model's training, biases and the temperature don't decay."""
         parameters = [*self.network.parameters(), *self.temperature.parameters()]
         return [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
@@ -147,7 +145,7 @@ class _Learner:
 
 
 class Residual(nn.Module):
-    """The input plus what a network makes of it, which begins at 0."""
+    """x + network(x); the last layer of the network is initialised to 0."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -161,12 +159,12 @@ class Residual(nn.Module):
 
 
 def linear(dim: int) -> nn.Module:
-    """A linear map that begins as the identity, so that decay pulls towards it."""
+    """A linear map initialised as the identity; weight decay pulls towards the identity."""
     return Residual(nn.Linear(dim, dim))
 
 
 def mlp(num_parameters: int) -> Build:
-    """Linear(D, h), GELU, Linear(h, D) of as many parameters as a whole h can give."""
+    """Linear(D, h), GELU, Linear(h, D), with h from `hidden_size`."""
 
     def build(dim: int) -> nn.Module:
         hidden = hidden_size(dim, num_parameters)
@@ -176,17 +174,17 @@ def mlp(num_parameters: int) -> Build:
 
 
 def residual_mlp(num_parameters: int) -> Build:
-    """That MLP beside a skip from the input."""
+    """The same MLP plus a skip connection."""
     return lambda dim: Residual(mlp(num_parameters)(dim))
 
 
 def hidden_size(dim: int, num_parameters: int) -> int:
-    """h for which Linear(D, h), Linear(h, D) come nearest to `num_parameters` = h (2D + 1) + D."""
+    """The h >= 1 whose number of parameters h (2D + 1) + D is nearest to `num_parameters`."""
     return max(1, round((num_parameters - dim) / (2 * dim + 1)))
 
 
 def _batches(num_samples: int, order: torch.Generator) -> list[Tensor]:
     batch = min(BATCH, num_samples)
-    # The rest that doesn't fill a batch is dropped (another one every epoch): it would have fewer negatives.
+    # An incomplete batch is dropped: it would have fewer negatives. Each epoch drops other samples.
     shuffled = torch.randperm(num_samples, generator=order)[: num_samples // batch * batch]
     return list(shuffled.split(batch))

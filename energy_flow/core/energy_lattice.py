@@ -1,8 +1,8 @@
-"""The lattice: places flows, says when they complete, spawn or end, and collects their landings."""
+"""The lattice: its settings, the placing of flows, the number of children, and the collection of landings."""
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -20,9 +20,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
+# Every step of a flow adds this share to the score of its landing.
+SCORE_PER_STEP = 0.1
+
+_Number = TypeVar("_Number", float, Tensor)
+
 
 class MovementSettings(Settings):
-    """How far flows move; lengths in normalised units. The scale follows a schedule over optimiser steps."""
+    """How far flows move, in normalised units. The scale follows a schedule over optimiser steps."""
 
     scale: NonNegative
     warmup_steps: NonNegativeInt
@@ -39,7 +44,7 @@ class NoiseSettings(Settings):
 
 
 class SpawnSettings(Settings):
-    """Flows that move further than the threshold leave children behind."""
+    """A flow that moves at least twice the threshold in one step leaves children behind."""
 
     enabled: bool
     threshold: Positive
@@ -47,7 +52,7 @@ class SpawnSettings(Settings):
 
 
 class FilterSettings(Settings):
-    """Removes flows that move less than a minimum."""
+    """Removes flows that move less than a minimum in one step."""
 
     enabled: bool
     min_displacement: Positive
@@ -80,14 +85,17 @@ class LatticeSettings(Settings):
 
     @property
     def num_cells(self) -> int:
+        """S = W * H."""
         return self.width * self.height
 
     @property
     def num_steps(self) -> int:
+        """T."""
         return self.depth // 2 if self.max_steps is None else self.max_steps
 
     @property
     def capacity(self) -> int:
+        """M, the slots of one sample."""
         if self.max_flows_per_sample is not None:
             return self.max_flows_per_sample
         return 2 * self.num_cells if self.spawn.enabled else self.num_cells
@@ -96,53 +104,51 @@ class LatticeSettings(Settings):
     def _combinations(self) -> Self:
         if not self.tensorized_storage_enabled:
             raise ValueError(
-                "lattice.tensorized_storage_enabled = False: flows live in tensors only, there is no other storage. "
+                "lattice.tensorized_storage_enabled = False: flows are stored in tensors, there is no other storage. "
                 "Set lattice.tensorized_storage_enabled=true"
             )
         if self.capacity < self.num_cells:
             raise ValueError(
-                f"lattice.max_flows_per_sample = {self.capacity}: every one of the {self.width} x {self.height} = "
+                f"lattice.max_flows_per_sample = {self.capacity}: each of the {self.width} x {self.height} = "
                 f"{self.num_cells} cells releases a flow. Set it to {self.num_cells} or more, "
                 "or to null"
             )
         if self.filter.enabled and self.spawn.enabled and self.filter.min_displacement >= self.spawn.threshold:
             raise ValueError(
                 f"lattice.filter.min_displacement = {self.filter.min_displacement}: must be below "
-                f"lattice.spawn.threshold = {self.spawn.threshold}, or flows that spawn would be removed"
+                f"lattice.spawn.threshold = {self.spawn.threshold}, or the filter would remove flows that spawn. "
+                "Lower the first, or raise the second"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Landings:
-    """Where flows ended, dense over slots; entries where `landed` is False mean nothing."""
+    """The landing of every slot. Entries where `landed` is False are meaningless."""
 
     landed: Tensor  # bool [B, M]
-    projected: Tensor  # bool [B, M]: put on the nearest plane after the last step, without having reached it
+    projected: Tensor  # bool [B, M]: put on the nearest plane after the last step
     xy: Tensor  # [B, M, 2]
     plane: Tensor  # int64 [B, M]: 0 is z0, 1 is zdepth
-    distance: Tensor  # [B, M]: what was still to go, 0 for a flow that reached its plane
+    distance: Tensor  # [B, M]: remaining distance to the plane, 0 for a flow that reached it
     steps: Tensor  # int64 [B, M]
     energy: Tensor  # [B, M, E]
 
     @property
     def score(self) -> Tensor:
-        """Weight of a landing in its group's softmax: |energy| / (1 + distance) * (1 + 0.1 steps), [B, M]."""
-        return (
-            torch.linalg.vector_norm(self.energy, dim=-1)
-            / (1 + self.distance)
-            * (1 + 0.1 * self.steps.to(self.distance.dtype))
-        )
+        """`landing_score` of every landing, [B, M]."""
+        norm = torch.linalg.vector_norm(self.energy, dim=-1)
+        return landing_score(norm, self.distance, self.steps.to(self.distance.dtype))
 
 
 @dataclass(frozen=True)
 class Deposits:
-    """Landings resolved into cells, ready to be aggregated."""
+    """The cells, weights and scores of all landings: the input of the aggregation."""
 
     scores: Tensor  # [B * M]
     values: Tensor  # [B * M, E]
     keys: Tensor  # int64 [B * M, K]: sample * S + cell
-    weights: Tensor  # [B * M, K], 0 for slots that didn't land
+    weights: Tensor  # [B * M, K], 0 for slots without a landing
 
 
 class EnergyLattice(nn.Module):
@@ -152,7 +158,7 @@ class EnergyLattice(nn.Module):
         settings: size and rules.
         energy_dim: E.
         map_out: surface [B, S, E] -> embedding [B, D].
-        bounded_energy: a step leaves every part of an energy in [-1, 1], as tanh does.
+        bounded_energy: whether every component of an energy is in [-1, 1] after a step, as with tanh.
     """
 
     def __init__(
@@ -166,13 +172,13 @@ class EnergyLattice(nn.Module):
         self.tensorized_storage_enabled = settings.tensorized_storage_enabled
 
     def place_initial_energy(self, surface: Tensor) -> FlowState:
-        """One flow per cell on the input plane z = 0, with the cell's energy.
+        """Place one flow per cell on the input plane z = 0, with the cell's energy.
 
         Args:
-            surface: [B, S, E], float32 or float64: the dtype of the geometry.
+            surface: [B, S, E] in the dtype of the geometry, float32 or float64.
 
         Returns:
-            State of M slots per sample; those after the first S are empty.
+            The state of M slots per sample. Slots after the first S are empty.
         """
         batch, num_cells = surface.shape[:2]
         spare = self.settings.capacity - num_cells
@@ -184,18 +190,26 @@ class EnergyLattice(nn.Module):
         )
 
     def num_children(self, length: Tensor) -> Tensor:
-        """Children of a flow that moved by `length`: min(floor(length / threshold) - 1, limit), int64."""
+        """Children of a flow that moved by `length`: min(floor(length / threshold) - 1, max_spawn_per_step).
+
+        Args:
+            length: [B, M], normalised units.
+
+        Returns:
+            int64 [B, M], at least 0.
+        """
         rule = self.settings.spawn
         children = torch.floor(length / rule.threshold) - 1
         return children.nan_to_num(nan=0.0).clamp(0, rule.max_spawn_per_step).long()
 
     def landings(self, flows: FinishedFlows) -> Landings:
-        """Read the landings of a finished rollout."""
+        """The landings of a finished rollout."""
         z = flows.position[..., 2]
         plane = (z > 0).long()
+        projected = flows.status == FlowStatus.PROJECTED
         return Landings(
-            landed=flows.landed,
-            projected=flows.status == FlowStatus.PROJECTED,
+            landed=projected | (flows.status == FlowStatus.REACHED),
+            projected=projected,
             xy=flows.position[..., :2],
             plane=plane,
             distance=torch.where(plane == 0, 1 + z, 1 - z),
@@ -204,10 +218,14 @@ class EnergyLattice(nn.Module):
         )
 
     def collect(self, landings: Landings) -> Deposits:
-        """Find the cells, weights and scores of all landings: [B, M] -> flat members of B * S groups."""
+        """Find the cells, weights and scores of all landings, as members of B * S groups.
+
+        Raises:
+            RuntimeError: tensorised storage is off.
+        """
         if not self.tensorized_storage_enabled:
             raise RuntimeError(
-                "tensorized_storage_enabled is False: landings can only be collected from tensorised storage. "
+                "tensorized_storage_enabled is False: landings are collected from tensorised storage only. "
                 "Set lattice.tensorized_storage_enabled=true"
             )
         cells, weights = deposit_cells(landings.xy, self.settings.width, self.settings.height, self.settings.deposit)
@@ -223,13 +241,24 @@ class EnergyLattice(nn.Module):
 
     @property
     def score_bound(self) -> float | None:
-        """No landing has a larger score; None where nothing is known: without a step energies are those mapped in."""
+        """The largest score that a landing can have; None if no bound is known.
+
+        Without a step, energies are those mapped in, which have no bound.
+        """
         if not self.bounded_energy or self.settings.num_steps == 0:
             return None
-        return math.sqrt(self.energy_dim) * (1 + 0.1 * self.settings.num_steps)
+        return landing_score(math.sqrt(self.energy_dim), 0.0, float(self.settings.num_steps))
 
     def aggregate(self, deposits: Deposits, batch: int) -> tuple[Tensor, Tensor]:
-        """Average every group: surface [B, S, E] and its mass [B, S] (sum of the deposit weights)."""
+        """Average the deposits of every group.
+
+        Args:
+            deposits: of all landings.
+            batch: B.
+
+        Returns:
+            The output surface [B, S, E], and its mass [B, S], the sum of the deposit weights.
+        """
         num_groups = batch * self.settings.num_cells
         values, mass = group_softmax_deposit(
             deposits.scores, deposits.values, deposits.keys, deposits.weights, num_groups, bound=self.score_bound
@@ -240,7 +269,7 @@ class EnergyLattice(nn.Module):
         """Collect and aggregate all landings of a batch into the output surface [B, S, E].
 
         Raises:
-            NoLandingError: samples without a single landing (reading them synchronises with the device).
+            NoLandingError: samples without a single landing. The check waits for the device.
         """
         empty = (~landings.landed.any(dim=1)).nonzero().flatten().tolist()
         if empty:
@@ -248,7 +277,7 @@ class EnergyLattice(nn.Module):
         return self.aggregate(self.collect(landings), landings.landed.shape[0])[0]
 
     def collect_completed_flows_direct(self, landings: Landings) -> Tensor:
-        """Collect all landings of a batch and read them back as embeddings [B, D]; a skip from the input isn't in it.
+        """Collect all landings of a batch and map them to embeddings [B, D], without the skip from the input.
 
         Raises:
             NoLandingError: samples without a single landing.
@@ -256,7 +285,23 @@ class EnergyLattice(nn.Module):
         return self.map_out(self.collect_completed_flows_surface_direct(landings))
 
 
+def landing_score(energy_norm: _Number, distance: _Number, steps: _Number) -> _Number:
+    """The score of a landing, its weight in the softmax of its group.
+
+        score = |energy| / (1 + distance) * (1 + 0.1 * steps)
+
+    The same function computes the bound on all scores, so the two can't differ.
+
+    Args:
+        energy_norm: L2 norm of the energy.
+        distance: remaining distance to the plane, in normalised units.
+        steps: steps of the flow.
+    """
+    return energy_norm / (1 + distance) * (1 + SCORE_PER_STEP * steps)
+
+
 def no_landing_message(samples: list[int]) -> str:
+    """The message about samples without a landing."""
     return (
         f"{len(samples)} samples without a single landing ({name_samples(samples)}): all flows were removed. "
         "Lower lattice.filter.min_displacement or set lattice.filter.enabled=false"
@@ -264,6 +309,6 @@ def no_landing_message(samples: list[int]) -> str:
 
 
 def name_samples(samples: list[int]) -> str:
-    """The first of some samples, for messages."""
+    """The first ten of some samples, for messages."""
     shown = ", ".join(str(sample) for sample in samples[:10]) + (", ..." if len(samples) > 10 else "")
     return f"samples {shown} of the batch"

@@ -1,48 +1,49 @@
-"""One step of all flows, and its way back: written once, run in every way that the rollout knows."""
+"""The move of one step, its reflection at the sides, and its backward pass.
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, Self
+    d = clamp(scale * direction, ±max_displacement) + noise
+    position' = fold(position + d) along x and y; along z a flow stops at the planes z = ±1
+    energy' = tanh(change), or energy + change where the energy is residual
+
+The heads of the carrier give `direction` and `change`.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from energy_flow.core.geometry import fold, fold_slope
-
-
-class Networks(Protocol):
-    """What a step asks of the networks that flows share. How flows remember is the rollout's business."""
-
-    def read(self, position: Tensor, energy: Tensor) -> Tensor:
-        """[..., 3], [..., E] -> features and energy, what the carrier reads [..., F + E]."""
-
-    def remember(self, read: Tensor) -> Tensor:
-        """Update the memory of all flows; returns the last layer's, [..., H]."""
-
-    def decide(self, memory: Tensor) -> Tensor:
-        """[..., H] -> change of energy and direction, [..., E + 3], in the dtype of the geometry."""
-
 
 class MoveRule(NamedTuple):
-    """How decisions become moves."""
+    """How the heads' output becomes a move."""
 
     scale: Tensor  # scalar, multiplies the displacement head
-    max_displacement: Tensor  # scalar, per axis, normalised units
+    max_displacement: Tensor  # scalar, per axis, normalised units; a plain number would be a CPU tensor when compiled
     residual_energy: bool  # energy + change, instead of tanh(change)
-
-    @classmethod
-    def of(cls, scale: Tensor, max_displacement: float, residual_energy: bool) -> Self:
-        """With the limit on the device of `scale`: compiled code takes a second number for a tensor on the CPU."""
-        return cls(scale, scale.new_full((), max_displacement), residual_energy)
 
 
 class StepResult(NamedTuple):
-    """State of every slot after a step; flows that aren't active stand still."""
+    """All slots after one step. Flows that aren't active stay where they are."""
 
     position: Tensor  # [..., 3]
     energy: Tensor  # [..., E]
-    length: Tensor  # [...], detached: how far the flow moved, noise included, before any reflection; 0 if not active
+    length: Tensor  # [...], detached: length of the move with noise, before any reflection; 0 if not active
     reached: Tensor  # bool [...]: the flow is on an output plane
-    decision: Tensor  # [..., E + 3]: what the heads said
+    decision: Tensor  # [..., E + 3]: output of the heads, energy first
+
+
+def fold(coordinate: Tensor) -> Tensor:
+    """Reflect a coordinate at -1 and 1 until it lies inside (a triangular wave of period 4).
+
+    Values inside are returned bit for bit. The gradient is +1 after an even number of reflections, -1 after an odd one.
+    """
+    folded = 1 - (torch.remainder(coordinate + 1, 4) - 2).abs()
+    return torch.where(coordinate.abs() <= 1, coordinate, folded)
+
+
+def fold_slope(coordinate: Tensor) -> Tensor:
+    """Derivative of `fold`: 1 or -1, elementwise."""
+    slope = -(torch.remainder(coordinate + 1, 4) - 2).sign()
+    return torch.where(coordinate.abs() <= 1, 1.0, slope)
 
 
 def move(
@@ -55,7 +56,19 @@ def move(
     max_displacement: Tensor,
     residual_energy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Position, energy, length and reached of `StepResult`."""
+    """Move all active flows by the output of the heads.
+
+    Args:
+        position: [..., 3].
+        energy: [..., E].
+        active: bool [...].
+        decision: [..., E + 3], output of the heads: change of energy, then direction.
+        noise: [..., 3] in normalised units, added after the limit; None for no noise.
+        scale, max_displacement, residual_energy: see `MoveRule`.
+
+    Returns:
+        position, energy, length and reached of `StepResult`.
+    """
     change, direction = decision[..., :-3], decision[..., -3:]
     displacement = (scale * direction).clamp(-max_displacement, max_displacement)
     if noise is not None:
@@ -87,22 +100,25 @@ def move_backward(
     grad_position: Tensor,
     grad_energy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of position, energy and decision from those of position and energy after `move`.
+    """The backward pass of `move`, with the same arguments except these.
 
     Args:
-        position: before the move.
-        next_energy: after it.
-        grad_position, grad_energy: of position and energy after it.
+        position: [..., 3], before the move.
+        next_energy: [..., E], after the move.
+        grad_position, grad_energy: gradients of position and energy after the move.
+
+    Returns:
+        Gradients of position, energy and decision before the move.
     """
-    wish = scale * decision[..., -3:]
-    displacement = wish.clamp(-max_displacement, max_displacement)
+    unlimited = scale * decision[..., -3:]
+    displacement = unlimited.clamp(-max_displacement, max_displacement)
     if noise is not None:
         displacement = displacement + noise
     moved = position + displacement
     slope = torch.cat([fold_slope(moved[..., :2]), (moved[..., 2:].abs() < 1).to(moved.dtype)], dim=-1)
     moves = active[..., None]
     grad_moved = torch.where(moves, grad_position * slope, 0.0)
-    grad_direction = grad_moved * scale * (wish.abs() <= max_displacement)
+    grad_direction = grad_moved * scale * (unlimited.abs() <= max_displacement)
     slope_energy = 1.0 if residual_energy else 1 - next_energy.square()
     grad_change = torch.where(moves, grad_energy * slope_energy, 0.0)
     return (
@@ -110,25 +126,3 @@ def move_backward(
         grad_energy if residual_energy else torch.where(moves, 0.0, grad_energy),
         torch.cat([grad_change, grad_direction], dim=-1),
     )
-
-
-def flow_step(
-    networks: Networks,
-    position: Tensor,
-    energy: Tensor,
-    active: Tensor,
-    noise: Tensor | None,
-    rule: MoveRule,
-    moving: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = move,
-) -> StepResult:
-    """Read, remember, decide, move.
-
-    Args:
-        position, energy: [..., 3] and [..., E] of all slots.
-        active: bool [...].
-        noise: [..., 3] in normalised units, added after the limit; None for no noise.
-        moving: `move`, or a compiled form of it.
-    """
-    memory = networks.remember(networks.read(position, energy))
-    decision = networks.decide(memory)
-    return StepResult(*moving(position, energy, active, decision, noise, *rule), decision)

@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host, without making the device wait."""
+"""Copies from the device to the host that don't make the host wait."""
 
 from collections import deque
 
@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A copy of a device tensor that is under way; on a CPU it is there at once."""
+    """A copy of a device tensor that is under way. A tensor on a CPU isn't copied: it is there at once.
+
+    Args:
+        value: any shape. Don't change it before `wait`.
+    """
 
     def __init__(self, value: Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -16,35 +20,36 @@ class HostCopy:
             self._value = value.cpu()
             return
         self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        with torch.cuda.device_of(value):  # whose stream the event is recorded on
+        with torch.cuda.device_of(value):  # the event is recorded on the stream of the current device
             self._value.copy_(value, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     @property
     def ready(self) -> bool:
+        """Whether the copy has arrived."""
         return self._arrived is None or self._arrived.query()
 
     def wait(self) -> Tensor:
-        """The values, once they are there; waits for the copy, not for work that was queued after it."""
+        """Wait for the copy, but not for work queued after it, and return the values."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._value
 
 
 class DelayedScalars:
-    """Scalars of single steps, handed over when the device has delivered them: a batch later or so."""
+    """Scalars of training steps, which arrive on the host about one batch later."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[int, list[str], HostCopy]] = deque()
 
     def put(self, step: int, scalars: dict[str, Tensor]) -> None:
-        """Start copying the scalars of a step."""
+        """Start to copy the scalars of a step."""
         values = torch.stack([value.double() for value in scalars.values()])
         self._waiting.append((step, list(scalars), HostCopy(values)))
 
     def take(self, *, wait: bool = False) -> list[tuple[int, dict[str, float]]]:
-        """All steps whose scalars have arrived, in order; with `wait`, all steps."""
+        """Steps whose scalars have arrived, in order; with `wait`, all steps."""
         taken = []
         while self._waiting and (wait or self._waiting[0][2].ready):
             step, names, copy = self._waiting.popleft()

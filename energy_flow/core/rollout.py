@@ -1,13 +1,12 @@
 """The rollout: all steps of all flows, by the rules of the lattice.
 
-The rules run over dense slots and know nothing of how a step is computed; a `Stepper` does that, and there are
-two: plain autograd here, and the tape (`tape.py`).
+`Rollout` applies the rules to dense slots [B, M]. A `Stepper` computes the steps and stores the hidden states. There
+are two steppers: plain autograd in this file, and the tape in `engine/tape.py`.
 """
 
 import functools
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
@@ -16,17 +15,12 @@ from torch import Tensor, nn
 
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.energy_lattice import Count, EnergyLattice, LatticeSettings
-from energy_flow.core.flow_step import MoveRule, StepResult, flow_step
+from energy_flow.core.flow_step import MoveRule, StepResult, move
 from energy_flow.core.history import Counts, History, Trajectories
 from energy_flow.core.simple_neuron import SimpleNeuron
-from energy_flow.core.tensorized_flow_storage import (
-    Births,
-    FinishedFlows,
-    FlowState,
-    FlowStatus,
-    TensorizedFlowStorage,
-    TensorPool,
-)
+from energy_flow.core.tensor_pool import TensorPool
+from energy_flow.core.tensorized_flow_storage import Births, FinishedFlows, FlowState, FlowStatus, TensorizedFlowStorage
+from energy_flow.core.tensors import map_tensors
 from energy_flow.errors import ConfigError
 from energy_flow.ops.counter_noise import counter_noise
 from energy_flow.settings import Settings
@@ -35,7 +29,7 @@ Choice = Literal["auto"] | bool
 
 
 class RolloutSettings(Settings):
-    """How a rollout is computed, which changes neither outputs nor gradients (config group `rollout`)."""
+    """How a rollout is computed (config group `rollout`). No setting changes outputs or gradients beyond rounding."""
 
     engine: Literal["auto", "autograd", "tape"]
     recompute: bool
@@ -50,156 +44,131 @@ class RolloutSettings(Settings):
             for key, value in self.model_dump(exclude={"engine"}).items():
                 if value not in ("auto", None) and value is not False:
                     raise ValueError(
-                        f"rollout.{key} = {str(value).lower()}: plain autograd knows no such thing. Set "
+                        f"rollout.{key} = {str(value).lower()}: rollout.engine = autograd has no such setting. Set "
                         f"rollout.engine=auto, or leave rollout.{key} out"
                     )
         return self
 
     @classmethod
     def automatic(cls) -> Self:
-        """Everything chosen from the device and the size."""
+        """Choose everything by device and size."""
         return cls(engine="auto", recompute=False, chunk="auto", compaction="auto", compile="auto", cuda_graph="auto")
 
 
 @dataclass(frozen=True, eq=False)
 class RolloutCall:
-    """What a rollout depends on beside the surface and the weights. Fixed for its replay in the backward pass."""
+    """The inputs of a rollout besides the surface and the weights. The backward pass replays with the same call."""
 
-    rows: Tensor | None  # int64 [B]: the samples' rows in their data set
+    sample_ids: Tensor | None  # int64 [B]: the samples' rows in their data set
     optimizer_step: Tensor  # int64 scalar
-    scale: Tensor  # scalar, of displacements
+    rule: MoveRule
     noisy: bool
     keep_paths: bool
 
     def samples(self, start: int, stop: int) -> "RolloutCall":
-        """The same for some of the samples."""
-        rows = None if self.rows is None else self.rows[start:stop]
-        return RolloutCall(rows, self.optimizer_step, self.scale, self.noisy, self.keep_paths)
+        """The call of samples [start, stop)."""
+        return self if self.sample_ids is None else replace(self, sample_ids=self.sample_ids[start:stop])
 
 
 class RolloutResult(NamedTuple):
+    """The flows at the end of a rollout, and its record."""
+
     flows: FinishedFlows
     counts: Counts
     trajectories: Trajectories | None
 
 
-def joined(parts: list[RolloutResult]) -> RolloutResult:
-    """The result of a batch from those of its chunks."""
+def join_chunks(parts: list[RolloutResult]) -> RolloutResult:
+    """The result of a batch from those of its chunks, in the order of the samples."""
     if len(parts) == 1:
         return parts[0]
-    flows = [part.flows for part in parts]
-    paths = [part.trajectories for part in parts if part.trajectories is not None]
+    flows, counts, trajectories = zip(*parts, strict=True)
     return RolloutResult(
-        FinishedFlows(*(torch.cat(values) for values in zip(*(vars(part).values() for part in flows), strict=True))),
-        functools.reduce(operator.add, [part.counts for part in parts]),
-        Trajectories(*(torch.cat(values, 1) for values in zip(*(vars(path).values() for path in paths), strict=True)))
-        if paths
-        else None,
+        flows=map_tensors(lambda *tensors: torch.cat(tensors), *flows),
+        counts=map_tensors(lambda *tensors: functools.reduce(torch.add, tensors), *counts),
+        trajectories=map_tensors(lambda *tensors: torch.cat(tensors, 1), *trajectories),
     )
 
 
 class Stepper(Protocol):
-    """Computes steps, and keeps what flows remember between them."""
+    """Computes the steps of a rollout, and stores the hidden states between them."""
 
     draw_noise: Callable[..., Tensor]  # `counter_noise`, or a compiled form of it
 
     def step(self, state: FlowState, active: Tensor, noise: Tensor | None) -> StepResult:
-        """One step of all slots: state [B, M, ·], active bool [B, M], noise [B, M, 3]."""
+        """One step of all slots: features, GRU, heads, move.
 
-    def inherit(self, births: Births) -> None:
-        """Children take over their parents' memory."""
+        Args:
+            state: position [B, M, 3] and energy [B, M, E].
+            active: bool [B, M].
+            noise: [B, M, 3] in normalised units; None for no noise.
+        """
+
+    def give_birth(self, births: Births) -> None:
+        """Give children the hidden states of their parents."""
 
 
 class Rollout:
-    """Runs the rules of a lattice over all steps.
+    """Applies the rules of a lattice in every step.
 
     Args:
-        lattice, seed: whose rules, and of which exploration noise.
-        pool: where the bookkeeping lives while a rollout runs.
+        lattice: its settings are the rules.
+        seed: of the exploration noise.
+        pool: holds the bookkeeping of the flows while a rollout runs.
     """
 
     def __init__(self, lattice: EnergyLattice, seed: int, pool: TensorPool) -> None:
         self.lattice, self.seed, self.pool = lattice, seed, pool
-
-    @property
-    def settings(self) -> LatticeSettings:
-        return self.lattice.settings
+        self.settings: LatticeSettings = lattice.settings
+        self._num_cells, self._num_steps = self.settings.num_cells, self.settings.num_steps
 
     def run(self, surface: Tensor, stepper: Stepper, call: RolloutCall) -> RolloutResult:
-        """From surface energies [B, S, E] to flows that have all ended.
+        """Run all steps, from surface energies [B, S, E] to flows that have all ended.
 
-        Only the device knows who is active: nothing here waits for it.
+        Only the device knows which flows are active. Nothing here waits for it.
+
+        Raises:
+            ConfigError: noise is on, and the call has no sample ids.
         """
         settings = self.settings
-        storage = TensorizedFlowStorage(self.lattice.place_initial_energy(surface), settings.num_cells, self.pool)
-        history = History(call.keep_paths)
+        storage = TensorizedFlowStorage(self.lattice.place_initial_energy(surface), self._num_cells, self.pool)
+        history = History(storage, call.keep_paths)
         convergence = _Convergence(settings, storage)
-        history.look(storage)
-        for step in range(settings.num_steps):
+        for step in range(self._num_steps):
             before = storage.state
-            result = stepper.step(before, storage.where(FlowStatus.ACTIVE), self._noise(stepper, step, call))
+            noise = self._noise(stepper, step, call) if call.noisy else None
+            result = stepper.step(before, storage.status == FlowStatus.ACTIVE, noise)
             storage.advance(FlowState(result.position, result.energy), result.reached)
-            if settings.spawn.enabled and step + 1 < settings.num_steps:
-                children = self.lattice.num_children(result.length) * storage.where(FlowStatus.ACTIVE)
-                stepper.inherit(storage.spawn(children, before.position))
+            if settings.spawn.enabled and step + 1 < self._num_steps:
+                children = self.lattice.num_children(result.length) * (storage.status == FlowStatus.ACTIVE)
+                stepper.give_birth(storage.spawn(children, before.position))
             if settings.filter.enabled:
-                too_short = result.length < settings.filter.min_displacement
-                storage.end(storage.where(FlowStatus.ACTIVE) & too_short & (storage.age > 0), FlowStatus.REMOVED)
+                too_short = (result.length < settings.filter.min_displacement) & (storage.age > 0)
+                storage.end((storage.status == FlowStatus.ACTIVE) & too_short, FlowStatus.REMOVED)
             if settings.convergence.enabled:
                 storage.end(convergence.converged(step + 1), FlowStatus.PROJECTED)
-            history.look(storage)
-            history.moved(result.length)
-        storage.end(storage.where(FlowStatus.ACTIVE), FlowStatus.PROJECTED)
-        flows = storage.finished()
-        return RolloutResult(flows, history.counts(flows), history.trajectories(flows))
+            history.record(result.length)
+        flows = storage.project()
+        return RolloutResult(
+            flows=flows,
+            counts=history.counts(flows),
+            trajectories=history.trajectories(flows) if call.keep_paths else None,
+        )
 
-    def _noise(self, stepper: Stepper, step: int, call: RolloutCall) -> Tensor | None:
+    def _noise(self, stepper: Stepper, step: int, call: RolloutCall) -> Tensor:
         rule = self.settings.noise
-        if not call.noisy:
-            return None
-        if call.rows is None:
+        if call.sample_ids is None:
             raise ConfigError(
-                f"lattice.noise.std = {rule.std}: noise depends on the data row of every sample. Let batches carry "
-                "'row' (int64, [batch]), or set lattice.noise.std=0"
+                f"lattice.noise.std = {rule.std}: noise depends on the data row of every sample. Add 'row' "
+                "(int64, [batch]) to the batches, or set lattice.noise.std=0"
             )
-        capacity, dtype = self.settings.capacity, call.scale.dtype
-        noise = stepper.draw_noise(self.seed, call.optimizer_step, step, call.rows, capacity, dtype) * rule.std
+        capacity, dtype = self.settings.capacity, call.rule.scale.dtype
+        noise = stepper.draw_noise(self.seed, call.optimizer_step, step, call.sample_ids, capacity, dtype) * rule.std
         return noise if rule.z else nn.functional.pad(noise[..., :2], (0, 1))
 
 
-class AutogradStepper:
-    """Plain autograd: the networks as they are, a memory that is replaced in every step."""
-
-    draw_noise = staticmethod(counter_noise)
-
-    def __init__(self, neuron: SimpleNeuron, carrier: EnergyCarrier, rule: MoveRule) -> None:
-        self._neuron, self._carrier, self._rule = neuron, carrier, rule
-        self._hidden: tuple[Tensor, ...] | None = None
-
-    def step(self, state: FlowState, active: Tensor, noise: Tensor | None) -> StepResult:
-        return flow_step(self, state.position, state.energy, active, noise, self._rule)
-
-    def inherit(self, births: Births) -> None:
-        assert self._hidden is not None, "children are born of flows that moved"
-        self._hidden = tuple(births.inherit(memory, memory) for memory in self._hidden)
-
-    def read(self, position: Tensor, energy: Tensor) -> Tensor:
-        features = self._neuron(position, energy)
-        return torch.cat([features, energy.to(features.dtype)], dim=-1)
-
-    def remember(self, read: Tensor) -> Tensor:
-        if self._hidden is None:
-            empty = read.new_zeros(()).expand(*read.shape[:-1], self._carrier.hidden_size)
-            self._hidden = (empty,) * len(self._carrier.cells)
-        self._hidden = self._carrier.remember(read, self._hidden)
-        return self._hidden[-1]
-
-    def decide(self, memory: Tensor) -> Tensor:
-        return self._carrier.decide(memory)
-
-
 class _Convergence:
-    """Per sample: have enough flows ended, or has nothing ended for a while?"""
+    """Decides per sample whether enough flows have ended, or none has ended for a while."""
 
     def __init__(self, settings: LatticeSettings, storage: TensorizedFlowStorage) -> None:
         self._rule = settings.convergence
@@ -209,13 +178,54 @@ class _Convergence:
 
     def converged(self, step: int) -> Tensor:
         """Bool mask [B, M] of the flows to project after `step` steps."""
-        storage, rule = self._storage, self._rule
-        ended = (storage.where(FlowStatus.REACHED) | storage.where(FlowStatus.REMOVED)).sum(1)
+        status, rule = self._storage.status, self._rule
+        ended = ((status == FlowStatus.REACHED) | (status == FlowStatus.REMOVED)).sum(1)
         self._idle = torch.where(ended > self._ended, 0, self._idle + (step > rule.min_steps))
         self._ended = ended
-        # In float64: a share that equals the threshold must not be missed by float32's rounding.
-        share = ended.double() / storage.created
+        # In float64: rounding to float32 could miss a share that equals the threshold.
+        share = ended.double() / self._storage.created
         done = (share >= rule.threshold) | (self._idle >= rule.patience)
         if step < rule.min_steps:
             done = torch.zeros_like(done)
-        return done[:, None] & storage.where(FlowStatus.ACTIVE)
+        return done[:, None] & (status == FlowStatus.ACTIVE)
+
+
+class AutogradStepper:
+    """Computes steps with the modules themselves; autograd records them."""
+
+    draw_noise = staticmethod(counter_noise)
+
+    def __init__(self, neuron: SimpleNeuron, carrier: EnergyCarrier, rule: MoveRule) -> None:
+        self._neuron, self._carrier, self._rule = neuron, carrier, rule
+        self._hidden: tuple[Tensor, ...] | None = None
+
+    def step(self, state: FlowState, active: Tensor, noise: Tensor | None) -> StepResult:
+        """See `Stepper`."""
+        features = self._neuron(state.position, state.energy)
+        decision, self._hidden = self._carrier(features, state.energy, self._hidden)
+        return StepResult(*move(state.position, state.energy, active, decision, noise, *self._rule), decision)
+
+    def give_birth(self, births: Births) -> None:
+        """See `Stepper`."""
+        assert self._hidden is not None, "children are born after a step"
+        self._hidden = tuple(births.gather_from_parents(hidden, hidden) for hidden in self._hidden)
+
+
+class AutogradEngine:
+    """Runs rollouts with plain autograd.
+
+    Args:
+        neuron, carrier: the networks that flows share.
+        rollout: the rules.
+    """
+
+    def __init__(self, neuron: SimpleNeuron, carrier: EnergyCarrier, rollout: Rollout) -> None:
+        self._neuron, self._carrier, self._rollout = neuron, carrier, rollout
+
+    def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
+        """Run all steps, from surface energies [B, S, E] to flows that have all ended."""
+        return self._rollout.run(surface, AutogradStepper(self._neuron, self._carrier, call.rule), call)
+
+    def trim(self) -> int:
+        """Free buffers that no batch since the last call has needed; returns the bytes freed."""
+        return self._rollout.pool.trim()

@@ -1,6 +1,6 @@
-"""What a data set is like: one pass over every split, in chunks; what training would refuse, and what it should know.
+"""Inspect a data set: one pass over every split finds faults that training refuses, and other oddities.
 
-N rows of a split, D embedding dimension.
+N rows of a split, D embedding dimension
 """
 
 import math
@@ -12,37 +12,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from energy_flow.data.datamodule import misfits, missing_splits
 from energy_flow.data.pairs import fingerprint
-from energy_flow.data.settings import SPLITS, DataSettings
+from energy_flow.data.settings import SPLITS, DataSettings, misfits, missing_splits
 from energy_flow.data.storage.arrays import SIDES
 from energy_flow.data.storage.columns import Column, Survey
-from energy_flow.data.storage.duplicates import Copies, PairHashes, copies_between, copies_within, copy_warnings
+from energy_flow.data.storage.duplicates import (
+    Duplicates,
+    PairHashes,
+    duplicate_warnings,
+    duplicates_between,
+    duplicates_within,
+)
 from energy_flow.errors import DataError
 
-FAR_OFF = 10.0  # times longer or shorter than the median: rows that come from somewhere else
-_SCALES = 3.0  # how many times larger one side's numbers may be before MSE is mostly about that
+FAR_OFF = 10.0  # a row whose norm differs from the median by this factor probably has another origin
+_SCALES = 3.0  # if the sides' scales differ by this factor, the difference dominates MSE
 
 
 @dataclass(frozen=True)
 class SideReport:
-    """`source` or `target` of a split.
+    """Findings about `source` or `target` of a split. The field names are keys of `check.json`.
 
     Attributes:
-        dtype: as stored.
-        not_finite, bad_scales, zero_rows: how many rows.
-        copies: rows that stand earlier in the split.
-        norm_min, norm_median, norm_max, rms: L2 norms of the finite rows, not normalised, and the root of the mean
-            square of their numbers; NaN where no row is finite.
-        far_off: rows whose norm is `FAR_OFF` times the median, or that part of it; `first_far_off` is one of them.
-        constant_columns: of the D, those with the same number in every finite row of two or more.
+        dtype: of the stored numbers.
+        not_finite, bad_scales, zero_rows: numbers of such rows.
+        copies: duplicate rows.
+        norm_min, norm_median, norm_max: L2 norms of the finite rows before normalisation; NaN: no row is finite.
+        rms: root mean square of the numbers in finite rows; NaN: no row is finite.
+        far_off: number of rows whose norm is more than `FAR_OFF` times, or less than 1 / `FAR_OFF` of, the median.
+        first_far_off: the first of these rows.
+        constant_columns: columns with equal numbers in all finite rows, if there are two or more rows.
     """
 
     dtype: str
     not_finite: int
     bad_scales: int
     zero_rows: int
-    copies: Copies
+    copies: Duplicates
     norm_min: float
     norm_median: float
     norm_max: float
@@ -54,36 +60,36 @@ class SideReport:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split: `sides` are `source` and `target`."""
+    """Findings about a split; `sides` are `source` and `target`. The field names are keys of `check.json`."""
 
     where: str
     rows: int
     dim: int
     fingerprint: str
     sides: dict[str, SideReport]
-    pair_copies: Copies
+    pair_copies: Duplicates
 
 
 @dataclass
 class DataReport:
-    """A whole data set.
+    """Findings about a data set.
 
     Attributes:
-        splits: those that could be read.
-        shared: (split, other split) -> rows of `source`, `target` and `pair` of the one that the other has too.
-        refused: why training would refuse it, a line each; empty: it wouldn't.
-        warnings: what else is worth a look, a line each.
-        num_bytes: that were read, as they are stored.
+        splits: readable splits.
+        shared: (split, other split) -> rows of `source`, `target` and `pair` that the other split has too.
+        refused: reasons why training would refuse the data, one message each.
+        warnings: other oddities, one message each.
+        num_bytes: stored size of all numbers that were read.
     """
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
-    shared: dict[tuple[str, str], dict[str, Copies]] = field(default_factory=dict)
+    shared: dict[tuple[str, str], dict[str, Duplicates]] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     num_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Plain containers; a number that isn't finite is null."""
+        """The report as plain containers; numbers that are not finite become None."""
         shared = {f"{split}, {other}": value for (split, other), value in self.shared.items()}
         plain = {name: value for name, value in self.__dict__.items() if name not in ("splits", "shared")}
         splits = {name: asdict(split) for name, split in self.splits.items()}
@@ -92,13 +98,14 @@ class DataReport:
 
 
 def inspect(settings: DataSettings) -> DataReport:
-    """Read every split that there is once. Memory is that of a chunk and 12 bytes per row of a side.
+    """Read every existing split once.
 
-    A compressed .npz is the exception: its arrays are unpacked as a whole, by training too.
+    This needs memory for a chunk, and 12 bytes per row and side. The arrays of a compressed .npz are decompressed as a
+    whole, as in training.
     """
     report = DataReport(refused=missing_splits(settings, "fit"))
     hashes: dict[str, PairHashes] = {}
-    odd: dict[str, list[str]] = {}  # what is odd -> the splits where it is so
+    odd: dict[str, list[str]] = {}  # oddity -> splits that have it
     for split in SPLITS:
         if not settings.has(split):
             continue
@@ -108,34 +115,37 @@ def inspect(settings: DataSettings) -> DataReport:
         except DataError as error:
             report.refused.append(str(error))
             continue
-        for what in _oddities(report.splits[split].sides, settings.normalize):
-            odd.setdefault(what, []).append(f"data.{split}")
-    report.warnings = [f"{', '.join(where)}: {what}" for what, where in odd.items()] + list(copy_warnings(hashes))
+        for oddity in _oddities(report.splits[split].sides, settings.normalize):
+            odd.setdefault(oddity, []).append(f"data.{split}")
+    report.warnings = [f"{', '.join(where)}: {oddity}" for oddity, where in odd.items()] + list(
+        duplicate_warnings(hashes)
+    )
     for one, other in combinations(hashes, 2):
         report.shared[other, one] = {
-            side: copies_between(getattr(hashes[other], side), getattr(hashes[one], side)) for side in (*SIDES, "pair")
+            side: duplicates_between(getattr(hashes[other], side), getattr(hashes[one], side))
+            for side in (*SIDES, "pair")
         }
     return report
 
 
 def _inspect_split(report: DataReport, split: str, source: Column, target: Column) -> PairHashes:
     statistics = {side: _Statistics(column) for side, column in zip(SIDES, (source, target), strict=True)}
-    surveys = {side: look.column.survey(look) for side, look in statistics.items()}
-    sides = {side: look.report(surveys[side]) for side, look in statistics.items()}
+    surveys = {side: found.column.survey(found) for side, found in statistics.items()}
+    sides = {side: found.report(surveys[side]) for side, found in statistics.items()}
     where = ", ".join(dict.fromkeys(str(column.values.file) for column in (source, target)))
     hashes = PairHashes.of(*surveys.values())
-    for side, look in statistics.items():
-        report.refused += [f"data.{split}: {complaint}" for complaint in look.column.complaints(surveys[side])]
-        report.num_bytes += look.column.num_bytes
+    for side, column in zip(SIDES, (source, target), strict=True):
+        report.refused += [f"data.{split}: {complaint}" for complaint in column.complaints(surveys[side])]
+        report.num_bytes += column.num_bytes
     others = {name: known.dim for name, known in report.splits.items()}
     report.refused += misfits(split, source.num_rows, source.dim, where, others)
-    digest, copies = fingerprint(*surveys.values()), copies_within(hashes.pair)
-    report.splits[split] = SplitReport(where, source.num_rows, source.dim, digest, sides, copies)
+    digest, pair_copies = fingerprint(*surveys.values()), duplicates_within(hashes.pair)
+    report.splits[split] = SplitReport(where, source.num_rows, source.dim, digest, sides, pair_copies)
     return hashes
 
 
 class _Statistics:
-    """Gathers what a `SideReport` says of one column, chunk by chunk; rows with NaN or Inf are left out."""
+    """Collects the numbers of a `SideReport` chunk by chunk, without rows that have NaN or Inf."""
 
     def __init__(self, column: Column) -> None:
         self.column = column
@@ -145,7 +155,7 @@ class _Statistics:
         self._squares = 0.0
 
     def __call__(self, rows: slice, decoded: NDArray[np.float32]) -> None:
-        # In float64, whose squares neither overflow nor vanish for any float32 value; NaN and Inf stay what they are.
+        # In float64, where squares of float32 values neither overflow nor underflow; NaN and Inf stay.
         squares = np.einsum("nd,nd->n", decoded, decoded, dtype=np.float64)
         finite = np.isfinite(squares)
         if not finite.all():
@@ -158,7 +168,7 @@ class _Statistics:
     def report(self, survey: Survey) -> SideReport:
         column, finite = self.column, self._norms[~np.isnan(self._norms)]
         median = float(np.median(finite)) if len(finite) else math.nan
-        # A row of zeros is counted as that.
+        # Rows of zeros are counted on their own.
         far = (self._norms > FAR_OFF * median) | ((self._norms < median / FAR_OFF) & (self._norms > 0))
         first = int(far.argmax()) if far.any() else None
         constant = np.flatnonzero(self._low == self._high).tolist() if len(finite) > 1 else []
@@ -167,7 +177,7 @@ class _Statistics:
             not_finite=len(survey.not_finite),
             bad_scales=len(survey.bad_scales),
             zero_rows=len(survey.zero),
-            copies=copies_within(survey.hashes),
+            copies=duplicates_within(survey.hashes),
             norm_min=float(finite.min(initial=np.inf)) if len(finite) else math.nan,
             norm_median=median,
             norm_max=float(finite.max(initial=-np.inf)) if len(finite) else math.nan,
@@ -179,7 +189,7 @@ class _Statistics:
 
 
 def _oddities(sides: Mapping[str, SideReport], normalize: bool) -> Iterator[str]:
-    """What can be trained on, and was hardly meant."""
+    """Findings that training accepts although they are probably mistakes, one message each."""
     for side, found in sides.items():
         if found.far_off:
             yield (
@@ -189,11 +199,11 @@ def _oddities(sides: Mapping[str, SideReport], normalize: bool) -> Iterator[str]
         if columns := found.constant_columns:
             listed = ", ".join(map(str, columns[:3])) + (", ..." if len(columns) > 3 else "")
             yield f"{side}: columns with the same number in every row: {len(columns):,} ({listed})"
-        if found.zero_rows and not normalize:  # or it is refused
-            yield f"{side}: rows of nothing but zeros: {found.zero_rows:,}"
+        if found.zero_rows and not normalize:  # with normalize, training refuses them
+            yield f"{side}: rows with only zeros: {found.zero_rows:,}"
     source, target = sides["source"].rms, sides["target"].rms
     if not normalize and source and target and max(source / target, target / source) > _SCALES:
-        yield f"source and target have different scales: numbers of about {source:.3g} and {target:.3g}"
+        yield f"source and target have different scales: root mean squares {source:.3g} and {target:.3g}"
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Pairs of embeddings from a file: whole batches in one indexed read.
+"""Pairs of embeddings from files; a batch is one indexed read.
 
-B rows of a batch, N rows of the file, D embedding dimension.
+B rows of a batch, N rows of the file, D embedding dimension
 """
 
 import hashlib
@@ -23,25 +23,26 @@ PathLike = str | Path
 
 
 class PairDataset(Samples):
-    """Rows (source, target) of a file, memory-mapped where the format allows it.
+    """Rows (source, target) of a file, memory-mapped if the format allows it.
 
-    Opening it reads the file once, in chunks, and refuses what can't be trained on. It can be sent to worker processes,
-    which map the file anew.
+    The constructor reads the file once, in chunks, and refuses unusable data. Worker processes that receive the data
+    set map the file again.
 
     Args:
         path: a .safetensors or .npz with `source` and `target` [N, D] (float16/32/64, bfloat16 in .safetensors, or int8
-            with `source_scale` and `target_scale` [N]), or two .npy of floats. Relative to the current folder; `~` is
-            the home folder.
+            with `source_scale` and `target_scale` [N]), or two .npy of floats. Paths are relative to the current
+            folder; `~` is the home folder.
         normalize: L2-normalise every row.
-        key: the config key that named the file, for messages.
+        key: config key of the file, for messages.
 
     Attributes:
-        files: where the rows come from, absolute.
-        fingerprint: sha256 (hex) of what is stored, whatever the file format.
-        names: what the .jsonl of the same stem calls the rows, or None. Beside a pair of .npy, the target's file first.
+        files: absolute paths.
+        fingerprint: sha256 (hex) of the stored numbers; it does not depend on the file format.
+        names: of the rows, from a .jsonl with the same stem; None without such a file. For two .npy, the target's stem
+            has precedence.
 
     Raises:
-        DataError: names the key, the file, what is wrong and what to do.
+        DataError: the data are unusable; the message names key, file, fault and remedy.
     """
 
     def __init__(self, path: PathLike | Sequence[PathLike], normalize: bool, key: str = "data.train") -> None:
@@ -72,7 +73,7 @@ class PairDataset(Samples):
 
     @property
     def storage(self) -> str:
-        """How the numbers are stored, for people: "int8 with row scales", "float32"."""
+        """Format of the numbers in words: "int8 with row scales", "float32"."""
         kinds = dict.fromkeys(
             f"{column.values.kind}{' with row scales' if column.scale else ''}"
             for column in (self._source, self._target)
@@ -83,7 +84,7 @@ class PairDataset(Samples):
         return self._source.num_rows
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
-        """A batch in one read per side: source and target float32 [B, D], row int64 [B]; rows in 0 <= row < N."""
+        """A batch: source and target float32 [B, D], row int64 [B], for 0 <= row < N; one read per side."""
         index = np.asarray(rows, dtype=np.int64)
         return {
             "source": torch.from_numpy(self._source.read(index)),
@@ -92,29 +93,29 @@ class PairDataset(Samples):
         }
 
     def all(self) -> tuple[Tensor, Tensor]:
-        """All rows at once: source and target, float32 [N, D]."""
+        """All rows: source and target, float32 [N, D]."""
         return torch.from_numpy(self._source.all()), torch.from_numpy(self._target.all())
 
     def take_hashes(self) -> PairHashes | None:
-        """What tells copies of rows; once, as nobody needs them later."""
+        """Hand over the hashes for finding duplicate rows and forget them; None after the first call."""
         taken, self._hashes = self._hashes, None
         return taken
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hashes": None}  # workers read rows, and nothing else
+        return {**self.__dict__, "_hashes": None}  # workers don't need them
 
 
 def find_files(path: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:
-    """The file or files of a split, absolute; `~` is the home folder."""
+    """Absolute paths of the file or files of a split; `~` is the home folder."""
     paths = [path] if isinstance(path, str | Path) else list(path)
     return tuple(Path(entry).expanduser().absolute() for entry in paths)
 
 
 def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column]:
-    """Source and target of one file or a pair of .npy, not yet read.
+    """Open source and target of one file or two .npy, without reading the numbers.
 
     Raises:
-        DataError: no such arrays, or arrays that are no pair.
+        DataError: an array is missing, or the shapes don't match.
     """
     if len(files) not in (1, 2):
         raise DataError(f"{len(files)} files given; give one file or two .npy: [source.npy,target.npy]")
@@ -124,7 +125,7 @@ def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column
     if source.num_rows != target.num_rows:
         raise DataError(
             f"{target.values.file}: target has {target.num_rows:,} rows, source {source.num_rows:,}; "
-            "row i of both must be a pair; write as many of one as of the other"
+            "row i of both must be a pair; write equal numbers of rows"
         )
     if source.dim != target.dim:
         raise DataError(
@@ -135,5 +136,5 @@ def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column
 
 
 def fingerprint(source: Survey, target: Survey) -> str:
-    """sha256 (hex) of what is stored, whatever the file format."""
+    """sha256 (hex) of the stored numbers; it does not depend on the file format."""
     return hashlib.sha256(source.digest + target.digest).hexdigest()

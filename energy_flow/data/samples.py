@@ -1,6 +1,6 @@
-"""What a data set of pairs offers, wherever its rows come from.
+"""Interface of a data set of pairs.
 
-B rows of a batch, N rows of the data set, D embedding dimension.
+B rows of a batch, N rows of the data set, D embedding dimension
 """
 
 from abc import abstractmethod
@@ -19,9 +19,9 @@ class Samples(Dataset):
     """Rows (source, target) of one split.
 
     Attributes:
-        fingerprint: sha256 (hex) of what decides the rows.
-        files: where they are stored, absolute; empty where they are made.
-        names: what the rows are called, or None.
+        fingerprint: sha256 (hex) of the stored rows, or of the settings that generate them.
+        files: absolute paths; empty for generated rows.
+        names: of the rows; None: the rows have no names.
     """
 
     fingerprint: str
@@ -36,26 +36,26 @@ class Samples(Dataset):
     @property
     @abstractmethod
     def where(self) -> str:
-        """Where the rows come from, for messages."""
+        """Source of the rows, for messages."""
 
     @property
     @abstractmethod
     def description(self) -> str:
-        """How they are stored or made, for the log."""
+        """Storage or generation of the rows, for the log."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitems__(self, rows: Sequence[int]) -> Batch:
-        """A batch: source and target float32 [B, D], row int64 [B]; rows in 0 <= row < N."""
+        """A batch: source and target float32 [B, D], row int64 [B], for 0 <= row < N."""
 
     @abstractmethod
     def all(self) -> tuple[Tensor, Tensor]:
-        """All rows at once: source and target, float32 [N, D]."""
+        """All rows: source and target, float32 [N, D]."""
 
     def take_hashes(self) -> PairHashes | None:
-        """What tells copies of rows, once; None where rows are made, not stored."""
+        """Hand over the hashes for finding duplicate rows; None for generated rows, or after the first call."""
         return None
 
     def __getitem__(self, row: int) -> Batch:

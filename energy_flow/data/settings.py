@@ -1,6 +1,10 @@
-"""Config group `data`: what all kinds of data have in common, and what a kind has to tell."""
+"""Config group `data`: settings and operations that all kinds of data share.
+
+D embedding dimension
+"""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 from pydantic import Field
 
@@ -10,9 +14,12 @@ from energy_flow.settings import Settings
 
 SPLITS = ("train", "val", "test")
 
+# Stage of Lightning -> the splits that it needs.
+_NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
 
 class DataSettings(Settings):
-    """What every kind of data has; `seed` is that of the shuffling."""
+    """Settings of every kind of data; `seed` is for shuffling."""
 
     normalize: bool
     batch_size: int = Field(ge=1)
@@ -27,16 +34,35 @@ class DataSettings(Settings):
 
     @abstractmethod
     def open(self, split: str) -> Samples:
-        """The data set of a split that there is, checked.
+        """Open and check the data set of an existing split.
 
         Raises:
-            DataError: it can't be used.
+            DataError: the data are unusable.
         """
 
     @abstractmethod
     def columns(self, split: str) -> tuple[Column, Column]:
-        """Source and target of a split that there is, opened and not yet read.
+        """Open source and target of an existing split without reading their numbers.
 
         Raises:
-            DataError: they can't be used, whatever their numbers are.
+            DataError: files, shapes or dtypes are unusable.
         """
+
+
+def missing_splits(settings: DataSettings, stage: str) -> list[str]:
+    """List the splits that a stage of Lightning (`fit`, `test`, ...) needs and the data lack, one message each."""
+    return [
+        f"data.{split} = null: {stage} needs it; give data.{split}=PATH"
+        for split in _NEEDED.get(stage, ())
+        if not settings.has(split)
+    ]
+
+
+def misfits(split: str, num_rows: int, dim: int, where: str, others: Mapping[str, int]) -> list[str]:
+    """List the reasons why a split can't be used together with `others` (D by split), one message each."""
+    found = [
+        f"data.{split}: {where}: dimension {dim}, but data.{other} has {other_dim}; all splits must have the same"
+        for other, other_dim in others.items()
+        if other_dim != dim
+    ]
+    return found + [f"data.{split}: {where}: 1 row; retrieval needs at least 2 candidates"] * (num_rows < 2)

@@ -1,34 +1,34 @@
-"""Surfaces whose energies travel: pairs made from a seed, on which a model has to learn where to go.
+"""Travelling energies: generated pairs, on which a model must learn where energies go.
 
-A sample is a surface of energies over the cells of a plane, one number per cell; its target is the surface after every
-cell's energy has travelled, by a displacement that depends on where it starts and on how strong it is. Lengths are the
-lattice's normalised ones: the plane is [-1, 1] wide and high, cell (x, y) has the centre of `geometry.cell_centres`.
-Energies have no unit.
+A sample is a surface of energies over the cells of a plane, one number per cell. Its target is the surface after the
+energy of every cell has travelled; the displacement depends on the start and on the energy. Lengths are the lattice's
+normalised lengths: the plane is [-1, 1] x [-1, 1], and `geometry.cell_centres` are the cells' centres. Energies have no
+unit.
 
 **Source.** The energy at the place p = (x, y) is
 
     e(p) = tanh(a / 2),  a = 2 / (K + 1) * sum over 0 <= j, k < K of c_jk cos(j pi (x + 1) / 2) cos(k pi (y + 1) / 2)
 
-with independent normal c_jk (mean 0, variance 1; so the mean of a² over the plane is 1) and K = `data.waves`: a smooth
-surface whose shortest half wave is 2 / (K - 1) long. It doesn't depend on the number of cells: the same row on a finer
-plane is the same surface, sampled more densely.
+with independent normal c_jk (mean 0, variance 1; so the mean of a² over the plane is 1) and K = `data.waves`. The
+shortest half wave of this smooth surface has the length 2 / (K - 1). The surface does not depend on the number of
+cells: a finer plane samples the same surface more densely.
 
 **Travel.** The energy e of the cell at p lands at q = fold(p + d(p, e)): `fold` reflects at the borders (a triangular
-wave). The displacement d, with the strength g = `data.strength` (1: energies of size one travel about half a plane):
+wave). The displacement d depends on g = `data.strength`. For g = 1, energies of size 1 travel about half the plane:
 
     rotation_swirl   d = R(g e) p - p + g / 2 exp(-2 |v|²) (-v_y, v_x),  v = p - (1/2, -1/4)
-                     a rotation R about the centre by g e radians, and a swirl about a point off the centre
+                     a rotation R about the centre by g e radians, plus a swirl about another point
     shear            d = (g (y / 2 + e), 0)
 
-**Target.** Every landing is deposited on the four cells around it, with bilinear weights w. What arrives in a cell is
-averaged, and the share that misses to a whole weight is empty. With c = `data.contrast`:
+**Target.** Every landing is deposited on the four cells around it, with bilinear weights w. A cell averages its
+deposits; if its weights sum to less than 1, the rest counts as energy 0. With c = `data.contrast`:
 
     target = sum(w exp(c |e|) e) / (sum(w exp(c |e|)) + max(0, 1 - sum(w)))
 
 c = 0 is a plain average. With c > 0 strong energies count more, as in a lattice, which collects its landings by a
-softmax over scores |e| / (1 + distance) * (1 + 0.1 * steps). Flows that keep their energies, move by d, stay on the
-input plane (distance 1) and take T steps are exact for c = (1 + 0.1 T) / 2: 0.7 for 4 steps. For c = 0 nothing that a
-lattice can do is exact; what it learns is a compromise.
+softmax over scores |e| / (1 + distance) * (1 + 0.1 * steps). Consider flows that keep their energies, move by d, stay
+on the input plane (distance 1) and take T steps. They are exact for c = (1 + 0.1 T) / 2, which is 0.7 for 4 steps. For
+c = 0 no lattice is exact; it learns a compromise.
 """
 
 import hashlib
@@ -42,23 +42,24 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from energy_flow.core.geometry import cell_centres, deposit_cells, fold
+from energy_flow.core.flow_step import fold
+from energy_flow.core.geometry import cell_centres, deposit_cells
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.settings import SPLITS, DataSettings
 from energy_flow.data.storage.arrays import SIDES, HeldArray
 from energy_flow.data.storage.columns import Column
 from energy_flow.ops.group_softmax import group_softmax_deposit
 
-# Counts the changes of the formulas above: it goes into the fingerprint, which knows nothing of the numbers.
+# Version of the formulas above. It is part of the fingerprint, which is computed from settings, not from numbers.
 FORMULA = 1
-_CHUNK_CELLS = 2**18  # cells whose landings stand at a time
+_CHUNK_CELLS = 2**18  # cells whose landings are in memory at a time
 
 Rows = Annotated[int, Field(ge=2)]
 Field2d = Literal["rotation_swirl", "shear"]
 
 
 class TransportSettings(DataSettings):
-    """Surfaces whose energies travel; see the module for the formulas."""
+    """Travelling energies; the module has the formulas."""
 
     name: Literal["transport"]
     field: Field2d
@@ -76,13 +77,13 @@ class TransportSettings(DataSettings):
     def _combinations(self) -> Self:
         if self.normalize:
             raise ValueError(
-                "data.normalize = true: how strong an energy is says how far it travels, and rows of length 1 would "
-                "lose it. Set data.normalize=false"
+                "data.normalize = true: the size of an energy decides how far it travels, and normalised rows lose it. "
+                "Set data.normalize=false"
             )
         if self.waves > min(self.width, self.height):
             raise ValueError(
-                f"data.waves = {self.waves}: {self.width} x {self.height} cells can't tell more than "
-                f"{min(self.width, self.height)} waves apart. Lower it, or raise data.width and data.height"
+                f"data.waves = {self.waves}: {self.width} x {self.height} cells can represent at most "
+                f"{min(self.width, self.height)} waves. Lower it, or raise data.width and data.height"
             )
         return self
 
@@ -101,12 +102,12 @@ class TransportSettings(DataSettings):
         return source, target
 
     def landings(self, source: Tensor) -> Tensor:
-        """Where the energies of surfaces [B, S] land: (x, y), [B, S, 2]."""
+        """Landing places (x, y) of the energies of surfaces [B, S], [B, S, 2]."""
         start = cell_centres(self.width, self.height, source.dtype, source.device)
         return fold(start + FIELDS[self.field](start, source, self.strength))
 
     def targets(self, source: Tensor) -> Tensor:
-        """The surfaces [B, S] after their energies have travelled, [B, S]."""
+        """The surfaces [B, S] after the travel of their energies, [B, S]."""
         cells, weights = deposit_cells(self.landings(source), self.width, self.height, "bilinear")
         first_key = torch.arange(len(source))[:, None, None] * source.shape[1]
         energies, scores = source.reshape(-1, 1), self.contrast * source.abs().flatten()
@@ -116,12 +117,12 @@ class TransportSettings(DataSettings):
 
 
 class TransportDataset(Samples):
-    """One split, made at once and held in memory: the same for the same settings, independent of other splits."""
+    """One split, generated as a whole and held in memory. It depends on the settings alone, not on other splits."""
 
     def __init__(self, settings: TransportSettings, split: str) -> None:
         self.settings = settings
-        decides = {"name", "field", "strength", "contrast", "width", "height", "waves", "surface_seed"}
-        recipe = settings.model_dump(include=decides)
+        influential = {"name", "field", "strength", "contrast", "width", "height", "waves", "surface_seed"}
+        recipe = settings.model_dump(include=influential)
         recipe |= {"formula": FORMULA, "split": split, "rows": getattr(settings, split)}
         self.fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         self._source = _surfaces(settings, split)
@@ -186,7 +187,7 @@ def _shear(start: Tensor, energy: Tensor, strength: float) -> Tensor:
     return torch.stack([along, torch.zeros_like(along)], dim=-1)
 
 
-# Name -> displacement [B, S, 2] of energies [B, S] that start at [S, 2], by the strength.
+# Name -> function (start [S, 2], energy [B, S], strength) -> displacement [B, S, 2].
 FIELDS: dict[Field2d, Callable[[Tensor, Tensor, float], Tensor]] = {
     "rotation_swirl": _rotation_swirl,
     "shear": _shear,

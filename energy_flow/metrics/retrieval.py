@@ -1,6 +1,6 @@
-"""How well predictions find their targets among all candidates.
+"""Retrieval: the ranks of targets among all candidates by cosine, and their metrics.
 
-N predictions, G candidates of the gallery, D embedding dimension
+N predictions, G candidates (the gallery), D embedding dimension
 """
 
 from dataclasses import dataclass
@@ -16,72 +16,72 @@ RECALL_AT = (1, 10, 100)
 
 
 def ranks(prediction: Tensor, gallery: Tensor, gold: Tensor | None = None) -> Tensor:
-    """The rank of each prediction's gold candidate by cosine: 1 + number of better ones + half the number of ties.
+    """Rank the gold candidate of each prediction by cosine: rank = 1 + #better + #ties / 2.
 
-    The gold score is read from the same matrix product as all others: computed apart it differs in the last bit, and
-    ranks of near and exact ties move. Copies of a candidate are scored once, so that they tie exactly: no BLAS promises
-    that equal columns of a product get equal sums. The product is in float64, which neither autocast nor TF32 touches,
-    and runs in chunks of rows: a block of scores takes at most `SCORE_BLOCK_BYTES` (or one row).
+    The gold score comes from the same matrix product as all others. Computed on its own, it would differ in the last
+    bit and change the rank of near or exact ties. Duplicate candidates are scored once and so tie exactly: BLAS does
+    not guarantee equal sums for equal columns. The product uses float64, which autocast and TF32 leave alone. It runs
+    in blocks of rows; a block of scores takes at most `SCORE_BLOCK_BYTES` (or one row).
 
     Args:
-        prediction: [N, D]; a zero row ties with all candidates.
+        prediction: [N, D]; a row of zeros ties with all candidates.
         gallery: [G, D]
-        gold: int64 [N], the gallery row that each prediction should find; default: row i for prediction i.
+        gold: int64 [N], the gallery row of each prediction's target; default: row i for prediction i.
 
     Returns:
         float64 [N]
 
     Raises:
-        EnergyFlowError: predictions or candidates are not finite; names how many.
-        ValueError: the shapes don't fit.
+        EnergyFlowError: predictions or candidates are not finite; the message has their number.
+        ValueError: the shapes don't match.
     """
     _check(prediction, gallery)
     _check_gold(prediction, gallery, gold)
     if gold is None:
         gold = torch.arange(len(prediction), device=gallery.device)
-    distinct, column, copies = torch.unique(gallery, dim=0, return_inverse=True, return_counts=True)
+    distinct, column, counts = torch.unique(gallery, dim=0, return_inverse=True, return_counts=True)
     candidates = F.normalize(distinct.double(), dim=-1).T
     own = column[gold].unsqueeze(-1)  # [N, 1]
     rows = max(1, SCORE_BLOCK_BYTES // (8 * len(distinct)))
     blocks = zip(prediction.split(rows), own.split(rows), strict=True)
-    return torch.cat([_block_ranks(block, candidates, gold_column, copies.double()) for block, gold_column in blocks])
+    return torch.cat([_block_ranks(block, candidates, gold_column, counts.double()) for block, gold_column in blocks])
 
 
 @dataclass(frozen=True)
 class AllTargets:
-    """Candidates from more than the test split, among which its rows find their targets.
+    """A gallery with the targets of all splits, for the ranks of the test rows.
 
     Attributes:
         target: [G, D]
-        first: the candidate of the first test row; those of the others follow.
+        first: index of the first test row's target; the targets of the other test rows follow it.
     """
 
     target: Tensor
     first: int
 
     def ranks(self, prediction: Tensor) -> Tensor:
-        """Ranks of predictions [N, D] of the first N test rows, float64 [N], as `ranks`."""
+        """The `ranks` of predictions [N, D] for the first N test rows, float64 [N]."""
         own = torch.arange(self.first, self.first + len(prediction), device=prediction.device)
         return ranks(prediction, self.target.to(prediction.device), own)
 
 
 def nearest(prediction: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k candidates of the highest cosine for each prediction, best first; ties in the gallery's order.
+    """The k candidates with the highest cosine for each prediction, best first; ties in the gallery's order.
 
-    Computed like `ranks`: in float64, copies of a candidate tie exactly.
+    As in `ranks`, scores are float64 and duplicate candidates tie exactly.
 
     Args:
         prediction: [N, D]
         gallery: [G, D]
-        k: at most G.
+        k: number of candidates, 1 <= k <= G.
 
     Returns:
         float64 [N, k]: the cosines.
         int64 [N, k]: the gallery rows.
 
     Raises:
-        EnergyFlowError: predictions or candidates are not finite; names how many.
-        ValueError: the shapes don't fit, or there are fewer candidates.
+        EnergyFlowError: predictions or candidates are not finite; the message has their number.
+        ValueError: the shapes don't match, or k > G.
     """
     _check(prediction, gallery)
     if not 1 <= k <= len(gallery):
@@ -94,21 +94,21 @@ def nearest(prediction: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 def retrieval_metrics(prediction: Tensor, target: Tensor, rank: Tensor | None = None) -> dict[str, float]:
-    """Retrieval of each target among all N targets, and the mean cosine.
+    """Metrics of retrieving each target among all N targets, and the mean cosine.
 
-    MRR is the mean of 1 / rank, recall@k the share of ranks <= k; a rank with a half (ties) counts as it is.
+    MRR = mean(1 / rank), recall@k = mean(rank <= k). Ties give half ranks, which are not rounded.
 
     Args:
         prediction: [N, D]
         target: [N, D]
-        rank: [N], their `ranks` where they are known already.
+        rank: their `ranks` [N], if already computed.
 
     Returns:
         mrr, recall@1, recall@10, recall@100, median_rank, cosine
 
     Raises:
-        EnergyFlowError: predictions or targets are not finite; names how many.
-        ValueError: the shapes don't fit, or there is no sample.
+        EnergyFlowError: predictions or targets are not finite; the message has their number.
+        ValueError: the shapes differ, or N = 0.
     """
     if prediction.shape != target.shape or len(prediction) == 0:
         raise ValueError(f"prediction {list(prediction.shape)}, target {list(target.shape)}: must both be [N > 0, D]")
@@ -117,7 +117,7 @@ def retrieval_metrics(prediction: Tensor, target: Tensor, rank: Tensor | None = 
 
 
 def rank_metrics(rank: Tensor) -> dict[str, float]:
-    """The part of `retrieval_metrics` that ranks [N > 0] alone decide: mrr, recall@1, recall@10, ..., median_rank."""
+    """The `retrieval_metrics` that depend on the ranks [N > 0] alone: mrr, recall@1, ..., median_rank."""
     middle = rank.sort().values[[(len(rank) - 1) // 2, len(rank) // 2]]
     return {
         "mrr": rank.reciprocal().mean().item(),
@@ -126,20 +126,23 @@ def rank_metrics(rank: Tensor) -> dict[str, float]:
     }
 
 
-def _block_ranks(prediction: Tensor, candidates: Tensor, own: Tensor, copies: Tensor) -> Tensor:
+def _block_ranks(prediction: Tensor, candidates: Tensor, gold: Tensor, counts: Tensor) -> Tensor:
     scores = F.normalize(prediction.double(), dim=-1) @ candidates
-    # In place, so that there is one block: 1 for a better candidate, 0 for a tie, -1 for a worse one.
-    compared = scores.sub_(scores.gather(1, own)).sign_()
-    # #better + #ties / 2, where the gold itself counts as a tie.
-    above = (compared @ copies + copies.sum()) / 2
+    # In place, to hold one block only: 1 for a better candidate, 0 for a tie, -1 for a worse one.
+    compared = scores.sub_(scores.gather(1, gold)).sign_()
+    # #better + #ties / 2; the gold candidate counts as a tie with itself.
+    above = (compared @ counts + counts.sum()) / 2
     return 1 + above - 0.5
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of each row, [B, k]; ties in order. `topk` leaves open which of them it takes, a sort is slow."""
+    """The k highest scores of each row and their columns, [B, k]; ties in column order.
+
+    `topk` is fast but takes any of several tied columns. A stable sort repairs the rows where that matters.
+    """
     values, index = scores.topk(k)
-    open_end = (scores >= values[:, -1:]).sum(1) > k  # more candidates share the last place than it has room for
-    index[open_end] = scores[open_end].sort(descending=True, stable=True).indices[:, :k]
+    ambiguous = (scores >= values[:, -1:]).sum(1) > k  # too many candidates tie for the last places
+    index[ambiguous] = scores[ambiguous].sort(descending=True, stable=True).indices[:, :k]
     index = index.sort().values
     values, order = scores.gather(1, index).sort(descending=True, stable=True)
     return values, index.gather(1, order)
@@ -154,7 +157,9 @@ def _check(prediction: Tensor, gallery: Tensor) -> None:
 
 def _check_gold(prediction: Tensor, gallery: Tensor, gold: Tensor | None) -> None:
     if gold is None and len(prediction) > len(gallery):
-        raise ValueError(f"{len(prediction)} predictions, {len(gallery)} candidates: say which are gold")
+        raise ValueError(
+            f"{len(prediction)} predictions, {len(gallery)} candidates: give `gold`, the candidate of each prediction"
+        )
     if gold is not None and gold.shape != prediction.shape[:1]:
         raise ValueError(f"gold {list(gold.shape)} must be [N] with N = {len(prediction)}")
 
@@ -164,6 +169,6 @@ def _check_finite(x: Tensor, name: str) -> None:
     if len(bad):
         some = ", ".join(map(str, bad[:5].tolist())) + (", ..." if len(bad) > 5 else "")
         raise EnergyFlowError(
-            f"{len(bad)} of {len(x)} {name} are not finite (rows {some}): they have no rank; "
-            "if training diverged, lower the learning rate or clip the gradient"
+            f"{len(bad)} of {len(x)} {name} are not finite (rows {some}), so they have no rank. "
+            "If training diverged, lower the learning rate or clip the gradient"
         )

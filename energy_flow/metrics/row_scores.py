@@ -1,6 +1,8 @@
-"""What a method reached on every test row, kept as `test_rows.safetensors` in the run folder.
+"""Scores of every test row, saved as `test_rows.safetensors` in the run folder.
 
-Means say which of two methods is better; whether that is more than chance only their rows can tell. N test rows
+The mean says which of two methods is better; the scores of the rows say whether the difference is more than chance.
+
+N test rows
 """
 
 import dataclasses
@@ -24,61 +26,61 @@ _MEASURE, _FINGERPRINT, _DIGEST = "measure", "data_fingerprint", "sha256"  # key
 
 @dataclass(frozen=True)
 class RowScores:
-    """What one or several methods reached on the rows of a test split, in its order.
+    """Scores of one or several methods on the rows of a test split, in row order.
 
     Attributes:
-        measure: what the numbers are: rank or mse.
-        fingerprint: sha256 of the test split; rows of another one are no pair of these.
-        values: float64 [N] of `model`, and of every baseline by its name.
+        measure: the kind of score: rank or mse.
+        fingerprint: sha256 of the test split; only scores with equal fingerprints can be paired.
+        values: scores, float64 [N], by method: `model` and the names of baselines.
     """
 
     measure: str
     fingerprint: str
     values: Mapping[str, Tensor]
 
-    def beside(self, values: Mapping[str, Tensor]) -> Self:
-        """These, and those of other methods on the same rows."""
+    def with_methods(self, values: Mapping[str, Tensor]) -> Self:
+        """A copy with the scores of more methods on the same rows."""
         return dataclasses.replace(self, values={**self.values, **values})
 
 
-def write_row_scores(path: Path, rows: RowScores) -> None:
-    """Write a file that `read_row_scores` takes, whole or not at all.
+def write_row_scores(path: Path, scores: RowScores) -> None:
+    """Write a file for `read_row_scores`, completely or not at all.
 
     Raises:
-        ValueError: not float64 [N] with one N for all.
+        ValueError: the scores are not float64 [N] with the same N for all methods.
         OSError: the path can't be written.
     """
-    values = {name: value.contiguous() for name, value in rows.values.items()}
+    values = {name: value.contiguous() for name, value in scores.values.items()}
     wrong = _wrong(values)
     if wrong:
         raise ValueError(wrong)
-    metadata = {_MEASURE: rows.measure, _FINGERPRINT: rows.fingerprint}
+    metadata = {_MEASURE: scores.measure, _FINGERPRINT: scores.fingerprint}
     write_whole(path, save(values, {**metadata, _DIGEST: digest(_text(metadata), values)}))
 
 
 def read_row_scores(path: Path) -> RowScores:
-    """The test rows of a run, `model` first.
+    """Read the row scores of a run, `model` first.
 
     Raises:
-        DataError: missing, damaged, or not written by `write_row_scores`.
+        DataError: the file is missing, damaged, or was not written by `write_row_scores`.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; a run writes it when it tests all of its test split")
+        raise DataError(f"{path}: no such file. A run writes it if it tests all rows of its test split")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: damaged, or no safetensors file ({error}). Test the model anew") from error
+        raise DataError(f"{path}: damaged, or not a safetensors file ({error}). Test the model again") from error
     missing = [key for key in (_MEASURE, _FINGERPRINT, _DIGEST) if key not in metadata]
     if missing or MODEL not in values:
-        what = f"no {missing[0]!r} in its metadata" if missing else f"no {MODEL!r} in it"
-        raise DataError(f"{path}: holds no test rows of a run: {what}. Give the file of a run folder")
+        reason = f"its metadata have no {missing[0]!r}" if missing else f"it has no {MODEL!r}"
+        raise DataError(f"{path}: not a file of row scores: {reason}. Give a file from a run folder")
     if metadata[_DIGEST] != digest(_text(metadata), values):
-        raise DataError(f"{path}: damaged: its content has another sha256 than it says. Test the model anew")
+        raise DataError(f"{path}: damaged: its content does not match its sha256. Test the model again")
     wrong = _wrong(values)
     if wrong:
-        raise DataError(f"{path}: {wrong}. Test the model anew")
+        raise DataError(f"{path}: {wrong}. Test the model again")
     order = [MODEL, *(name for name in values if name != MODEL)]
     return RowScores(metadata[_MEASURE], metadata[_FINGERPRINT], {name: values[name] for name in order})
 
@@ -88,9 +90,9 @@ def _text(metadata: Mapping[str, str]) -> str:
 
 
 def _wrong(values: Mapping[str, Tensor]) -> str:
-    """What isn't as it must be; nothing where all is."""
+    """The fault in the dtypes or shapes; empty if there is none."""
     lengths = {len(value) if value.dim() == 1 else -1 for value in values.values()}
     if len(lengths) == 1 and min(lengths) > 0 and all(value.dtype == torch.float64 for value in values.values()):
         return ""
     found = ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in values.items())
-    return f"rows must be float64 [N] with the same N > 0 for all: {found}"
+    return f"row scores must be float64 [N] with the same N > 0 for all methods: {found}"

@@ -1,7 +1,10 @@
-"""What a run is measured by: how well predictions find their targets, or how far off they are."""
+"""Tasks: retrieval, which counts ranks, and regression, which counts errors.
+
+N samples, D embedding dimension
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,43 +14,74 @@ from torch import Tensor
 from energy_flow.errors import ConfigError
 from energy_flow.metrics.retrieval import ranks, retrieval_metrics
 
-Rows = Callable[[Tensor, Tensor], Tensor]  # prediction, target, both [N, D] -> float64 [N]
-Metrics = Callable[[Tensor, Tensor, Tensor], dict[str, float]]  # prediction, target, and what `Rows` gave for them
+RowScoresOf = Callable[[Tensor, Tensor], Tensor]  # prediction, target, both [N, D] -> row scores, float64 [N]
+MetricsOf = Callable[[Tensor, Tensor, Tensor], dict[str, float]]  # prediction, target, their row scores -> metrics
 
 
 @dataclass(frozen=True)
 class Task:
-    """Decides the table of results, the baselines in it, and what "best" means."""
+    """How a run is measured: its table of results, its baselines, and the meaning of "best".
 
-    title: str  # of the table
-    headings: Mapping[str, str]  # metric -> heading of its column
-    headline: str  # the metric by which methods are compared and their choices made
-    summary: tuple[str, ...]  # the metrics that a sweep shows
+    Attributes:
+        title: of the table of results.
+        headings: headings of its columns by metric.
+        primary: the primary metric; it compares methods and selects λ, epochs and checkpoints.
+        summary: the metrics that a sweep shows.
+        lower_is_better: whether a lower primary metric is better.
+        optimized: values of the config key `optimized_metric` that select this task.
+        baselines: names of the baselines, in the order of the table.
+        row_measure: name of the row scores.
+        row_scores: computes one score per sample.
+        primary_scores: turns row scores into numbers [..., N] whose mean is the primary metric.
+        metrics: computes all metrics of a method.
+    """
+
+    title: str
+    headings: Mapping[str, str]
+    primary: str
+    summary: tuple[str, ...]
     lower_is_better: bool
-    optimized: tuple[str, ...]  # values of `optimized_metric` that ask for this task
+    optimized: tuple[str, ...]
     baselines: tuple[str, ...]
-    row_measure: str  # what `rows` finds for each row
-    rows: Rows
-    primary_of_rows: Callable[[Tensor], Tensor]  # [N] of `rows` -> [N], whose mean is the headline
-    metrics: Metrics
+    row_measure: str
+    row_scores: RowScoresOf
+    primary_scores: Callable[[Tensor], Tensor]
+    metrics: MetricsOf
+
+    @property
+    def primary_heading(self) -> str:
+        """The heading of the primary metric."""
+        return self.headings[self.primary]
+
+    @property
+    def secondary(self) -> tuple[str, ...]:
+        """The summary metrics other than the primary one."""
+        return tuple(metric for metric in self.summary if metric != self.primary)
 
     def measure(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
         """All metrics of predictions for their targets, both [N, D]."""
-        return self.metrics(prediction, target, self.rows(prediction, target))
+        return self.metrics(prediction, target, self.row_scores(prediction, target))
 
     def improves(self, new: float, old: float) -> bool:
-        """Whether a value of the headline is better than another; any is better than NaN."""
+        """Whether `new` is a better value of the primary metric than `old`; any value is better than NaN."""
         return math.isnan(old) or (new < old if self.lower_is_better else new > old)
 
+    def best(self, values: Sequence[float]) -> int:
+        """The index of the best value of the primary metric, the first of equal ones; 0 if there are no values."""
+        best = 0
+        for index, value in enumerate(values):
+            best = index if self.improves(value, values[best]) else best
+        return best
+
     def shown(self, metric: str, value: float) -> str:
-        """A value for people."""
+        """Format a value for the screen."""
         if metric == "mse":
             return f"{value:#.3g}"
         return f"{value:.1f}" if metric == "median_rank" else f"{value:.3f}"
 
     def named(self, value: float) -> str:
-        """A value of the headline with its name."""
-        return f"{self.headings[self.headline]} {self.shown(self.headline, value)}"
+        """Format a value of the primary metric with its name: "MRR 0.512"."""
+        return f"{self.primary_heading} {self.shown(self.primary, value)}"
 
 
 def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
@@ -58,7 +92,7 @@ def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
         target: [N, D]
 
     Raises:
-        ValueError: the shapes don't fit, or there is no sample.
+        ValueError: the shapes differ, or N = 0.
     """
     if prediction.shape != target.shape or len(prediction) == 0:
         raise ValueError(f"prediction {list(prediction.shape)}, target {list(target.shape)}: must both be [N > 0, D]")
@@ -66,18 +100,18 @@ def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def regression_metrics(prediction: Tensor, target: Tensor, errors: Tensor | None = None) -> dict[str, float]:
-    """Mean squared error over all N * D numbers, and the mean cosine; in float64.
+    """Mean squared error over all N * D numbers, and mean cosine, computed in float64.
 
     Args:
         prediction: [N, D]
         target: [N, D]
-        errors: [N], their `squared_errors` where they are known already.
+        errors: their `squared_errors` [N], if already computed.
 
     Returns:
         mse, cosine
 
     Raises:
-        ValueError: as `squared_errors`.
+        ValueError: see `squared_errors`.
     """
     errors = squared_errors(prediction, target) if errors is None else errors
     prediction, target = prediction.to(torch.float64), target.to(torch.float64)
@@ -95,28 +129,28 @@ RETRIEVAL = Task(
         "mrr": "MRR",
         "cosine": "cosine",
     },
-    headline="mrr",
+    primary="mrr",
     summary=("mrr", "recall@1", "recall@10"),
     lower_is_better=False,
     optimized=("val/mrr", "val/recall@1", "val/recall@10", "val/recall@100", "val/cosine"),
     baselines=("identity", "mean", "ridge", "procrustes", "linear", "mlp", "residual_mlp", "mlp_cosine"),
     row_measure="rank",
-    rows=ranks,
-    primary_of_rows=torch.reciprocal,
+    row_scores=ranks,
+    primary_scores=torch.reciprocal,
     metrics=retrieval_metrics,
 )
 
 REGRESSION = Task(
     title="Test: errors",
     headings={"mse": "MSE", "cosine": "cosine"},
-    headline="mse",
+    primary="mse",
     summary=("mse", "cosine"),
     lower_is_better=True,
     optimized=("val/mse",),
     baselines=("identity", "mean", "ridge", "mlp", "residual_mlp", "mlp_large"),
     row_measure="mse",
-    rows=squared_errors,
-    primary_of_rows=torch.clone,
+    row_scores=squared_errors,
+    primary_scores=torch.clone,
     metrics=regression_metrics,
 )
 
@@ -124,10 +158,10 @@ TASKS = (RETRIEVAL, REGRESSION)
 
 
 def task_of(optimized_metric: str) -> Task:
-    """The task that a metric belongs to: a run is measured by what picks its best checkpoint.
+    """The task of a value of `optimized_metric`, the metric that selects the best checkpoint.
 
     Raises:
-        ConfigError: no such metric.
+        ConfigError: the metric is unknown.
     """
     for task in TASKS:
         if optimized_metric in task.optimized:
@@ -137,6 +171,9 @@ def task_of(optimized_metric: str) -> Task:
 
 
 def direction(metric: str) -> str:
-    """min or max: where a metric is best. For the configs; of an unknown one `task_of` says so."""
+    """`min` or `max`: the direction in which a metric improves.
+
+    The configs call it, so it accepts unknown metrics; `task_of` refuses them later with a clear message.
+    """
     lower = any(metric in task.optimized and task.lower_is_better for task in TASKS)
     return "min" if lower else "max"

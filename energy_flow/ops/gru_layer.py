@@ -18,8 +18,8 @@ from energy_flow.ops.prefix_matmul import addmm_leading, mm_leading
 class PackedLayer:
     """A cell's weights in the dtype and order of the products."""
 
-    inputs: Tensor  # [3H, X], rows n, r, z; columns padded with zeros to the tape's X
-    memory: Tensor  # [3H, H], rows r, z, n
+    weight_ih: Tensor  # [3H, X], rows n, r, z; columns padded with zeros to the tape's X
+    weight_hh: Tensor  # [3H, H], rows r, z, n
     reset_update: Tensor  # [2H, X + H], rows r, z
     bias: Tensor  # [4H] of [n | r | z | hn], never less than float32
 
@@ -28,23 +28,23 @@ class PackedLayer:
         """Args: `input_size`: X of the tape, at least the cell's; `dtype`: of the products."""
         size = cell.hidden_size
         reset, update, new = cell.weight_ih.split(size)
-        inputs = torch.cat([new, reset, update]).to(dtype)
+        weight_ih = torch.cat([new, reset, update]).to(dtype)
         if input_size > cell.input_size:
-            inputs = nn.functional.pad(inputs, (0, input_size - cell.input_size))
-        memory = cell.weight_hh.to(dtype)
+            weight_ih = nn.functional.pad(weight_ih, (0, input_size - cell.input_size))
+        weight_hh = cell.weight_hh.to(dtype)
         bias_ir, bias_iz, bias_in = cell.bias_ih.split(size)
         bias_hr, bias_hz, bias_hn = cell.bias_hh.split(size)
         bias = torch.cat([bias_in, bias_ir + bias_hr, bias_iz + bias_hz, bias_hn])
-        reset_update = torch.cat([inputs[size:], memory[: 2 * size]], dim=1)
-        return cls(inputs, memory, reset_update, bias.to(torch.promote_types(bias.dtype, torch.float32)))
+        reset_update = torch.cat([weight_ih[size:], weight_hh[: 2 * size]], dim=1)
+        return cls(weight_ih, weight_hh, reset_update, bias.to(torch.promote_types(bias.dtype, torch.float32)))
 
     @property
     def hidden_size(self) -> int:
-        return self.memory.shape[1]
+        return self.weight_hh.shape[1]
 
     @property
     def input_size(self) -> int:
-        return self.inputs.shape[1]
+        return self.weight_ih.shape[1]
 
     def products(self, both: Tensor, gates: Tensor, empty: bool, count: Tensor | None = None) -> None:
         """Fill `gates` [N, 4H] with the products of `both` [N, X + H] = [x | h], without biases.
@@ -56,29 +56,29 @@ class PackedLayer:
         size = self.hidden_size
         inputs, memory = _left(both[:, : self.input_size]), _left(both[:, self.input_size :])
         if empty:
-            mm_leading(inputs, self.inputs.T, gates[:, : 3 * size], count)
+            mm_leading(inputs, self.weight_ih.T, gates[:, : 3 * size], count)
             gates[:, 3 * size :].zero_()
             return
         mm_leading(_left(both), self.reset_update.T, gates[:, size : 3 * size], count)
-        mm_leading(inputs, self.inputs[:size].T, gates[:, :size], count)
-        mm_leading(memory, self.memory[2 * size :].T, gates[:, 3 * size :], count)
+        mm_leading(inputs, self.weight_ih[:size].T, gates[:, :size], count)
+        mm_leading(memory, self.weight_hh[2 * size :].T, gates[:, 3 * size :], count)
 
     def add_memory_gradient(self, gate_gradients: Tensor, grad_memory: Tensor, count: Tensor | None = None) -> None:
         """Add the gates' part to the gradient of h, [N, H]."""
-        addmm_leading(_left(gate_gradients[:, self.hidden_size :]), self.memory, grad_memory, count)
+        addmm_leading(_left(gate_gradients[:, self.hidden_size :]), self.weight_hh, grad_memory, count)
 
     def input_gradient(self, gate_gradients: Tensor, count: Tensor | None = None) -> Tensor:
         """Gradient of x, [N, X]."""
         gradients = _left(gate_gradients[:, : 3 * self.hidden_size])
         if count is None:
-            return torch.mm(gradients, self.inputs)
+            return torch.mm(gradients, self.weight_ih)
         grad_input = gradients.new_zeros(len(gradients), self.input_size)
-        mm_leading(gradients, self.inputs, grad_input, count)
+        mm_leading(gradients, self.weight_ih, grad_input, count)
         return grad_input
 
     def add_input_gradient(self, gate_gradients: Tensor, grad_input: Tensor, count: Tensor | None = None) -> None:
         """Add the gradient of x to `grad_input` [N, X]."""
-        addmm_leading(_left(gate_gradients[:, : 3 * self.hidden_size]), self.inputs, grad_input, count)
+        addmm_leading(_left(gate_gradients[:, : 3 * self.hidden_size]), self.weight_ih, grad_input, count)
 
 
 class LayerGradients:
@@ -88,8 +88,8 @@ class LayerGradients:
     """
 
     def __init__(self, layer: PackedLayer) -> None:
-        self.inputs = layer.bias.new_zeros(layer.input_size, 3 * layer.hidden_size)
-        self.memory = layer.bias.new_zeros(layer.hidden_size, 3 * layer.hidden_size)
+        self.weight_ih = layer.bias.new_zeros(layer.input_size, 3 * layer.hidden_size)
+        self.weight_hh = layer.bias.new_zeros(layer.hidden_size, 3 * layer.hidden_size)
         self.bias = torch.zeros_like(layer.bias)
 
     def add(self, gate_gradients: Tensor, both: Tensor, num_empty: int) -> None:
@@ -100,19 +100,19 @@ class LayerGradients:
             both: [N, X + H], a view of the tape.
             num_empty: of so many rows at the start h is 0.
         """
-        width, size = self.inputs.shape[0], self.memory.shape[0]
-        _add_product(self.inputs, both[:, :width], gate_gradients[:, : 3 * size])
+        width, size = self.weight_ih.shape[0], self.weight_hh.shape[0]
+        _add_product(self.weight_ih, both[:, :width], gate_gradients[:, : 3 * size])
         if num_empty < len(both):
-            _add_product(self.memory, both[num_empty:, width:], gate_gradients[num_empty:, size:])
+            _add_product(self.weight_hh, both[num_empty:, width:], gate_gradients[num_empty:, size:])
 
     def unpack(self, cell: nn.GRUCell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of weight_ih, weight_hh, bias_ih, bias_hh."""
         size = cell.hidden_size
-        new, reset, update = self.inputs[: cell.input_size].T.split(size)
+        new, reset, update = self.weight_ih[: cell.input_size].T.split(size)
         bias_in, bias_r, bias_z, bias_hn = self.bias.split(size)
         gradients = (
             torch.cat([reset, update, new]),
-            self.memory.T.contiguous(),
+            self.weight_hh.T.contiguous(),
             torch.cat([bias_r, bias_z, bias_in]),
             torch.cat([bias_r, bias_z, bias_hn]),
         )

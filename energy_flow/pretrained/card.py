@@ -13,7 +13,7 @@ from torch import Tensor
 
 from energy_flow.atomic import digest, write_whole
 from energy_flow.core.energy_lattice import LatticeSettings
-from energy_flow.core.flow_processor import ModelSettings
+from energy_flow.core.networks import ModelSettings
 from energy_flow.errors import CheckpointError, ConfigError
 from energy_flow.settings import Settings, read
 from energy_flow.version import __version__

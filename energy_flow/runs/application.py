@@ -9,15 +9,17 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from energy_flow import signals
+from energy_flow import config_reference, signals
 from energy_flow.comparison.jobs import clear_error, write_error
 from energy_flow.config import config_dir
 from energy_flow.errors import ConfigError, EnergyFlowError
@@ -53,6 +55,7 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
         def main() -> None:
             _refuse_rerun(sys.argv[1:])
             wrapped.full_error = os.environ.get(_FULL_ERROR)
+            OmegaConf.register_new_resolver("config_reference", lambda: _reference(config_name), replace=True)
             with signals.handled(), _quiet_writers(), _environment(_FULL_ERROR, "1"):
                 try:
                     start()
@@ -64,6 +67,14 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def _reference(config_name: str) -> str:
+    """The text of `--help`, with the options of the folder that `--config-dir` names."""
+    places = GlobalHydra.instance().config_loader().get_search_path().get_path()
+    given = [Path(place.path.removeprefix("file://")) for place in places if place.provider == "command-line"]
+    text = config_reference.help_text(config_name, [*given, Path(config_dir())])
+    return text.replace("$", "$$")  # Hydra fills a string.Template with it
 
 
 class _Job:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -80,6 +79,8 @@ def differing_keys(one: DictConfig, other: DictConfig) -> list[str]:
 
 def is_first_process() -> bool:
     """Whether this is the process that writes; launchers number the others in their environment."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # not above: `check` doesn't need Lightning
+
     return getattr(rank_zero_only, "rank", 0) == 0
 
 

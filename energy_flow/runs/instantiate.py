@@ -2,25 +2,21 @@
 
 import inspect
 import os
-import typing
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Any
 
 import hydra
 import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from pydantic import Field
 
 from energy_flow.errors import ConfigError
-from energy_flow.settings import check_type, did_you_mean
+from energy_flow.settings import check_arguments, did_you_mean
 from energy_flow.training.csv_logger import ResumableCSVLogger
 
 # Attribute of built callbacks and loggers: their key in the config, for messages.
 CONFIG_KEY = "config_key"
 
-# Lightning accepts these values, but nobody means them: without patience the first validation ends a run.
-_LIMITS = {pl.callbacks.EarlyStopping: {"patience": Annotated[int, Field(ge=1)]}}
 
 # Packages whose classes a config may build; more of them may be built as arguments.
 _BUILT = ("energy_flow.training", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
@@ -81,16 +77,18 @@ def _build(entry: Mapping[str, Any], key: str) -> Any:
     parameters = inspect.signature(target).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         refuse_unknown(entry, set(parameters) | {"_target_"}, key)
-    check_types(target.__init__, entry, key)  # type: ignore[misc]
-    for base, limits in _LIMITS.items():
-        for name in limits.keys() & entry.keys() if issubclass(target, base) else ():
-            check_type(entry[name], limits[name], f"{key}.{name}")
+    check_arguments(target.__init__, entry, key)  # type: ignore[misc]
     try:
-        return hydra.utils.instantiate(entry, _convert_="all")
+        built = hydra.utils.instantiate(entry, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise ConfigError(f"{key}: {one_line(error.__cause__ or error)}") from error
+    if isinstance(built, pl.callbacks.EarlyStopping) and built.patience < 1:  # Lightning doesn't check it
+        raise ConfigError(
+            f"{key}.patience = {built.patience}: must be at least 1, or the first validation ends the run"
+        )
+    return built
 
 
 def _check_argument(value: Any, key: str) -> None:
@@ -145,18 +143,6 @@ def refuse_unknown(section: Mapping[str, Any], known: set[str], key: str) -> Non
             raise ConfigError(f"trainer.{name}: set it through {RESERVED[name]}")
         if name not in known:
             raise ConfigError(f"{key}.{name}: unknown key; {did_you_mean(name, known - {'_target_'})}")
-
-
-def check_types(function: Callable[..., Any], section: Mapping[str, Any], key: str) -> None:
-    """Check a section against the annotations of a function that doesn't check them, as Lightning's callbacks.
-
-    Raises:
-        ConfigError: names the key, the value and the type.
-    """
-    hints = typing.get_type_hints(function)
-    for name, value in section.items():
-        if name in hints and not isinstance(value, Mapping):
-            check_type(value, hints[name], f"{key}.{name}")
 
 
 def one_line(error: BaseException) -> str:

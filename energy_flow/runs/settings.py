@@ -1,4 +1,4 @@
-"""Settings of training and evaluation, and the device they run on."""
+"""Settings of a training run, and the choice of a device."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from energy_flow.comparison.baselines import BaselineSettings
 from energy_flow.errors import ConfigError
 from energy_flow.settings import PathSettings, Settings
-from energy_flow.training.losses import LossSettings
 
 Section = dict[str, Any]
 
@@ -48,34 +47,11 @@ class TrainSettings(Settings):
         return Path(last.get("dirpath", Path(self.paths.output_dir, "checkpoints")))
 
 
-class SizeSettings(Settings):
-    """The cells of the lattice to evaluate on; None: as many as in the checkpoint."""
-
-    width: Annotated[int, Field(ge=1)] | None
-    height: Annotated[int, Field(ge=1)] | None
-
-
-class EvaluateSettings(Settings):
-    """The whole config of an evaluation."""
-
-    task_name: str
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-    ckpt_path: str | Annotated[list[str], Field(min_length=1)]
-    optimized_metric: str
-    lattice: SizeSettings
-    loss: LossSettings
-    baselines: BaselineSettings
-    data: Section
-    rollout: Section
-    trainer: Section
-    paths: PathSettings
-
-
 def find_device(name: str) -> torch.device:
-    """Choose the device for a value of the config key `device`: cpu, cuda or auto.
+    """The device for a value of the config key `device`: cpu, cuda or auto.
 
     Raises:
-        ConfigError: cuda, and there is no GPU.
+        ConfigError: the value is cuda, but there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=auto")

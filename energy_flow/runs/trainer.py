@@ -16,8 +16,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from energy_flow.checkpoints.io import AtomicCheckpointIO
 from energy_flow.errors import ConfigError
-from energy_flow.runs.instantiate import CONFIG_KEY, RESERVED, check_types, one_line, refuse_unknown
-from energy_flow.settings import Settings, did_you_mean, read
+from energy_flow.runs.instantiate import CONFIG_KEY, RESERVED, one_line, refuse_unknown
+from energy_flow.settings import Settings, check_arguments, did_you_mean, read
 from energy_flow.training.callbacks.last_checkpoint import LastCheckpoint
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def build_trainer(
     known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
     refuse_unknown(section, known - RESERVED.keys(), "trainer")
     settings = read(TrainerSettings, section, "trainer")
-    check_types(pl.Trainer.__init__, section, "trainer")
+    check_arguments(pl.Trainer.__init__, section, "trainer")
     if not settings.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
     if not loggers:  # Lightning refuses it then

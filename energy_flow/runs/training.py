@@ -17,8 +17,8 @@ from energy_flow.core.faults import REMEDY
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import ConfigError, EnergyFlowError, NotFiniteError
 from energy_flow.runs.resume import how_to_resume
+from energy_flow.runs.screen import describe
 from energy_flow.runs.settings import TrainSettings
-from energy_flow.runs.tables import describe
 from energy_flow.training.module import EnergyFlowModule
 
 

@@ -1,30 +1,28 @@
 """The LightningModule around the flow processor."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from pydantic import Field
 from torch import Tensor
 
 from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.faults import FaultQueue
-from energy_flow.core.flow_processor import FlowOutput, FlowProcessor, ModelSettings
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.core.host_copy import DelayedScalars
+from energy_flow.core.networks import ModelSettings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
-from energy_flow.metrics.retrieval import AllTargets, ranks, retrieval_metrics
-from energy_flow.metrics.task import squared_errors
-from energy_flow.settings import Settings, did_you_mean, read
+from energy_flow.settings import read
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
+from energy_flow.training.epoch_scores import EpochScores
 from energy_flow.training.losses import (
     Candidates,
     LossSettings,
@@ -34,42 +32,36 @@ from energy_flow.training.losses import (
     surface_loss,
     weighted,
 )
-from energy_flow.training.step_guard import SkippingAdamW, StepGuard, propagate_nonfinite
+from energy_flow.training.optimizer import OptimizerSettings, build_optimizer, build_schedule, freeze_parts
+from energy_flow.training.step_guard import StepGuard, propagate_nonfinite
 
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
-_CHUNK = 1024  # rows of an evaluation whose scores stand at a time
-Rate = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerSettings(Settings):
-    """AdamW with warm-up and cosine decay (config group `optimizer`)."""
-
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    betas: Annotated[list[Rate], Field(min_length=2, max_length=2)]
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    warmup_steps: Annotated[int, Field(ge=0)]
-    final_lr: Annotated[float, Field(ge=0, le=1)]
-    freeze: list[str]
 
 
 class EnergyFlowModule(pl.LightningModule):
     """A flow lattice with its losses, metrics and optimiser.
 
-    Batches are dicts with `source` and `target` [B, D] and, where noise is on, `row` int64 [B]; a pair
-    (source, target) of a user's own loader works too.
+    A batch is a dict with `source` and `target` [B, D] and, if noise is enabled, `row` int64 [B]. A pair
+    (source, target) from a custom loader works too.
 
     Args:
-        dim: D, of the embeddings.
-        lattice, model, loss, optimizer: the config sections of these names, as plain dicts. Without an optimizer (None)
-            it can't be trained.
+        dim: D, the embedding dimension.
+        lattice, model, loss, optimizer: the config sections of these names, as plain dicts. With optimizer = None the
+            module can't be trained.
         seed: of the exploration noise.
-        rollout: the config section of this name, how rollouts are computed: no property of the model, so it isn't
-            saved with it. None: chosen from the device and the size.
+        rollout: the config section of this name: how rollouts are computed. It is no property of the model, so
+            checkpoints don't contain it. None: chosen from the device and the size.
+
+    Attributes:
+        scores: outputs of the running evaluation epoch; None outside of an evaluation.
+        latest_loss: the training loss for the progress bar, a few steps old.
+        phase_timer: times the phases of the next forward pass; None: no timing.
+        run_config: the config of the run, for checkpoints.
+        fingerprint: sha256 of every split of the data, for checkpoints.
 
     Raises:
-        ConfigError: a section with an unknown key, a value out of range, or parts to freeze that aren't there or leave
-            nothing to train.
+        ConfigError: a section has an unknown key or a value out of range; or a part to freeze doesn't exist; or
+            nothing is left to train.
     """
 
     def __init__(
@@ -87,7 +79,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.save_hyperparameters(logger=False, ignore=["rollout"])
         self.loss = read(LossSettings, loss, "loss")
         self.temperature = Temperature(self.loss)
-        self._bank: Tensor | None = None  # directions of all training targets, where they are the candidates
+        self._bank: Tensor | None = None  # directions of all training targets, with loss.candidates = bank
         self.optimizer_settings = None if optimizer is None else read(OptimizerSettings, optimizer, "optimizer")
         lattice_settings = read(LatticeSettings, lattice, "lattice")
         self.processor = FlowProcessor(
@@ -98,58 +90,46 @@ class EnergyFlowModule(pl.LightningModule):
             None if rollout is None else read(RolloutSettings, rollout, "rollout"),
         )
         if self.optimizer_settings is not None:
-            self._freeze(self.optimizer_settings.freeze)
+            freeze_parts(self.processor, self.optimizer_settings.freeze)
         self.phase_timer: PhaseTimer | None = None
         self.run_config: dict[str, Any] | None = None
         self.fingerprint: dict[str, str] = {}
         self._faults = FaultQueue(lattice_settings.capacity)
         self.guard = StepGuard()
-        self.latest_loss: float | None = None  # for the progress bar, a few steps old
+        self.latest_loss: float | None = None
         self._scalars = DelayedScalars()
-        self._seen: list[dict[str, Tensor]] = []
-        self.test_rows: dict[str, Tensor] = {}  # of the last test: rank and mse of every row in order, float64 [N]
-        self.all_targets: AllTargets | None = None  # for a test: more candidates, among which it ranks as well
+        self.scores: EpochScores | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
-        """The module of a config, such as `energy_flow.config.compose()` gives, for embeddings of dimension `dim`."""
+        """Build the module of a config, such as `energy_flow.config.compose()`, for embeddings of dimension `dim`."""
         sections = ("lattice", "model", "loss", "optimizer", "seed", "rollout")
         return cls(dim, **{section: config[section] for section in sections})
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
-        """The module of a checkpoint, as Lightning builds it; nothing in the file can run code.
+        """Load the module of a checkpoint with Lightning's loader. The file can't run code.
 
         Raises:
-            CheckpointError: missing, damaged, or not written by energy_flow.
+            CheckpointError: the file is missing or corrupt, or energy_flow didn't write it.
         """
         checkpoint = checkpoints.load(checkpoint_path)
-        if options.get("strict") is not False:  # which takes weights of other models
+        if options.get("strict") is not False:  # without `strict`, weights of other models are allowed
             compatibility.check_model(cls, checkpoint, checkpoint_path, options)
         return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property
     def num_parameters(self) -> int:
+        """Number of all parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def num_frozen(self) -> int:
-        """Parameters that stay as they are, of `num_parameters`."""
+        """Number of parameters that are not trained, of `num_parameters`."""
         return sum(parameter.numel() for parameter in self.parameters() if not parameter.requires_grad)
 
-    def _freeze(self, names: list[str]) -> None:
-        parts = self.processor.trained_parts()
-        for index, name in enumerate(names):
-            if name not in parts:
-                raise ConfigError(
-                    f"optimizer.freeze[{index}] = {name!r}: no part with parameters; {did_you_mean(name, parts)}"
-                )
-            parts[name].requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in self.processor.parameters()):
-            raise ConfigError(f"optimizer.freeze = {names}: leaves nothing to train. Take a part out of it")
-
     def forward(self, source: Tensor, rows: Tensor | None = None, *, record_trajectories: bool = False) -> FlowOutput:
-        """Embeddings [B, D] -> the flow lattice's output; `rows` and trajectories as in `FlowProcessor.forward`."""
+        """Run embeddings [B, D] through the flow lattice; see `FlowProcessor.forward` for the other arguments."""
         output: FlowOutput = self.processor(
             source, rows, record_trajectories=record_trajectories, timer=self.phase_timer
         )
@@ -162,8 +142,8 @@ class EnergyFlowModule(pl.LightningModule):
         losses = self._losses(output, target, rows)
         loss = weighted(losses, self.loss)
         trained = {name: losses[name] for name, weight in self.loss.weights().items() if weight > 0}
-        self.guard.see(source, target, rows, _made(output, trained, loss))
-        # For callbacks, such as one that watches it. The loggers get theirs below: Lightning would wait for the device.
+        self.guard.record(source, target, rows, _quantities(output, trained, loss))
+        # This log call is for callbacks. Loggers get their values below, because Lightning would wait for the device.
         self.log("train/loss", loss, logger=False)
         if is_logging_batch(self.trainer):
             scalars = {"train/loss": loss, **{f"train/{name}": value for name, value in trained.items()}}
@@ -172,20 +152,20 @@ class EnergyFlowModule(pl.LightningModule):
                 scalars["train/temperature"] = torch.as_tensor(self.temperature())
             self._scalars.put(logging_step(self.trainer), scalars)
             log_scalars(self.trainer, {"train/skipped": float(self.guard.skipped)}, logging_step(self.trainer))
-        # Anomaly mode looks for the operation that made a NaN: it must not be this one.
+        # Anomaly mode names the operation that made a NaN, and that must not be `propagate_nonfinite`.
         return loss if torch.is_anomaly_enabled() else propagate_nonfinite(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        sick = [samples for samples, _ in self._faults.take()]
-        # What was judged a step ago is there by now: the flags of this step, queued after it, have been waited for.
+        nonfinite = [samples for samples, _ in self._faults.take()]
+        # `take` waited for this step's flags, so the device has also finished the check of the step before.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scaling = scaler is not None and scaler.get_scale() > 1  # waits, as the scaler itself is about to
-        bad = self.guard.judge(self.trainer.global_step, self.named_parameters(), sick, scaling=scaling)
+        scaling = scaler is not None and scaler.get_scale() > 1  # waits for the device, as the scaler will anyway
+        bad = self.guard.check(self.trainer.global_step, self.named_parameters(), nonfinite, scaling=scaling)
         optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused optimisers read it on the device
 
     def on_fit_start(self) -> None:
-        asked = self.loss.contrastive > 0 and self.loss.candidates == "bank"
-        self._bank = self._all_targets() if asked else None
+        uses_bank = self.loss.contrastive > 0 and self.loss.candidates == "bank"
+        self._bank = self._training_targets() if uses_bank else None
 
     def on_fit_end(self) -> None:
         self._bank = None
@@ -208,25 +188,31 @@ class EnergyFlowModule(pl.LightningModule):
         self.processor.optimizer_step.fill_(self.trainer.global_step)
 
     def on_validation_epoch_start(self) -> None:
-        self._seen = []  # an evaluation that was interrupted left its part
+        self.scores = EpochScores(self.loss)
 
     def on_test_epoch_start(self) -> None:
-        self._seen = []
+        self.scores = EpochScores(self.loss)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._look(batch, "val")
+        self._evaluation_step(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._look(batch, "test")
+        self._evaluation_step(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        self._log_metrics("val", "the validation data")
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
+        self._log_metrics("test", "the test data")
+
+    def on_validation_end(self) -> None:
+        self.scores = None
+
+    def on_test_end(self) -> None:
+        self.scores = None  # callbacks have read them: Lightning calls their hook first
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Output embeddings [B, D] of a batch; one without targets (a tensor, or a dict with `source`) will do."""
+        """Output embeddings [B, D] of a batch. Targets are optional: a tensor or a dict with `source` works too."""
         source = batch if isinstance(batch, Tensor) else batch["source"] if isinstance(batch, Mapping) else batch[0]
         output = self(source.to(self.processor.dtype))
         self._faults.put(output.faults, batch.get("row") if isinstance(batch, Mapping) else None)
@@ -234,48 +220,32 @@ class EnergyFlowModule(pl.LightningModule):
         return output.embedding
 
     def configure_optimizers(self) -> Any:
-        settings = self.optimizer_settings
-        if settings is None:
+        if self.optimizer_settings is None:
             raise ConfigError("optimizer = None: the module can't be trained; build it with a section `optimizer`")
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        decays = {name: p.ndim > 1 and not name.endswith("cell_value") for name, p in trained.items()}
-        decayed = [p for name, p in trained.items() if decays[name]]
-        rest = [p for name, p in trained.items() if not decays[name]]
-        optimizer = SkippingAdamW(
-            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-            lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
-            eps=settings.eps,
-        )
-        total = self.trainer.estimated_stepping_batches
-        if total == math.inf:
-            raise ConfigError(
-                "trainer.max_epochs = -1: the cosine decay needs to know where a run ends. "
-                "Set trainer.max_epochs or trainer.max_steps"
-            )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(settings, step, int(total)))
+        optimizer = build_optimizer(self.optimizer_settings, self.named_parameters())
+        schedule = build_schedule(self.optimizer_settings, optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
-            # The tensors of the checkpoint are the module's own; a callback may save before the module's hook ran.
+            # A callback may save before `on_train_batch_end` ran. The checkpoint shares this tensor with the module.
             self.processor.optimizer_step.fill_(self.trainer.global_step)
         checkpoint[checkpoints.KEY] = checkpoints.provenance(self.run_config, self.processor.dim, self.fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         config, fingerprint = checkpoints.origin(checkpoint)
-        if self.run_config is None:  # a run that goes on has its own
+        if self.run_config is None:  # a resumed run has its own config
             self.run_config = config
         self.fingerprint = fingerprint
 
     def write_scalars(self, *, wait: bool) -> None:
-        """Log what has arrived from the device; with `wait`, all of it."""
+        """Log the scalars that have arrived from the device; with `wait`, wait for all of them."""
         for step, scalars in self._scalars.take(wait=wait):
             self.latest_loss = scalars["train/loss"]
             log_scalars(self.trainer, scalars, step)
 
     def _losses(self, output: FlowOutput, target: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
-        """All losses of a training batch."""
+        """All loss terms of a training batch."""
         candidates = self._candidates(target, rows)
         losses = embedding_losses(output.embedding, target, self.temperature(), candidates)
         if self.loss.surface > 0:
@@ -283,19 +253,19 @@ class EnergyFlowModule(pl.LightningModule):
         return losses
 
     def _candidates(self, target: Tensor, rows: Tensor | None) -> Candidates | None:
-        """Of the contrastive loss: all training targets, or those of the batch, joined over all processes."""
+        """Candidates of the contrastive loss: all training targets, or the batch's, joined over all processes."""
         if self._bank is not None:
             if rows is None:
                 raise ConfigError(
-                    "loss.candidates = bank: batches have no 'row', which says which training target is a sample's "
-                    "own; give dicts with 'source', 'target' and 'row', or set loss.candidates=batch"
+                    "loss.candidates = bank: batches have no 'row', the index of a sample's own target; "
+                    "give dicts with 'source', 'target' and 'row', or set loss.candidates=batch"
                 )
             return Candidates(self._bank, rows)
         if self.trainer.world_size > 1:
             return Candidates.of_rows(self._gather(target), self.global_rank * len(target), len(target))
         return None
 
-    def _all_targets(self) -> Tensor:
+    def _training_targets(self) -> Tensor:
         """Directions of all training targets on the module's device, [N, D]."""
         train = getattr(self.trainer.datamodule, "train", None)  # type: ignore[attr-defined]
         if not isinstance(train, Samples):
@@ -309,73 +279,43 @@ class EnergyFlowModule(pl.LightningModule):
         with torch.no_grad():
             return self.processor.map_in(target)
 
-    def _look(self, batch: Batch, stage: str) -> None:
-        """Run an evaluation batch and keep what the metrics of the whole epoch need."""
+    def _evaluation_step(self, batch: Batch, stage: str) -> None:
+        """Run an evaluation batch and keep its outputs for the metrics of the epoch."""
         source, target, rows = self._unpack(batch)
         output = self(source, rows)
         self._faults.put(output.faults, rows)
-        kept = {"prediction": output.embedding.to(target.dtype), "target": target}
-        kept["surface"] = (output.surface - self._target_surface(target)).square().mean((1, 2)).float()
-        if rows is not None:
-            kept["row"] = rows
-        self._seen.append(kept)
+        assert self.scores is not None
+        self.scores.add(output.embedding, target, output.surface, self._target_surface(target), rows)
         flows = {f"{stage}/flows/{name}": value.float() for name, value in output.statistics.items()}
         self.log_dict(flows, on_epoch=True, batch_size=len(source), sync_dist=True)
 
-    def _report(self, stage: str) -> None:
-        """Metrics of an epoch: of one process's gathered, unpadded rows, however many processes looked."""
-        self._faults.raise_all("the test data" if stage == "test" else "the validation data")
-        seen, self._seen = self._seen, []
+    def _log_metrics(self, stage: str, data: str) -> None:
+        """Log the metrics of an evaluation epoch. Several processes give the same metrics as one."""
+        self._faults.raise_all(data)
         if self.trainer.sanity_checking:
             return
-        kept = {name: self._gather(torch.cat([part[name] for part in seen])) for name in seen[0]}
-        kept = _in_order(kept)
-        prediction, target = kept["prediction"], kept["target"]
-        with torch.autocast(prediction.device.type, enabled=False):
-            rank = ranks(prediction, target)
-            metrics = retrieval_metrics(prediction, target, rank)
-            losses = self._losses_of_all(prediction, target)
-        if stage == "test":
-            self.test_rows = {"rank": rank.cpu(), "mse": squared_errors(prediction, target).cpu()}
-            if self.all_targets is not None:
-                self.test_rows["rank_all"] = self.all_targets.ranks(prediction).cpu()
-        losses["surface"] = kept["surface"].mean()
-        for name, loss in losses.items():
-            # The cosine itself is a metric already.
-            metrics["cosine_loss" if name == "cosine" else name] = loss.item()
-        metrics["loss"] = weighted(losses, self.loss).item()
-        picking = getattr(self.trainer.checkpoint_callback, "monitor", None) or "val/mrr"
-        for name, value in metrics.items():
-            # The same on every process: `sync_dist` changes nothing, and Lightning need not ask for it.
-            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == picking, sync_dist=True)
-
-    def _losses_of_all(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Losses over a whole split, every target a candidate; in chunks of rows, so that N x N never stands."""
-        total: dict[str, Tensor] = {}
-        for start in range(0, len(target), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            candidates = Candidates.of_rows(target, start, len(target[rows]))
-            losses = embedding_losses(prediction[rows], target[rows], self.temperature(), candidates)
-            for name, loss in losses.items():
-                share = len(target[rows]) / len(target)
-                total[name] = total.get(name, target.new_zeros(())) + share * loss
-        return total
+        assert self.scores is not None
+        self.scores.gather(self._gather)
+        monitored = getattr(self.trainer.checkpoint_callback, "monitor", None) or "val/mrr"
+        for name, value in self.scores.metrics(self.temperature()).items():
+            # All processes have the same value. `sync_dist` only keeps Lightning from a warning.
+            self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == monitored, sync_dist=True)
 
     def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Source and target in the model's dtype (NumPy's float64 is common in users' own loaders), and rows."""
+        """Source and target in the model's dtype (custom loaders often give NumPy's float64), and the rows."""
         dtype = self.processor.dtype
         if isinstance(batch, Mapping) and {"source", "target"} <= batch.keys():
             return batch["source"].to(dtype), batch["target"].to(dtype), batch.get("row")
         if isinstance(batch, tuple | list) and len(batch) == 2:
             return batch[0].to(dtype), batch[1].to(dtype), None
-        held = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f" of {len(batch)}"
+        content = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f" of {len(batch)}"
         raise ConfigError(
-            f"a batch is a {type(batch).__name__}{held}: give a dict with 'source' and 'target' (and 'row'), "
+            f"a batch is a {type(batch).__name__}{content}: give a dict with 'source' and 'target' (and 'row'), "
             "or a pair (source, target)"
         )
 
     def _gather(self, value: Tensor) -> Tensor:
-        """All processes' values, joined along the first dimension."""
+        """The values of all processes, joined along the first dimension."""
         if self.trainer.world_size == 1:
             return value
         gathered = self.all_gather(value)
@@ -383,28 +323,11 @@ class EnergyFlowModule(pl.LightningModule):
         return gathered.flatten(0, 1)
 
 
-def _rate(settings: OptimizerSettings, step: int, total: int) -> float:
-    """Linear warm-up to 1, then a half cosine down to `final_lr` at the last step."""
-    if step < settings.warmup_steps:
-        return (step + 1) / (settings.warmup_steps + 1)
-    progress = min(1.0, (step - settings.warmup_steps) / max(1, total - settings.warmup_steps))
-    return settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _made(output: FlowOutput, losses: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
-    """What a training batch gave, from its beginning to its end."""
+def _quantities(output: FlowOutput, losses: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """Results of a training batch for the step guard, in the order of their computation."""
     parts = {
         "input surface (map in)": output.input_surface,
         "output surface (flows)": output.surface,
         "output embedding (map out)": output.embedding,
     }
     return {**parts, **{f"{name} loss": value for name, value in losses.items()}, "loss": loss}
-
-
-def _in_order(kept: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sorted by row, every row once: a distributed sampler pads with rows that occur twice."""
-    if "row" not in kept:
-        return kept
-    row, order = kept["row"].sort(stable=True)
-    order = order[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])]
-    return {name: value[order] for name, value in kept.items()}

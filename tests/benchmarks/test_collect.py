@@ -1,4 +1,4 @@
-"""All ways to collect give the same values and gradients; ways that don't are found."""
+"""All methods of collection give the same values and gradients; a method with a difference is found."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ import torch
 from energy_flow.core.geometry import Deposit
 from energy_flow.settings import read
 from energy_flow_benchmarks import collect
-from energy_flow_benchmarks.collect import CollectSettings, collectors, forward_backward, make_problem, require_same
+from energy_flow_benchmarks.collect import CollectSettings, forward_backward, make_problem, methods, require_same
 
 CPU = torch.device("cpu")
-WAYS = [(deposit, name) for deposit in collect.DEPOSITS for name in collectors(deposit)]
+METHODS = [(deposit, name) for deposit in collect.DEPOSITS for name in methods(deposit)]
 
 
 @pytest.mark.parametrize("num_landings", [1, 50, 700])
-@pytest.mark.parametrize(("deposit", "name"), WAYS)
-def test_all_ways_are_equal(deposit: Deposit, name: str, num_landings: int) -> None:
+@pytest.mark.parametrize(("deposit", "name"), METHODS)
+def test_all_methods_are_equal(deposit: Deposit, name: str, num_landings: int) -> None:
     problem = make_problem(num_landings, deposit, 10, CPU, seed=4)
     expected = forward_backward(collect.ours, problem)
-    found = forward_backward(collectors(deposit)[name], problem)
+    found = forward_backward(methods(deposit)[name], problem)
     assert len(found) == (4 if deposit == "bilinear" else 3)
     for left, right in zip(expected, found, strict=True):
         torch.testing.assert_close(right, left, rtol=1e-4, atol=1e-5)
@@ -27,7 +27,7 @@ def test_all_ways_are_equal(deposit: Deposit, name: str, num_landings: int) -> N
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
-def test_a_way_that_differs_is_found(part: int) -> None:
+def test_a_difference_is_found(part: int) -> None:
     problem = make_problem(50, "nearest", 5, CPU, seed=4)
     expected = forward_backward(collect.ours, problem)
     wrong = [tensor.clone() for tensor in expected]
@@ -57,24 +57,24 @@ def test_bytes_that_must_move() -> None:
 def run(**changes: Any) -> list[Any]:
     section = {"name": "collect", "landings": [30], "cuda_landings": [10**9], "lattice_width": 4, "repeats": 1}
     settings = read(CollectSettings, {**section, "min_seconds": 0.0, **changes}, "benchmark")
-    said: list[str] = []
-    return [collect.run(settings, CPU, 1, said.append), said]
+    progress: list[str] = []
+    return [collect.run(settings, CPU, 1, progress.append), progress]
 
 
-def test_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "COPIED", 1000)
-    findings, said = run()
-    assert said == ["copy rate", "nearest, 30 landings", "bilinear, 30 landings"], "a billion is for a GPU"
+    findings, progress = run()
+    assert progress == ["copy rate", "nearest, 30 landings", "bilinear, 30 landings"], "a billion is for a GPU"
     for deposit in collect.DEPOSITS:
         rows = [row for row in findings.rows if row.case.startswith(deposit)]
-        assert [row.variant for row in rows] == [*collectors(deposit), collect.COPY]
+        assert [row.variant for row in rows] == [*methods(deposit), collect.COPY]
         base = next(row for row in rows if row.variant == collect.UNIQUE)
         for row in rows:
             assert row.size == 30
             assert row.ratio == pytest.approx(base.seconds / row.seconds)
     (grid,) = findings.grids
-    assert grid.columns == ("way", "30 landings")
-    assert len(grid.lines) == len(WAYS)
+    assert grid.columns == ("method", "30 landings")
+    assert len(grid.lines) == len(METHODS)
 
 
 def test_pyg_is_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,23 @@
-"""Measuring: turns and medians by a clock of our own, peaks of known size. Never how long something takes."""
+"""Measuring: alternation and medians by a fake clock, peaks of known size. Never how long something takes."""
 
 import gc
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from energy_flow_benchmarks import measure
+from energy_flow_benchmarks import measure as measuring
+from energy_flow_benchmarks.findings import Measured
 from energy_flow_benchmarks.machine import describe_machine
-from energy_flow_benchmarks.measure import Prepared, compare, copy_rate, gemm_rate, peak_memory
+from energy_flow_benchmarks.measure import Effort, Prepared, measure, peak_memory
 
 CPU = torch.device("cpu")
 MIB = 2**20
+ONCE = Effort(repeats=1, min_seconds=0.0)
+TWICE = Effort(repeats=2, min_seconds=0.0)
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark to reset")
 
 
@@ -27,39 +31,42 @@ class Watch:
     def __call__(self) -> float:
         return self.now
 
-    def work(self, name: str, *seconds: float) -> Any:
+    def build(self, name: str, *seconds: float) -> Callable[[], Callable[[], None]]:
         durations = itertools.cycle(seconds)
 
         def run() -> None:
             self.order.append(name)
             self.now += next(durations)
 
-        return run
+        return lambda: run
+
+    def seconds(self, effort: Effort, **builds: Any) -> dict[str, float | None]:
+        return {name: one.seconds for name, one in measure(builds, CPU, effort, self).items()}
 
 
-def test_variants_take_turns_after_their_warm_up() -> None:
+def test_variants_alternate_and_warm_up_in_every_turn() -> None:
     watch = Watch()
-    compare({"a": watch.work("a", 1), "b": watch.work("b", 1)}, CPU, repeats=3, min_seconds=0, warmup=2, clock=watch)
-    assert watch.order == ["a", "a", "b", "b", *("a", "b") * 3]
+    watch.seconds(TWICE, a=watch.build("a", 1), b=watch.build("b", 1))
+    assert watch.order == ["a", "a", "b", "b"] * 2
 
 
 def test_a_turn_lasts_for_its_minimum() -> None:
     watch = Watch()
-    work = {"short": watch.work("short", 1), "long": watch.work("long", 10)}
-    compare(work, CPU, repeats=1, min_seconds=3, warmup=0, clock=watch)
-    assert watch.order == ["short"] * 3 + ["long"]
+    watch.seconds(Effort(repeats=1, min_seconds=3.0), short=watch.build("short", 1), long=watch.build("long", 10))
+    assert watch.order == ["short"] * 4 + ["long"] * 2
 
 
-def test_the_median_of_all_runs() -> None:
+def test_the_median_of_a_turn_and_over_the_rounds() -> None:
     watch = Watch()
-    work = {"uneven": watch.work("uneven", 1, 100, 2), "even": watch.work("even", 5)}
-    seconds = compare(work, CPU, repeats=3, min_seconds=0, warmup=0, clock=watch)
-    assert seconds == {"uneven": 2, "even": 5}
+    three = Effort(repeats=3, min_seconds=0.0)
+    assert watch.seconds(three, a=watch.build("a", 0, 1, 0, 100, 0, 2), b=watch.build("b", 5)) == {"a": 2, "b": 5}
+    long = Effort(repeats=1, min_seconds=103.0)
+    assert watch.seconds(long, a=watch.build("a", 0, 1, 100, 2)) == {"a": 2}
 
 
-def test_preparations_do_not_count_and_are_made_for_every_run() -> None:
+def test_every_run_has_a_preparation_of_its_own_which_does_not_count() -> None:
     watch = Watch()
-    made = []
+    made: list[int] = []
 
     def setup() -> int:
         watch.now += 50
@@ -70,31 +77,97 @@ def test_preparations_do_not_count_and_are_made_for_every_run() -> None:
         watch.now += 1
         watch.order.append(str(subject))
 
-    assert compare({"it": Prepared(setup, run)}, CPU, repeats=3, min_seconds=0, warmup=1, clock=watch) == {"it": 1}
+    assert watch.seconds(TWICE, it=lambda: Prepared(setup, run)) == {"it": 1}
     assert watch.order == ["0", "1", "2", "3"]
 
 
-def test_the_garbage_collector_rests_and_wakes_up_again() -> None:
-    states = []
-    compare({"it": lambda: states.append(gc.isenabled())}, CPU, repeats=1, min_seconds=0, warmup=0)
-    assert states == [False]
-    assert gc.isenabled()
+def test_variants_are_freed_after_their_turn() -> None:
+    seen: list[str] = []
+
+    class Built:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self) -> None:
+            seen.append(f"run {self.name}")
+
+        def __del__(self) -> None:
+            seen.append(f"free {self.name}")
+
+    measure({name: lambda name=name: Built(name) for name in "ab"}, CPU, TWICE)
+    assert seen == [f"{what} {name}" for name in "ab" for what in ("run", "run", "free")] * 2
+
+
+def test_the_garbage_collector_is_off_meanwhile() -> None:
+    states: list[bool] = []
 
     def broken() -> None:
-        raise RuntimeError("broken")
+        states.append(gc.isenabled())
+        if not states[-1]:
+            raise ValueError("broken")
 
-    with pytest.raises(RuntimeError, match="broken"):
-        compare({"it": broken}, CPU, repeats=1, min_seconds=0, warmup=0)
+    with pytest.raises(ValueError, match="broken"):
+        measure({"it": lambda: broken}, CPU, ONCE)
+    assert states == [True, False]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["as it is", "behind another error"])
+def test_out_of_memory_is_a_result(inside: bool) -> None:
+    built = []
+
+    def run() -> None:
+        try:
+            raise torch.OutOfMemoryError("too much")
+        finally:
+            if inside:
+                raise RuntimeError("the recording was not ended")
+
+    def build() -> Callable[[], None]:
+        built.append(1)
+        return run
+
+    found = measure({"it": build, "other": lambda: lambda: None}, CPU, TWICE)
+    assert found["it"] == Measured(None, None)
+    assert found["other"].seconds is not None
+    assert len(built) == 1, "no further turns"
+
+
+def test_other_errors_are_errors() -> None:
+    def run() -> None:
+        raise RuntimeError("wrong shapes")
+
+    with pytest.raises(RuntimeError, match="wrong shapes"):
+        measure({"it": lambda: run}, CPU, ONCE)
+
+
+def test_a_rate_needs_a_time() -> None:
+    assert Measured(2.0).rate(10) == 5
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Measured(None).rate(10)
+
+
+@LINUX
+def test_the_peak_counts_from_before_a_variant_is_built() -> None:
+    def large() -> Callable[[], Any]:
+        held = torch.ones(2**24)  # 64 MiB
+        return lambda: held
+
+    found = measure({"none": lambda: lambda: None, "large": large}, CPU, TWICE)
+    none, peak = found["none"].peak_bytes, found["large"].peak_bytes
+    assert none is not None
+    assert peak is not None
+    assert none < 8 * MIB
+    assert 63 * MIB <= peak < 72 * MIB
 
 
 @LINUX
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_the_peak_is_what_was_held_at_once(blocks: int) -> None:
+def test_the_peak_is_the_memory_held_at_once(blocks: int) -> None:
     size = 64 * MIB  # large enough to be given back to the system at once
 
     def run() -> None:
-        for _ in range(3):  # one after the other: only what is there together counts
+        for _ in range(3):
             held = [torch.ones(size, dtype=torch.uint8) for _ in range(blocks)]
             del held
 
@@ -104,41 +177,20 @@ def test_the_peak_is_what_was_held_at_once(blocks: int) -> None:
 
 
 @LINUX
-def test_objects_count_and_what_was_there_before_does_not() -> None:
+def test_objects_count_and_earlier_memory_does_not() -> None:
     before = torch.ones(64 * MIB, dtype=torch.uint8)
     count = 20_000
     peak = peak_memory(lambda: [torch.zeros(1) for _ in range(count)], CPU)
     assert peak is not None
-    assert 200 * count < peak < 2000 * count, "4 bytes of numbers each, and some hundred of what makes them tensors"
+    assert 200 * count < peak < 2000 * count, "4 bytes of numbers each, and some hundred bytes of the tensor object"
     assert before.numel() == 64 * MIB
 
 
 def test_a_system_without_a_mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(measure, "_RESET", tmp_path / "nowhere" / "clear_refs")
+    monkeypatch.setattr(measuring, "_CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
     ran: list[int] = []
     assert peak_memory(lambda: ran.append(1), CPU) is None
     assert ran == []
-
-
-def test_rates_are_work_over_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
-
-    def two_seconds(variants: dict[str, Any], device: torch.device, **options: Any) -> dict[str, float]:
-        ran.extend(work() for work in variants.values())
-        assert options == {"repeats": 7}
-        return dict.fromkeys(variants, 2.0)
-
-    monkeypatch.setattr(measure, "compare", two_seconds)
-    assert gemm_rate(3, 5, 7, torch.bfloat16, CPU, repeats=7) == 3 * 5 * 7
-    assert copy_rate(1000, CPU, repeats=7) == 1000
-    product, copied = ran
-    assert (product.shape, product.dtype) == ((3, 7), torch.bfloat16)
-    assert not copied.any()
-
-
-def test_rates_are_measured() -> None:
-    assert gemm_rate(8, 8, 8, torch.float32, CPU, repeats=1, min_seconds=0) > 0
-    assert copy_rate(1000, CPU, repeats=1, min_seconds=0) > 0
 
 
 def test_the_machine_is_described() -> None:

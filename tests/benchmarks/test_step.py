@@ -1,4 +1,4 @@
-"""What a user would write equals the framework; what differs is found; shares are of the arithmetic that was done."""
+"""A user's own loop equals the framework; a difference is found; shares count the arithmetic of all steps."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def outcome(model: Any, parameters: dict[str, Any], embedding: torch.Tensor, cot
 
 @pytest.mark.parametrize("ending", [False, True], ids=["no flow ends", "flows end"])
 @pytest.mark.parametrize("recurrence", ["gru", "cells", "formula"])
-def test_what_a_user_writes_is_a_flow_lattice(recurrence: Recurrence, ending: bool) -> None:
+def test_a_users_own_loop_is_a_flow_lattice(recurrence: Recurrence, ending: bool) -> None:
     movement = {"scale": 20.0 if ending else 1.0, "max_displacement": 0.6 if ending else 0.1}
     of = workload(movement=movement)
     processor = of.processor(engine="autograd").double()
@@ -106,8 +106,8 @@ def test_bf16_needs_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flows_that_end_early_end_the_benchmark() -> None:
     of = workload(movement={"scale": 20.0, "max_displacement": 0.6})
     with pytest.raises(RuntimeError, match="were active in all steps"):
-        step._output(of, 2, "float32")
-    step._output(of.where_no_flow_ends(), 2, "float32")
+        step._expected(of, 2, "float32")
+    step._expected(of.where_no_flow_ends(), 2, "float32")
 
 
 def test_arithmetic_of_a_step() -> None:
@@ -134,7 +134,7 @@ def of_steps(rows: list[Row]) -> dict[str, Row]:
     return {row.variant: row for row in rows if row.share is not None}
 
 
-def test_what_is_found(nothing_compiles: None) -> None:
+def test_findings(nothing_compiles: None) -> None:
     findings = step.run(settings(), CPU, 1, lambda _: None)
     products = [row for row in findings.rows if row.case == step.PRODUCT]
     assert [row.variant for row in products] == ["[16 x 16] · [16 x 16], fp32", "[24 x 8] · [8 x 24], fp32"]
@@ -180,7 +180,7 @@ def test_sizes_that_can_not_work(size: dict[str, Any], parts: tuple[str, ...]) -
 def test_a_preset_and_its_changes() -> None:
     of = Workload.read(SizeSettings(size="debug", lattice={"noise": {"std": 0.5}}), 6, CPU, seed=1)
     assert (of.lattice.width, of.model.hidden_size) == (20, 256)
-    assert (of.lattice.noise.std, of.lattice.noise.z) == (0.5, False), "what isn't changed stays"
+    assert (of.lattice.noise.std, of.lattice.noise.z) == (0.5, False), "other keys stay"
 
 
 def test_processors_of_a_workload_are_equal() -> None:

@@ -1,6 +1,5 @@
-"""Turns, and the benchmarks of training steps: memory, stability, scaling."""
+"""The benchmarks of training steps: memory, stability, scaling."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,12 +8,11 @@ import torch
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
 from energy_flow.viz.style import render
-from energy_flow_benchmarks import memory, scaling, stability
+from energy_flow_benchmarks import memory, scaling, stability, workload
 from energy_flow_benchmarks.findings import Row, find
 from energy_flow_benchmarks.memory import MemorySettings, SweepSettings, chunked
 from energy_flow_benchmarks.scaling import ScalingSettings
-from energy_flow_benchmarks.stability import StabilitySettings, Training, around, looks_at
-from energy_flow_benchmarks.turns import measure_in_turns
+from energy_flow_benchmarks.stability import StabilitySettings, Training, reported_steps, steps_around
 from energy_flow_benchmarks.workload import Workload
 from tests.benchmarks.training import tiny_size
 
@@ -24,67 +22,6 @@ TINY = {"lattice": {"width": 4, "height": 3}, "model": {"hidden_size": 8}}
 
 def silent(_: str) -> None:
     pass
-
-
-class TestTurns:
-    def test_variants_take_turns_and_are_freed(self) -> None:
-        seen: list[str] = []
-
-        class Built:
-            def __init__(self, name: str) -> None:
-                self.name = name
-
-            def __call__(self) -> None:
-                seen.append(f"run {self.name}")
-
-            def __del__(self) -> None:
-                seen.append(f"free {self.name}")
-
-        measured = measure_in_turns(
-            {name: lambda name=name: Built(name) for name in "ab"}, CPU, repeats=2, min_seconds=0
-        )
-        turn = [[f"run {name}", f"run {name}", f"free {name}"] for name in "ab"]
-        assert seen == [*turn[0], *turn[1]] * 2
-        assert all(one.seconds is not None for one in measured.values())
-
-    def test_memory_is_counted_from_before_a_variant_was_built(self) -> None:
-        def large() -> Callable[[], Any]:
-            held = torch.ones(2**24)  # 64 MiB
-            return lambda: held
-
-        measured = measure_in_turns({"none": lambda: lambda: None, "large": large}, CPU, repeats=2, min_seconds=0)
-        none, peak = measured["none"].peak_bytes, measured["large"].peak_bytes
-        if none is None or peak is None:
-            pytest.skip("the system keeps no high-water mark")
-        assert none < 2**23
-        assert 2**26 - 2**20 <= peak < 2**26 + 2**23
-
-    @pytest.mark.parametrize("inside", [False, True], ids=["as it is", "behind another error"])
-    def test_out_of_memory_is_a_result(self, inside: bool) -> None:
-        built = []
-
-        def run() -> None:
-            try:
-                raise torch.OutOfMemoryError("too much")
-            finally:
-                if inside:
-                    raise RuntimeError("the recording was not ended")
-
-        def build() -> Callable[[], None]:
-            built.append(1)
-            return run
-
-        measured = measure_in_turns({"it": build, "other": lambda: lambda: None}, CPU, repeats=3, min_seconds=0)
-        assert (measured["it"].seconds, measured["it"].peak_bytes) == (None, None)
-        assert measured["other"].seconds is not None
-        assert len(built) == 1, "no further turns"
-
-    def test_other_errors_are_errors(self) -> None:
-        def run() -> None:
-            raise RuntimeError("wrong shapes")
-
-        with pytest.raises(RuntimeError, match="wrong shapes"):
-            measure_in_turns({"it": lambda: run}, CPU, repeats=1, min_seconds=0)
 
 
 class TestMemory:
@@ -98,7 +35,7 @@ class TestMemory:
         }
         return read(MemorySettings, {"name": "memory", "dim": 6, "cpu": own, "cuda": own}, "benchmark")
 
-    def test_what_is_found(self) -> None:
+    def test_findings(self) -> None:
         findings = memory.run(self.settings(), CPU, 1, silent)
         always = ["fast, whole batch", "lean, whole batch", chunked("fast"), chunked("lean")]
         for size, more in ((12, []), (36, ["fast, chunk auto"])):
@@ -111,7 +48,7 @@ class TestMemory:
         assert grid.columns == ("variant", "12 flows", "36 flows")
         assert len(grid.lines) == 2
 
-    def test_variants_are_what_they_are_called(self) -> None:
+    def test_variants_have_the_settings_of_their_names(self) -> None:
         sweep = SweepSettings(size="debug", batches=[1, 8], chunk=2)
         assert memory.variants(sweep, 8) == {
             "fast, whole batch": {"recompute": False, "chunk": None},
@@ -122,14 +59,14 @@ class TestMemory:
         }
 
     def test_a_batch_that_does_not_fit_has_a_row_and_a_note(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        plain = memory.step_of
+        plain = workload.step_of
 
         def limited(processor: Any, embedding: torch.Tensor, *rest: Any) -> Any:
             if processor.rollout_settings.chunk is None and len(embedding) == 3:
                 raise torch.OutOfMemoryError("too much")
             return plain(processor, embedding, *rest)
 
-        monkeypatch.setattr(memory, "step_of", limited)
+        monkeypatch.setattr(workload, "step_of", limited)
         findings = memory.run(self.settings(), CPU, 1, silent)
         row = find(findings.rows, "debug", 36, "fast, whole batch")
         assert (row.seconds, row.peak_bytes, row.share) == (None, None, None)
@@ -187,12 +124,12 @@ class TestStability:
         }
         return read(StabilitySettings, {**section, **changes}, "benchmark")
 
-    def test_what_is_found(self) -> None:
+    def test_findings(self) -> None:
         settings = self.settings()
         findings = stability.run(settings, CPU, 1, silent)
-        assert looks_at(settings) == [2, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20]
+        assert reported_steps(settings) == [2, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20]
         for case in (stability.STEP, stability.RESIDENT):
-            assert [row.size for row in findings.rows if row.case.startswith(case)] == looks_at(settings)
+            assert [row.size for row in findings.rows if row.case.startswith(case)] == reported_steps(settings)
         early, late = (find(findings.rows, stability.STEP, step, "step") for step in (10, 20))
         assert early.ratio == 1
         assert late.ratio == pytest.approx(early.seconds / late.seconds)
@@ -202,7 +139,7 @@ class TestStability:
         figure = stability.picture(findings.rows)
         assert [axes.get_ylim()[0] for axes in figure.axes] == [0, 0]
 
-    def test_cleanup_and_validation_come_in_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cleanup_and_validation_come_at_their_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         called: list[str] = []
         plain = stability.FlowProcessor.cleanup_memory_safe
         monkeypatch.setattr(
@@ -238,7 +175,7 @@ class TestStability:
         ("step", "expected"), [(1, [0, 1, 2, 3]), (3, [0, 1, 2, 3]), (5, [2, 3, 4, 5]), (10, [6, 7, 8, 9])]
     )
     def test_windows(self, step: int, expected: list[float]) -> None:
-        assert around([float(value) for value in range(10)], step, 4) == expected
+        assert steps_around([float(value) for value in range(10)], step, 4) == expected
 
     @pytest.mark.parametrize("changes", [{"steps": 5}, {"steps": 10, "window": 11}])
     def test_steps_must_reach_beyond_the_warm_up(self, changes: dict[str, Any]) -> None:

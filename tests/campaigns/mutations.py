@@ -1,4 +1,4 @@
-"""Ways to corrupt a file: at random, and with knowledge of the headers."""
+"""Mutations that damage a file: blind ones, and ones that know the structure of headers."""
 
 import io
 import random
@@ -8,64 +8,30 @@ from collections.abc import Callable, Sequence
 
 Mutation = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 
-# What stands in headers, and what to put there.
-NUMBERS = (
-    b"0",
-    b"-1",
-    b"1",
-    b"7",
-    b"255",
-    b"65536",
-    b"2147483648",
-    b"4294967295",
-    b"9223372036854775807",
-    b"1" + b"0" * 30,
-)
+# Replacements of numbers and words in headers.
+NUMBERS = (*b"0 -1 1 7 255 65536 2147483648 4294967295 9223372036854775807".split(), b"1" + b"0" * 30)
 WORDS = (
-    *(
-        b"<f4",
-        b"<f8",
-        b"|i1",
-        b"<i8",
-        b">f4",
-        b"|O",
-        b"<U5",
-        b"|V4",
-        b"F32",
-        b"F64",
-        b"BF16",
-        b"I8",
-        b"F8_E4M3",
-        b"BOOL",
-    ),
-    *(
-        b"source",
-        b"target",
-        b"source_scale",
-        b"target_scale",
-        b"../../etc/passwd",
-        b"/etc/passwd",
-        b"~",
-        b"\\\\host\\x",
-    ),
-    *(b"true", b"null", b"NaN", b"1e999", b"[]", b"{}", b'"', b"__import__('os').system('true')", b"\xff\xfe", b"\x00"),
+    *b"<f4 <f8 |i1 <i8 >f4 |O <U5 |V4 F32 F64 BF16 I8 F8_E4M3 BOOL".split(),
+    *b"source target source_scale target_scale ../../etc/passwd /etc/passwd ~ \\\\host\\x".split(),
+    *b"true null NaN 1e999 [] {} \" __import__('os').system('true')".split(),
+    *(b"\xff\xfe", b"\x00"),
 )
-HEAD = 600  # bytes where headers stand
+HEAD = 600  # bytes that contain the headers
 
 
 def flips(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
     """Flip a few bits, more often in the head."""
-    corrupt = bytearray(content)
+    damaged = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        end = min(HEAD, len(corrupt)) if rng.random() < 0.6 else len(corrupt)
-        corrupt[rng.randrange(end)] ^= 1 << rng.randrange(8)
-    return bytes(corrupt)
+        end = min(HEAD, len(damaged)) if rng.random() < 0.6 else len(damaged)
+        damaged[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
 
 
 def overwrites(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Replace 1, 2, 4 or 8 bytes, such as a length or an offset."""
-    corrupt, size = bytearray(content), rng.choice((1, 2, 4, 8))
-    start = rng.randrange(max(1, min(HEAD, len(corrupt)) - size) if rng.random() < 0.6 else max(1, len(corrupt) - size))
+    """Overwrite 1, 2, 4 or 8 bytes, such as a length or an offset."""
+    damaged, size = bytearray(content), rng.choice((1, 2, 4, 8))
+    start = rng.randrange(max(1, min(HEAD, len(damaged)) - size) if rng.random() < 0.6 else max(1, len(damaged) - size))
     values = (
         b"\0" * size,
         b"\xff" * size,
@@ -73,11 +39,12 @@ def overwrites(content: bytes, rng: random.Random, others: Sequence[bytes]) -> b
         rng.randbytes(size),
         (1 << (8 * size - 2)).to_bytes(size, "little"),
     )
-    corrupt[start : start + size] = rng.choice(values)
-    return bytes(corrupt)
+    damaged[start : start + size] = rng.choice(values)
+    return bytes(damaged)
 
 
 def truncations(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
+    """Cut off the end."""
     return content[: rng.randrange(len(content))]
 
 
@@ -96,30 +63,30 @@ def splices(content: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def numbers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Replace a number in a text header."""
+    """Replace a number of a text header."""
     return _replaced(content, rng, rb"-?\d+", NUMBERS)
 
 
 def words(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Replace a word in a text header: a type, a name, a path."""
+    """Replace a word of a text header: a type, a name, a path."""
     return _replaced(content, rng, rb"[\w./<>|-]{2,}", WORDS)
 
 
 def records(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Corrupt one record of a zip archive under a valid checksum; or rename, compress, remove or repeat it."""
+    """Damage one record of a zip archive under a correct checksum; or rename, compress, remove or repeat one."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    except Exception:  # noqa: BLE001 - corrupt already, or no archive
+    except Exception:  # noqa: BLE001 - damaged earlier, or no archive
         return headers(content, rng, others)
-    index = 0 if rng.random() < 0.5 else rng.randrange(len(parts))  # the first one is the pickle of a checkpoint
+    index = 0 if rng.random() < 0.5 else rng.randrange(len(parts))  # the first record is the pickle of a checkpoint
     name, record = parts[index]
-    what = rng.random()
-    if what < 0.75 and record:
+    kind = rng.random()
+    if kind < 0.75 and record:
         parts[index] = name, rng.choice((flips, overwrites, truncations, blocks, numbers, words))(record, rng, others)
-    elif what < 0.85:
+    elif kind < 0.85:
         parts[index] = rng.choice((f"../{name}", f"/{name}", name.upper(), f"{name}.npy", "source.npy", "x\0y")), record
-    elif what < 0.92:
+    elif kind < 0.92:
         parts.append((name, record[: len(record) // 2]))
     else:
         del parts[index]
@@ -133,7 +100,7 @@ def records(content: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def headers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Change the length of a safetensors header, or its text with a correct length."""
+    """Change the length of a safetensors header, or its text under a correct length."""
     if len(content) < 8 or content[8:9] != b"{":
         return flips(content, rng, others)
     length = int.from_bytes(content[:8], "little")
@@ -145,7 +112,7 @@ def headers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def nested(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Insert endless brackets."""
+    """Insert thousands of open brackets somewhere."""
     start, bracket = rng.randrange(len(content)), rng.choice((b"[", b"(", b'{"a":', b'"', b"-"))
     return content[:start] + bracket * rng.choice((10, 1_000, 50_000)) + content[start:]
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from energy_flow import train
-from energy_flow.training.step_guard import SkippingAdamW
+from energy_flow.training.optimizer import SkippingAdamW
 from tests.cli.helpers import Outcome, Program
 from tests.cli.test_resume import BUSY, checkpoint, differences
 

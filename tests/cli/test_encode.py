@@ -1,4 +1,4 @@
-"""Encode text pairs: the files, resuming, and refusals before anything is encoded."""
+"""Encoding text pairs: written files, continuation after an interruption, refusals before encoding starts."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def rows_of(side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 0.5 / 127), ("float16", 2**-12), ("float32", 2**-23)])
-def test_what_is_written(pairs: Program, dtype: str, error: float) -> None:
+def test_written_files(pairs: Program, dtype: str, error: float) -> None:
     outcome = pairs.encode(f"dtype={dtype}", "batch_size=7", "save_every=2")
     assert (outcome.code, outcome.err) == (0, "")
     assert "checked: 50 pairs with names, all rows finite and of length 1" in outcome.out
@@ -48,14 +48,14 @@ def test_what_is_written(pairs: Program, dtype: str, error: float) -> None:
     assert sorted(path.name for path in pairs.folder.glob("out*")) == ["out.jsonl", "out.safetensors"]
 
 
-def test_training_takes_it_as_it_is(pairs: Program) -> None:
+def test_training_accepts_the_output(pairs: Program) -> None:
     assert pairs.encode().code == 0
     outcome = pairs.train(*(f"data.{split}=out.safetensors" for split in ("train", "val", "test")))
     assert (outcome.code, outcome.err) == (0, "")
     assert "nearest targets of the first test rows:\n  word 0: word " in outcome.out
 
 
-def test_an_input_beside_the_output_names_the_rows_itself(pairs: Program) -> None:
+def test_an_input_in_the_place_of_the_names_stays(pairs: Program) -> None:
     before = (pairs.folder / "pairs.jsonl").read_bytes()
     assert pairs.encode("output=pairs.safetensors").code == 0
     assert (pairs.folder / "pairs.jsonl").read_bytes() == before
@@ -73,23 +73,23 @@ def test_csv_and_other_keys(pairs: Program) -> None:
 
 
 def interrupted(pairs: Program, encoder: Library) -> Outcome:
-    encoder.stop_after = 1 + 2 * 2 * 16 + 10  # the one that asks for the dimension, two parts, some of the third
+    encoder.stop_after = 1 + 2 * 2 * 16 + 10  # one text for the dimension, two parts, and some texts of the third
     outcome = pairs.encode("batch_size=8", "save_every=2")
     encoder.stop_after = None
     return outcome
 
 
-def test_going_on_encodes_what_is_missing(pairs: Program, encoder: Library) -> None:
+def test_continuing_encodes_the_missing_rows(pairs: Program, encoder: Library) -> None:
     pairs.encode("output=whole.safetensors")
     encoder.seen.clear()
     outcome = interrupted(pairs, encoder)
     assert outcome.code == 130
-    assert "32 of 50 rows are kept; the same command goes on" in outcome.err
+    assert "32 of 50 rows are saved; repeat the command to continue" in outcome.err
     assert not (pairs.folder / "out.safetensors").exists()
     encoder.seen.clear()
     outcome = pairs.encode("batch_size=5", "save_every=1")
     assert (outcome.code, outcome.err) == (0, "")
-    assert "going on after 32 rows" in outcome.out
+    assert "continuing after 32 rows" in outcome.out
     again = 2 * 16  # rows that the check encodes
     assert len(encoder.seen) == 1 + 2 * 18 + again
     whole, parts = (load_file(pairs.folder / f"{name}.safetensors") for name in ("whole", "out"))
@@ -97,11 +97,15 @@ def test_going_on_encodes_what_is_missing(pairs: Program, encoder: Library) -> N
     assert not list(pairs.folder.glob("*.partial"))
 
 
-def test_going_on_with_something_else_is_refused(pairs: Program, encoder: Library) -> None:
+def test_continuing_with_other_settings_is_refused(pairs: Program, encoder: Library) -> None:
     interrupted(pairs, encoder)
     message = pairs.refused("dtype=float16", "encoder=stand/in-8", program="encode")
-    assert f"output: {pairs.folder}/out.safetensors.partial holds the beginning of something else" in message
-    for line in ("encoder: stand/in-16 there, stand/in-8 here", "dimension: 16 there, 8 here", "dtype: int8 there"):
+    assert f"output: {pairs.folder}/out.safetensors.partial holds parts of another encoding" in message
+    for line in (
+        "encoder: stand/in-16 in the folder, stand/in-8 now",
+        "dimension: 16 in the folder, 8 now",
+        "dtype: int8 in",
+    ):
         assert line in message
     assert "rows:" not in message
     write_jsonl(pairs.folder / "pairs.jsonl", [*PAIRS[:-1], ("x", "y")])
@@ -120,12 +124,12 @@ def test_an_encoder_that_changed_is_found_at_the_end(pairs: Program, encoder: Li
     encoder.change = 0.1
     message = pairs.refused(program="encode")
     assert "encoded again, has a cosine of" in message
-    assert "to start anew" in message
+    assert "to start over" in message
     assert not (pairs.folder / "out.safetensors").exists()
 
 
 def test_an_encoder_that_int8_is_too_coarse_for(pairs: Program, encoder: Library) -> None:
-    """Its rows have one number far above the others: detected in the first rows, and the advice helps."""
+    """One number of its rows is much larger than the others; the first rows show it, and the remedy works."""
     encoder.change = np.eye(1, 512, dtype=np.float32)[0] * 3
     message = pairs.refused("encoder=stand/in-512", "batch_size=5", "save_every=1", program="encode")
     assert "dtype = int8: too coarse for this encoder: source row" in message
@@ -140,18 +144,18 @@ def test_texts_that_are_cut_are_counted(pairs: Program) -> None:
     assert "1 of 102 texts are longer than this encoder reads" in pairs.encode().out
 
 
-def test_an_encoder_that_gives_no_number(pairs: Program, encoder: Library) -> None:
+def test_an_encoder_that_returns_nan(pairs: Program, encoder: Library) -> None:
     encoder.change = float("nan")
-    assert "encoder = stand/in-16: gives NaN, Inf or a row of zeros" in pairs.refused(program="encode")
+    assert "encoder = stand/in-16: returns NaN, Inf or a row of zeros" in pairs.refused(program="encode")
 
 
 BAD_LINES = {
     "jsonl": (
         '{"source": "a", "target": "b"}\n\n{"source": "a"}\n{"source": "a", "target": 3}\n[1]\n{"sou',
-        ("5 lines can't be used", "line 2 is empty", "line 3 has no target; it has source", "line 4 has target = 3"),
+        ("unusable lines: 5", "line 2 is empty", "line 3 has no target; it has source", "line 4 has target = 3"),
     ),
     "blank": ('{"source": "a", "target": " "}\n', ("line 1 has an empty target",)),
-    "surrogate": ('{"source": "\\ud800", "target": "b"}\n', ("line 1 has half a character",)),
+    "surrogate": ('{"source": "\\ud800", "target": "b"}\n', ("line 1 has a lone surrogate",)),
     "list": ("[1]\n", ("line 1 is a list, not an object",)),
     "broken": ('{"source": "a", "target": "b"}\n{"sou', ("line 2 isn't JSON",)),
     "nothing": ("", ("no pairs in it",)),
@@ -159,7 +163,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-def test_bad_lines_are_found_before_anything_is_encoded(pairs: Program, encoder: Library, case: str) -> None:
+def test_bad_lines_are_found_before_encoding(pairs: Program, encoder: Library, case: str) -> None:
     content, parts = BAD_LINES[case]
     (pairs.folder / "pairs.jsonl").write_text(content)
     message = pairs.refused(program="encode")
@@ -189,14 +193,14 @@ REFUSED = [
     (("input=.",), "unknown suffix ''"),
     (("input=pairs.txt",), "unknown suffix '.txt'; give a .jsonl or a .csv"),
     (("output=out.npz",), "must end in .safetensors"),
-    (("output=nope/out.safetensors",), "its folder isn't there"),
-    (("output=train.safetensors",), "train.safetensors: is there already"),
-    (("output=taken.safetensors",), "the names of its rows would be written over"),
+    (("output=nope/out.safetensors",), "its folder is missing or not writable"),
+    (("output=train.safetensors",), "train.safetensors: already exists"),
+    (("output=taken.safetensors",), "the names of its rows would overwrite"),
     (("encoder=nope/model",), "encoder = nope/model: can't be loaded"),
     (("dtype=int4",), "dtype = 'int4'"),
     (("batch_size=0",), "batch_size = 0"),
     (("source_key=text",), "line 1 has no text; it has source, target"),
-    (("target_key=text",), "or say with source_key and target_key what the texts are called"),
+    (("target_key=text",), "or set source_key and target_key to the keys of the texts"),
     (("sourcekey=text",), "did you mean source_key?"),
 ]
 
@@ -212,7 +216,9 @@ def test_refused(pairs: Program, encoder: Library, overrides: tuple[str, ...], p
 def test_an_input_that_would_not_name_the_rows(pairs: Program) -> None:
     write_jsonl(pairs.folder / "pairs.jsonl", PAIRS, ("question", "answer"))
     given = ("source_key=question", "target_key=answer")
-    assert "that is the input" in pairs.refused(*given, "output=pairs.safetensors", program="encode")
+    assert "its rows would be named by the input file" in pairs.refused(
+        *given, "output=pairs.safetensors", program="encode"
+    )
     assert pairs.encode(*given).code == 0
 
 
@@ -220,8 +226,8 @@ def test_input_and_output_must_be_given(pairs: Program) -> None:
     assert "input: missing" in pairs.refused("input=???", program="encode")
 
 
-def test_metadata_say_what_the_embedded_data_say(pairs: Program) -> None:
-    """Give files of both kinds the same interface."""
+def test_metadata_have_keys_of_the_embedded_data(pairs: Program) -> None:
+    """Programs can then read both kinds of files in the same way."""
     assert pairs.encode().code == 0
     embedded = Path(__file__).parents[2] / "energy_flow" / "data" / "reverse_dictionary" / "test.safetensors"
     with safe_open(embedded, "numpy") as theirs, safe_open(pairs.folder / "out.safetensors", "numpy") as ours:

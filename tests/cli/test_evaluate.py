@@ -1,4 +1,4 @@
-"""Compare trained models as a user does: one table of several files, both galleries, intervals, errors."""
+"""Evaluation from the command line: several models in one table, both galleries, intervals, errors."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def best(trained: Outcome) -> Path:
 
 @pytest.fixture
 def other(best: Path, tmp_path: Path) -> Path:
-    """A file of `save_pretrained`: the same architecture with other weights, without its loss."""
+    """A file of `save_pretrained`: the same architecture with other weights, and without a loss."""
     model = EnergyFlowModel.from_checkpoint(best)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_several_agree_with_each_alone(program: Program, best: Path, other: Path
     assert "nearest targets" not in both.out
 
 
-def test_rows_are_kept_of_each(program: Program, best: Path, other: Path) -> None:
+def test_row_scores_of_each_model_are_kept(program: Program, best: Path, other: Path) -> None:
     outcome = program.evaluate(f"ckpt_path=[{best},{other}]", *FITTED)
     found = outcome.metrics()
     for key in ("best", "other"):
@@ -86,7 +86,7 @@ def test_ranks_among_all_targets(program: Program, best: Path) -> None:
 def test_a_test_split_alone(program: Program, best: Path) -> None:
     outcome = program.evaluate(f"ckpt_path={best}", "data.train=null", "data.val=null", "baselines.enabled=true")
     assert outcome.code == 0
-    assert "ridge: left out, needs data.train to be fitted" in outcome.out
+    assert "ridge: left out, needs data.train to fit" in outcome.out
     assert "among all 32 targets (test)" in outcome.out
     metrics = outcome.metrics()
     assert metrics["test_all/mrr"] == pytest.approx(metrics["test/mrr"])

@@ -1,4 +1,4 @@
-"""The nearest words of texts, rows and files; unusable inputs are refused."""
+"""Predictions for texts, rows and files; messages for unusable inputs."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ def model(trained: Outcome) -> EnergyFlowModel:
 
 @pytest.fixture
 def named(program: Program) -> dict[str, list[str]]:
-    """Names of every split, in files next to it."""
+    """Write and return the names of every split."""
     names = {split: [f"{split} word {row}" for row in range(size)] for split, size in SIZES.items()}
     for split, words in names.items():
         lines = [json.dumps({"headword": word, "definition": f"what {word} means"}) for word in words]
@@ -52,7 +52,7 @@ def tables(out: str) -> list[list[tuple[str, float]]]:
 
 
 def by_hand(model: EnergyFlowModel, source: Tensor, folder: Path) -> tuple[Tensor, Tensor]:
-    """Cosines with the targets of all splits, and their order."""
+    """Cosines with all targets of all splits, and their order."""
     targets = torch.cat([load_file(folder / f"{split}.safetensors")["target"] for split in SIZES])
     with torch.no_grad():
         scores = normalize(model(source).double(), dim=-1) @ normalize(targets.double(), dim=-1).T
@@ -116,8 +116,9 @@ def test_a_file(program: Program, ckpt: str, model: EnergyFlowModel, named: dict
         assert (outcome.code, outcome.err) == (0, "")
         assert len(tables(outcome.out)) == 5
         written = load_file(outcome.folder / "predictions.safetensors")
-        assert torch.equal(written["neighbour_row"], order[:, :3])
-        torch.testing.assert_close(written["score"], scores.gather(1, order[:, :3]), atol=1e-6, rtol=0)
+        # The program runs batches of 16 rows, this test all 40 at once: rows equal to rounding may swap.
+        for rows in (order[:, :3], written["neighbour_row"]):
+            torch.testing.assert_close(written["score"], scores.gather(1, rows), atol=1e-6, rtol=0)
         with torch.no_grad():
             torch.testing.assert_close(written["embedding"], model(source))
         lines = [json.loads(line) for line in (outcome.folder / "neighbours.jsonl").read_text().splitlines()]
@@ -128,7 +129,7 @@ def test_a_file(program: Program, ckpt: str, model: EnergyFlowModel, named: dict
             assert [entry["score"] for entry in line["neighbours"]] == written["score"][row].tolist()
 
 
-def test_words_that_occur_again_stand_once(program: Program, ckpt: str) -> None:
+def test_repeated_words_are_one_candidate(program: Program, ckpt: str) -> None:
     target = torch.randn(6, DIM)
     target[4], target[5] = 2 * target[1], -target[1]
     save_file({"target": target}, program.folder / "words.safetensors")
@@ -154,13 +155,13 @@ def test_the_shipped_model_on_its_own_data(program: Program) -> None:
 def test_without_the_shipped_weights(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "SHIPPED", program.folder / "gone.safetensors")
     message = program.refused("row=0", program="predict")
-    assert "ckpt_path = null: the weights that come with the package aren't there" in message
+    assert "ckpt_path = null: the weights of the package are missing" in message
     assert "python -m energy_flow.train" in message
 
 
 REFUSED = [
     ((), 'text, row and input are null: give one of them, such as text="it measures earthquakes"'),
-    (("row=1", "text=x"), "text and row are given: an input is one of them"),
+    (("row=1", "text=x"), "text and row are given: only one input is allowed"),
     (("row=-1",), "row = -1"),
     (("row=32",), "row = 32: data.test has the rows 0 to 31"),
     (("row=1", "split=test", "data.test=null"), "split = test: data.test is null"),
@@ -179,10 +180,10 @@ REFUSED = [
     (("row=1", "ckpt_path=nope.safetensors"), "ckpt_path = nope.safetensors: there is no such file"),
     (("row=1", "ckpt_path=nope.ckpt"), "ckpt_path = nope.ckpt: there is no such file"),
     (("row=1", "ckpt_path=val.safetensors"), "val.safetensors: not a model of energy_flow"),
-    (("text=x",), "encoder = null: the model doesn't say what made the embeddings"),
-    (("text=x", "encoder=stand/in-8"), "encoder = stand/in-8: gives embeddings of dimension 8, the model takes 16"),
+    (("text=x",), "encoder = null: the model does not name the encoder"),
+    (("text=x", "encoder=stand/in-8"), "encoder = stand/in-8: its embeddings have dimension 8, the model takes 16"),
     (("text=x", "encoder=nope/model"), "encoder = nope/model: can't be loaded (nope/model is not a valid model"),
-    (("text=x", "encoder=./nope"), "encoder = ./nope: there is no such folder"),
+    (("text=x", "encoder=./nope"), "encoder = ./nope: no such folder"),
 ]
 
 
@@ -196,10 +197,10 @@ def test_rows_and_candidates_of_another_dimension(program: Program, ckpt: str) -
     np.save(program.folder / "in.npy", np.ones((3, 8), np.float32))
     np.save(program.folder / "zero.npy", np.zeros((3, DIM), np.float32))
     message = program.refused(ckpt, "input=in.npy", program="predict")
-    assert "input = in.npy: embeddings of dimension 8, the model takes 16" in message
+    assert "input = in.npy: embeddings of dimension 8, but the model takes 16" in message
     message = program.refused(ckpt, "row=1", "gallery=in.npy", program="predict")
-    assert "gallery = in.npy: candidates of dimension 8, the model gives 16" in message
-    assert "row 0 holds nothing but zeros" in program.refused(ckpt, "input=zero.npy", program="predict")
+    assert "gallery = in.npy: candidates of dimension 8, but the model predicts 16" in message
+    assert "row 0 holds only zeros" in program.refused(ckpt, "input=zero.npy", program="predict")
     message = program.refused(ckpt, "row=1", "data=reverse_dictionary", program="predict")
     assert "dimension 768" in message
 
@@ -213,7 +214,7 @@ def test_text_without_the_library(program: Program, ckpt: str, monkeypatch: pyte
 TEXT = ("text=x", "encoder=stand/in-16")
 
 
-def test_an_encoder_on_this_machine_is_loaded_without_the_net(program: Program, ckpt: str, encoder: Library) -> None:
+def test_an_encoder_on_this_machine_is_loaded_without_network(program: Program, ckpt: str, encoder: Library) -> None:
     outcome = program.predict(ckpt, *TEXT)
     assert (outcome.code, outcome.err) == (0, "")
     assert not encoder.asked_hub
@@ -228,10 +229,10 @@ def test_an_encoder_that_is_not_on_this_machine(program: Program, ckpt: str, enc
     outcome = program.predict(ckpt, *TEXT)
     assert (outcome.code, outcome.err) == (0, "")
     assert encoder.asked_hub
-    assert "encoder stand/in-16 isn't on this machine: asking the model hub" in outcome.out
+    assert "encoder stand/in-16 is not on this machine: asking the model hub" in outcome.out
 
 
-def test_the_hub_is_not_heard_at_every_try(program: Program, ckpt: str, encoder: Library) -> None:
+def test_retries_of_the_hub_are_not_logged(program: Program, ckpt: str, encoder: Library) -> None:
     levels: list[int] = []
     hub, load = logging.getLogger("huggingface_hub"), encoder.SentenceTransformer
 
@@ -245,7 +246,7 @@ def test_the_hub_is_not_heard_at_every_try(program: Program, ckpt: str, encoder:
     assert hub.level == logging.NOTSET
 
 
-def test_a_folder_that_holds_no_model(program: Program, ckpt: str, encoder: Library) -> None:
+def test_a_folder_without_a_model(program: Program, ckpt: str, encoder: Library) -> None:
     (program.folder / "empty").mkdir()
     for name in ("empty", "./empty", str(program.folder / "empty")):
         message = program.refused(ckpt, "text=x", f"encoder={name}", program="predict")
@@ -254,13 +255,13 @@ def test_a_folder_that_holds_no_model(program: Program, ckpt: str, encoder: Libr
 
 
 @pytest.mark.parametrize("name", ["stranger/model", "./model", "/tmp/model", "sentence-transformers/../../x", "model"])
-def test_an_encoder_that_a_file_names_is_one_of_a_known_publisher(
+def test_a_file_may_only_name_encoders_of_a_known_publisher(
     program: Program, model: EnergyFlowModel, encoder: Library, name: str
 ) -> None:
     path = program.folder / "sent.safetensors"
     sent = EnergyFlowModel(model.card.model_copy(update={"encoder": name}))
     sent.save_pretrained(path)
     message = program.refused(f"ckpt_path={path}", "text=x", program="predict")
-    assert f"if you trust it, give it yourself, encoder={name}" in message
+    assert f"If you trust it, give encoder={name}" in message
     assert encoder.seen == []
     assert program.predict(f"ckpt_path={path}", "text=x", "encoder=stand/in-16").code == 0

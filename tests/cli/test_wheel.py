@@ -15,7 +15,7 @@ from tests.cli.helpers import ROOT, write_pairs
 
 pytestmark = pytest.mark.slow
 
-SOURCES = ("energy_flow", "conf", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("energy_flow", "energy_flow_benchmarks", "conf", "pyproject.toml", "README.md", "LICENSE")
 TINY = [
     "size=small",
     "lattice.width=3",
@@ -77,24 +77,28 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     inside = {name for name in names if ".dist-info/" not in name}
-    for folder, prefix in (("energy_flow", "energy_flow"), ("conf", "energy_flow/conf")):
+    folders = {
+        "energy_flow": "energy_flow",
+        "conf": "energy_flow/conf",
+        "energy_flow_benchmarks": "energy_flow_benchmarks",
+    }
+    for folder, prefix in folders.items():
         expected = {
             f"{prefix}/{path.relative_to(ROOT / folder)}"
             for path in (ROOT / folder).rglob("*")
-            if path.is_file() and not {"__pycache__", "results"} & set(path.parts)
+            if path.is_file() and "__pycache__" not in path.parts
         }
         assert expected <= inside, sorted(expected - inside)
-    assert not any("/results/" in name for name in inside), "measurements stay in the repository"
     assert "energy_flow/py.typed" in inside
     assert "energy_flow/data/reverse_dictionary/train.safetensors" in inside
     assert "energy_flow/pretrained/reverse_dictionary.safetensors" in inside
-    assert all(name.startswith("energy_flow/") for name in inside)
+    assert all(name.startswith(("energy_flow/", "energy_flow_benchmarks/")) for name in inside)
     for licence in ("LICENSE", "LICENSE-WordNet.txt"):
         assert any(".dist-info/" in name and name.endswith(licence) for name in names), licence
 
 
 def test_the_installed_package_trains_on_its_own_data(site: Path, tmp_path: Path) -> None:
-    where = "import energy_flow.cli as c; print(c.__file__, c.config_dir())"
+    where = "import energy_flow.config as c; print(c.__file__, c.config_dir())"
     for path in run([sys.executable, "-c", where], tmp_path, PYTHONPATH=str(site)).split():
         assert path.startswith(str(site)), "the checkout is used, not the installed package"
     out = run([sys.executable, "-m", "energy_flow.train", *TINY, *SHORT], tmp_path, PYTHONPATH=str(site))

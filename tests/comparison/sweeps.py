@@ -1,4 +1,4 @@
-"""Folders of multiruns, as if jobs had run."""
+"""Write folders of multiruns without running the jobs."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ NUM_ROWS = 200
 
 
 def ranks_about(middle: float, seed: int) -> Tensor:
-    """Ranks of `NUM_ROWS` rows, most of them below `middle`; those of one seed are harder for the same rows."""
+    """Ranks of `NUM_ROWS` rows, most of them below `middle`; the same rows are hard for all seeds."""
     hard = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     own = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return 1 + (middle * hard * (0.8 + 0.4 * own)).floor()
@@ -29,7 +29,7 @@ def write_job(
     measure: str = "rank",
     fingerprint: str = "data",
 ) -> Path:
-    """A job's folder; without `values` it failed."""
+    """Write a job's folder with row scores `values`; None: the job failed."""
     run = folder / str(number)
     (run / ".hydra").mkdir(parents=True)
     given = words.split()
@@ -38,8 +38,8 @@ def write_job(
     OmegaConf.save(OmegaConf.create({"seed": seed, "name": "${missing}"}), run / ".hydra" / "config.yaml")
     if values is None:
         return run
-    headline = {"rank": "mrr", "mse": "mse"}[measure]
-    metrics = {"params": 1000.0 + number, "fit_seconds": 2.0 + seed, f"val/{headline}": 0.5, "test/cosine": 0.1}
+    primary = {"rank": "mrr", "mse": "mse"}[measure]
+    metrics = {"params": 1000.0 + number, "fit_seconds": 2.0 + seed, f"val/{primary}": 0.5, "test/cosine": 0.1}
     for method, rows in values.items():
         prefix = "test" if method == "model" else f"baseline/{method}"
         found = (
@@ -54,5 +54,5 @@ def write_job(
 
 
 def paired_difference(ours: Tensor, theirs: Tensor) -> Interval:
-    """Of mean(ours) - mean(theirs) on the same test rows."""
+    """mean(ours) - mean(theirs) on the same test rows, with its interval."""
     return Bootstrap({"ours": ours, "theirs": theirs}).difference("ours", "theirs")

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energy_flow.core.geometry import cell_centres, deposit_cells, fold
+from energy_flow.core.flow_step import fold
+from energy_flow.core.geometry import cell_centres, deposit_cells
 from tests import reference
 
 DTYPE = torch.float64

@@ -1,9 +1,15 @@
 """Single flows, followed by their slot."""
 
+import dataclasses
+from typing import Any
+
+import pytest
 import torch
 
-from energy_flow.core.flow_processor import FlowOutput, Trajectories
-from tests.helpers import Case, tensors_of
+from energy_flow.core.flow_processor import FlowOutput
+from energy_flow.core.history import Trajectories
+from tests.core.ways import ENGINES
+from tests.helpers import FORWARD_TOLERANCE, Case, tensors_of
 
 CASE = Case({"width": 4, "height": 3, "max_steps": 6}, {"energy_dim": 2}, displacement=0.8)
 
@@ -52,18 +58,23 @@ def test_flows_stand_still_after_they_ended() -> None:
     assert 0 < ended_early < 36
 
 
-def test_a_changed_cell_changes_its_own_flow_only() -> None:
-    """One mask that was an index would show here."""
-    _, before = run(CASE)
-    processor = CASE.processor()
+@pytest.mark.parametrize("way", ENGINES.values(), ids=ENGINES.keys())
+def test_a_changed_cell_changes_its_own_flow_only(way: dict[str, Any]) -> None:
+    """Fails if a mask is used as an index."""
+    case = dataclasses.replace(CASE, rollout=way)
+    _, before = run(case)
+    processor = case.processor()
     with torch.no_grad():
         processor.map_in.cell_value[5] += 0.3
-        after = processor(CASE.embedding(), CASE.rows(), record_trajectories=True).trajectories
+        after = processor(case.embedding(), case.rows(), record_trajectories=True).trajectories
     assert after is not None
-    changed = (before.position != after.position).flatten(3).any(-1).any(0)
-    expected = torch.zeros_like(changed)
+    change = (before.position - after.position).abs().amax((0, 3))
+    # The changed flow ends at another step. Compaction then multiplies another number of rows, for which a processor
+    # may sum in another order; everywhere else shapes, and so bits, are the same.
+    rounding = FORWARD_TOLERANCE if way.get("compaction") else 0.0
+    expected = torch.zeros_like(change, dtype=torch.bool)
     expected[:, 5] = True
-    assert torch.equal(changed, expected)
+    assert torch.equal(change > rounding, expected)
 
 
 def test_children_begin_where_their_parents_were() -> None:
@@ -82,7 +93,7 @@ def test_children_begin_where_their_parents_were() -> None:
             assert birth in (1, 2)
             place = trajectories.position[birth, sample, slot]
             parents = (trajectories.position[birth - 1, sample, :slot] == place).all(-1)
-            assert parents.any(), "nobody was there"
+            assert parents.any(), "no parent was there"
             assert int(output.landings.steps[sample, slot]) == birth + int(active[:-1].sum()), (
                 "it has its parent's steps"
             )

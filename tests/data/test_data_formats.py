@@ -1,4 +1,4 @@
-"""Every format gives the same batches, mapped and not loaded."""
+"""All formats give the same batches, and are memory-mapped if possible."""
 
 import mmap
 import pickle
@@ -23,7 +23,7 @@ def numbers(dtype=np.float32, rows=N, dim=D):
 
 
 def write(folder: Path, form: str, arrays: dict[str, np.ndarray], stem: str = "pairs"):
-    """Writes `arrays`; returns what a user gives as path."""
+    """Write `arrays`; returns the path or paths for the config."""
     path = folder / f"{stem}.{form.split('-')[0]}"
     if form == "safetensors":
         save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
@@ -101,7 +101,7 @@ def test_column_major_and_big_endian_npy(tmp_path):
     dim=st.integers(1, 9),
     data=st.data(),
 )
-def test_any_shape_reads_alike_one_by_one_in_batches_and_at_once(tmp_path, form, dtype, rows, dim, data):
+def test_rows_batches_and_all_rows_agree(tmp_path, form, dtype, rows, dim, data):
     dataset = PairDataset(write(tmp_path, form, numbers(dtype, rows, dim)), normalize=True)
     picked = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20))
     batch, whole = dataset.__getitems__(picked), dataset.all()
@@ -135,7 +135,7 @@ def test_rows_of_extreme_length_are_normalised(tmp_path):
     torch.testing.assert_close(source.norm(dim=1), torch.ones(N))
 
 
-def test_fingerprint_is_that_of_the_numbers(tmp_path):
+def test_the_fingerprint_depends_on_the_numbers_alone(tmp_path):
     arrays = numbers()
     prints = {PairDataset(write(tmp_path, form, arrays), normalize=True).fingerprint for form in FORMS}
     assert len(prints) == 1
@@ -146,7 +146,7 @@ def test_fingerprint_is_that_of_the_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_pickled_data_set_carries_no_rows_and_reads_the_same(tmp_path, form):
+def test_a_pickled_data_set_has_no_rows_and_reads_the_same(tmp_path, form):
     arrays = numbers(rows=2000, dim=16)
     dataset = PairDataset(write(tmp_path, form, arrays), normalize=True)
     sent = pickle.dumps(dataset)
@@ -190,13 +190,13 @@ def test_paths_are_relative_to_the_current_folder_or_home(tmp_path, monkeypatch)
         ('{{"id": {i}}}', "{i}"),
     ],
 )
-def test_a_jsonl_beside_the_file_names_the_rows(tmp_path, lines, named):
+def test_a_jsonl_with_the_same_stem_names_the_rows(tmp_path, lines, named):
     path = write(tmp_path, "safetensors", numbers())
     (tmp_path / "pairs.jsonl").write_text("".join(lines.format(i=i) + "\n" for i in range(N)), encoding="utf-8")
     assert PairDataset(path, normalize=True).names == [named.format(i=i) for i in range(N)]
 
 
-def test_names_of_an_npy_pair_are_those_of_the_target_first(tmp_path):
+def test_names_of_two_npy_come_from_the_target_first(tmp_path):
     paths = write(tmp_path, "npy", numbers())
     assert PairDataset(paths, normalize=True).names is None
     for side in ("source", "target"):

@@ -19,7 +19,7 @@ CONF = Path(__file__).parents[2] / "conf"
 
 
 def config(group="files", **changes):
-    """The settings that `data=<group>` gives, changed."""
+    """The settings of `data=<group>` with some changes."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose(overrides=["+seed=3", f"+data={group}"])
     return read_data_settings({**OmegaConf.to_container(composed, resolve=True)["data"], **changes})
@@ -103,7 +103,7 @@ def test_optional_splits(files):
     ("changes", "message"),
     [
         ({}, r"data\.train = null: data=files needs files"),
-        ({"name": "reverse_dictionary", "val": "x.npz"}, r"data\.val = 'x\.npz'.*choose data=files"),
+        ({"name": "reverse_dictionary", "val": "x.npz"}, r"data\.val = 'x\.npz'.*set data=files"),
         ({"test": "x", "batch_size": 0}, r"data\.batch_size = 0: .*greater than or equal to 1"),
         ({"test": "x", "eval_batch_size": 0}, r"data\.eval_batch_size = 0"),
         ({"test": "x", "num_workers": -1}, r"data\.num_workers = -1"),
@@ -113,7 +113,7 @@ def test_optional_splits(files):
         ({"name": "other", "test": "x"}, r"data\.name = 'other'"),
     ],
 )
-def test_settings_that_can_not_work(changes, message):
+def test_invalid_settings(changes, message):
     with pytest.raises(ConfigError, match=message):
         config(**changes)
 
@@ -143,7 +143,7 @@ def test_evaluation_reads_every_row_in_order(files):
         assert rows(loader) == [[*range(20)], [*range(20, 40)], [*range(40, 45)]]
 
 
-def test_the_order_is_that_of_seed_and_epoch(files):
+def test_the_order_depends_on_seed_and_epoch(files):
     def order(seed, epoch):
         data = EnergyDataModule(config(**files, seed=seed))
         data.setup("fit")
@@ -157,7 +157,7 @@ def test_the_order_is_that_of_seed_and_epoch(files):
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_loading_does_not_move_the_global_random_stream(files):
+def test_loading_leaves_the_global_random_state_alone(files):
     data = EnergyDataModule(config(**files))
     data.setup("fit")
     before = torch.get_rng_state()
@@ -167,7 +167,7 @@ def test_loading_does_not_move_the_global_random_stream(files):
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
-def test_processes_join_to_the_batches_of_one(num_processes):
+def test_processes_together_have_the_batches_of_one(num_processes):
     dataset = range(45)
     alone = list(epoch_sampler(dataset, 5, 4 * num_processes, 1, 0))
     shares = [list(epoch_sampler(dataset, 5, 4, num_processes, process)) for process in range(num_processes)]
@@ -177,7 +177,7 @@ def test_processes_join_to_the_batches_of_one(num_processes):
 
 
 class Recorder(lightning.LightningModule):
-    """Notes which rows each training epoch saw."""
+    """Records the rows of each training epoch."""
 
     def __init__(self):
         super().__init__()
@@ -234,7 +234,7 @@ def test_resumed_epochs_see_the_rows_of_a_straight_run(files, tmp_path, workers,
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_cut_off_within_an_epoch_goes_on_with_the_next_batch(files, tmp_path, workers):
+def test_a_run_interrupted_within_an_epoch_continues_with_the_next_batch(files, tmp_path, workers):
     save = ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1, filename="{step}")
     straight = fit(files, tmp_path, workers=workers, callbacks=[save])
     resumed = fit(files, tmp_path, workers=workers, resume=tmp_path / "step=8.ckpt")

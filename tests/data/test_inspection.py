@@ -1,4 +1,4 @@
-"""One pass finds what training would refuse and what it should know, however the rows fall into chunks."""
+"""One pass finds faults that training refuses, and oddities, for any chunk size."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from energy_flow.config import compose
 from energy_flow.data import EnergyDataModule, read_data_settings
 from energy_flow.data.inspection import inspect
 from energy_flow.data.storage.columns import Column
-from energy_flow.data.storage.duplicates import Copies
+from energy_flow.data.storage.duplicates import Duplicates
 from energy_flow.errors import EnergyFlowError
 
 N, D = 40, 8
@@ -52,14 +52,14 @@ def test_good_data(tmp_path, chunks):
             assert (found.norm_min, found.norm_median, found.norm_max, found.rms) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_fingerprint_is_that_of_training(tmp_path, chunks):
+def test_fingerprints_equal_those_of_training(tmp_path, chunks):
     settings = settings_of(tmp_path, splits())
     data = EnergyDataModule(settings)
     data.setup("fit")
     assert {split: found.fingerprint for split, found in inspect(settings).splits.items()} == data.fingerprint
 
 
-def test_copies_and_leaks(tmp_path, chunks, caplog):
+def test_duplicates_and_leaks(tmp_path, chunks, caplog):
     arrays = splits()
     arrays["train"]["source"][30] = arrays["train"]["source"][4]  # a source again, with another target
     for side in ("source", "target"):
@@ -69,24 +69,24 @@ def test_copies_and_leaks(tmp_path, chunks, caplog):
     arrays["test"]["source"][8] = arrays["train"]["source"][1]
     settings = settings_of(tmp_path, arrays)
     report = inspect(settings)
-    assert report.splits["train"].pair_copies == Copies(2, 9, 2)
-    assert report.splits["train"].sides["source"].copies == Copies(3, 9, 2)
-    assert report.splits["train"].sides["target"].copies == Copies(2, 9, 2)
+    assert report.splits["train"].pair_copies == Duplicates(2, 9, 2)
+    assert report.splits["train"].sides["source"].copies == Duplicates(3, 9, 2)
+    assert report.splits["train"].sides["target"].copies == Duplicates(2, 9, 2)
     assert report.shared["test", "train"] == {
-        "source": Copies(2, 5, 7),
-        "target": Copies(1, 5, 7),
-        "pair": Copies(1, 5, 7),
+        "source": Duplicates(2, 5, 7),
+        "target": Duplicates(1, 5, 7),
+        "pair": Duplicates(1, 5, 7),
     }
-    assert report.shared["test", "val"]["target"] == Copies(1, 1, 0)
+    assert report.shared["test", "val"]["target"] == Duplicates(1, 1, 0)
     assert report.refused == []
     pairs, leak = report.warnings
-    assert "data.train: 2 of 40 pairs are copies of earlier ones, the first is row 9, of row 2" in pairs
-    assert "data.test: 2 of 40 sources stand in data.train too (1 of them with the same target)" in leak
+    assert "data.train: 2 of 40 pairs are duplicates: row 9 repeats row 2, for example." in pairs
+    assert "data.test: 2 of 40 sources are also in data.train (1 of them with the same target): row 5 is row 7" in leak
     EnergyDataModule(settings).setup("fit")
-    assert [record.message for record in caplog.records] == report.warnings  # training says the same
+    assert [record.message for record in caplog.records] == report.warnings  # training logs the same
 
 
-def test_equal_numbers_with_other_scales_are_no_copies(tmp_path):
+def test_equal_numbers_with_other_scales_are_no_duplicates(tmp_path):
     arrays = {
         "train": {
             **{side: np.ones((2, D), np.int8) for side in ("source", "target")},
@@ -124,7 +124,7 @@ def uneven(arrays):
 REFUSED = {
     "NaN": (broken((7, 2), np.nan), "data.val", "target row 7 holds NaN or Inf"),
     "Inf": (broken((7, 2), -np.inf), "data.val", "target row 7 holds NaN or Inf"),
-    "zeros": (broken(7, 0), "data.val", "target row 7 holds nothing but zeros"),
+    "zeros": (broken(7, 0), "data.val", "target row 7 holds only zeros"),
     "dimension": (narrower, "data.test", "dimension 7, but data.train has 8"),
     "one row": (single, "data.test", "1 row; retrieval needs at least 2"),
     "no val": (without_val, "data.val = null", "fit needs it"),
@@ -133,7 +133,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_training_refuses_is_refused_in_the_same_words(tmp_path, chunks, case):
+def test_faults_have_the_messages_of_training(tmp_path, chunks, case):
     change, *parts = REFUSED[case]
     arrays = splits()
     change(arrays)
@@ -145,7 +145,7 @@ def test_what_training_refuses_is_refused_in_the_same_words(tmp_path, chunks, ca
     assert all(part in report.refused[0] for part in parts)
 
 
-def test_all_that_is_wrong_is_said_at_once(tmp_path):
+def test_all_faults_are_listed_at_once(tmp_path):
     arrays = splits()
     arrays["val"]["target"][7, 2] = np.nan
     arrays["val"]["source"][3] = 0
@@ -157,7 +157,7 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
     assert [line.split(" holds ")[0][-12:] for line in refused] == ["source row 3", "target row 7"]
 
 
-def test_what_is_odd(tmp_path, chunks):
+def test_oddities(tmp_path, chunks):
     arrays = splits()
     arrays["train"]["source"][20] *= 1000
     arrays["train"]["source"][30] *= 0.001
@@ -172,9 +172,9 @@ def test_what_is_odd(tmp_path, chunks):
     assert far.endswith(": 2, the first is row 20")
     assert constant == "data.train, data.val: target: columns with the same number in every row: 2 (3, 4)"
     assert train_scale.startswith("data.train: source and target have different scales")
-    assert zero == "data.val: source: rows of nothing but zeros: 1"
-    assert scale.startswith("data.test: source and target have different scales: numbers of about 1")
-    # Lengths are made 1: what scale the numbers have says nothing then.
+    assert zero == "data.val: source: rows with only zeros: 1"
+    assert scale.startswith("data.test: source and target have different scales: root mean squares 1")
+    # Normalised rows have length 1, so the scale of the stored numbers does not matter.
     arrays["val"]["source"][2] = 1
     assert not any("scales" in warning for warning in inspect(settings_of(tmp_path, arrays)).warnings)
 
@@ -191,7 +191,7 @@ def test_the_report_is_plain_json(tmp_path):
     assert plain["shared"]["test, train"]["source"] == {"count": 0, "row": None, "of": None}
 
 
-def test_surfaces_that_are_made_are_looked_at_too():
+def test_generated_data_are_inspected_too():
     small = ("data.train=50", "data.val=20", "data.test=20", "data.width=6", "data.height=5", "data.waves=3")
     report = inspect(read_data_settings(compose("data=transport", *small)["data"]))
     assert report.refused == []
@@ -199,7 +199,7 @@ def test_surfaces_that_are_made_are_looked_at_too():
     assert report.splits["train"].dim == 30
 
 
-def test_memory_is_that_of_a_chunk(tmp_path, monkeypatch):
+def test_memory_is_bounded_by_a_chunk(tmp_path, monkeypatch):
     rows, dim = 60_000, 500  # 120 MB a side
     for side in ("source", "target"):
         stored = np.lib.format.open_memmap(tmp_path / f"{side}.npy", "w+", np.float32, (rows, dim))

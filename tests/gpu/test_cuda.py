@@ -23,7 +23,7 @@ from energy_flow.ops.counter_noise import counter_noise
 from energy_flow.training.callbacks.bad_steps import StopOnBadSteps
 from tests.helpers import Case
 from tests.training.test_module import LIVELY, LossCurve, make_loader, make_module
-from tests.training.test_step_guard import check_judgement
+from tests.training.test_step_guard import check_step_guard
 
 pytestmark = [
     pytest.mark.gpu,
@@ -190,7 +190,7 @@ for _ in range(20):
     bits = [output.embedding, output.surface, *grads.values()]
     first = first or [tensor.clone() for tensor in bits]
     assert all(torch.equal(*pair) for pair in zip(first, bits, strict=True))
-print(len(processor._tape._recordings), "recorded")
+print(len(processor._engine._graphs), "recorded")
 """
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -278,7 +278,7 @@ def test_the_host_never_waits_in_a_training_loop(precision: str, bad: bool, tmp_
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
 def test_any_gradient_that_is_not_finite_is_found(value: float) -> None:
-    check_judgement(value, "cuda")
+    check_step_guard(value, "cuda")
 
 
 def test_a_gradient_scaler_that_finds_its_scale_makes_no_fault(tmp_path: Path) -> None:

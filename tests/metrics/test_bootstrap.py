@@ -1,4 +1,4 @@
-"""Bootstrap intervals: against known spreads, pairing, runs, coverage."""
+"""Bootstrap intervals: known standard errors, pairing, several runs, coverage."""
 
 import math
 
@@ -15,22 +15,22 @@ def numbers(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_the_interval_of_a_mean_is_that_of_its_standard_error() -> None:
+def test_the_interval_of_a_mean_agrees_with_its_standard_error() -> None:
     values = numbers(500, seed=1) * 3 + 2
     found = mean_interval(values)
     error = values.std(correction=0).item() / math.sqrt(500)
     assert found.mean == pytest.approx(values.mean().item())
-    # 10,000 draws: a 2.5% quantile is known to about 2% of its distance; the distribution is nearly normal.
+    # With 10,000 samples a 2.5% quantile is known to about 2% of its distance; the distribution is nearly normal.
     assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.1 * error)
     assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.1 * error)
 
 
-def test_few_rows_by_all_draws_there_are() -> None:
-    """Three rows: 27 equally likely draws, whose quantiles are known."""
+def test_three_rows_have_exact_quantiles() -> None:
+    """Three rows have 27 equally likely samples, so the quantiles are known."""
     values = torch.tensor([0.0, 1.0, 3.0])
-    draws = torch.cartesian_prod(*[values] * 3).mean(1).sort().values
+    samples = torch.cartesian_prod(*[values] * 3).mean(1).sort().values
     found = mean_interval(values)
-    assert found == Interval(pytest.approx(4 / 3), draws[0].item(), draws[-1].item())  # 1/27 > 2.5% at both ends
+    assert found == Interval(pytest.approx(4 / 3), samples[0].item(), samples[-1].item())  # 1/27 > 2.5% at both ends
 
 
 def test_rows_that_are_hard_for_both_cancel() -> None:
@@ -49,17 +49,17 @@ def test_runs_that_differ_widen_the_interval() -> None:
     narrow, wide = mean_interval(alike), mean_interval(differing)
     assert wide.mean == pytest.approx(narrow.mean)
     assert wide.high - wide.low > 5 * (narrow.high - narrow.low)
-    assert paired_difference(differing, rows).low < -0.5, "runs are drawn for each method by itself"
+    assert paired_difference(differing, rows).low < -0.5, "runs are sampled for each method on its own"
 
 
 def test_few_runs_spread_as_new_ones_would() -> None:
-    """Two runs, one row: drawn means have the variance that the mean of two new runs has, var / 2 of its estimate."""
+    """Two runs, one row: bootstrap means have variance var / 2, as the mean of two new runs."""
     found = mean_interval(torch.tensor([[0.0], [1.0]]))
     assert found == Interval(0.5, pytest.approx(0.5 - math.sqrt(0.5)), pytest.approx(0.5 + math.sqrt(0.5)))
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "DRAWS", 500)
+def test_the_interval_covers_the_truth_at_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "SAMPLES", 500)
     covered = 0
     for seed in range(200):
         found = paired_difference(numbers(60, seed=1000 + seed) + 0.5, numbers(60, seed=5000 + seed))
@@ -67,7 +67,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.M
     assert 178 <= covered <= 199  # of 200 at 95%: 190, standard deviation 3; percentile intervals are a bit narrow
 
 
-def test_blocks_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_change_only_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     values = numbers(2, 50, seed=6)
     whole = mean_interval(values)
     assert mean_interval(values) == whole
@@ -78,17 +78,19 @@ def test_blocks_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) ->
     assert parts.low == pytest.approx(whole.low, abs=0.02)
 
 
-def test_what_is_no_pair() -> None:
-    with pytest.raises(ValueError, match="4 and 5 rows: a pair has the same test rows"):
+def test_unpaired_scores_are_refused() -> None:
+    with pytest.raises(ValueError, match="4 and 5 rows: paired methods must be measured on the same test rows"):
         paired_difference(torch.ones(2, 4), torch.ones(5))
     for empty in (torch.ones(0), torch.ones(2, 0), torch.ones(1, 1, 1)):
-        with pytest.raises(ValueError, match=r"must be \[N\] or \[runs, N\]"):
+        with pytest.raises(ValueError, match=r"must be \[N > 0\] or \[S > 0, N > 0\]"):
             mean_interval(empty)
 
 
-def test_methods_of_one_set_of_draws_see_the_same_rows() -> None:
+def test_all_methods_see_the_same_rows() -> None:
     hard, gain = numbers(400, seed=2) * 10, numbers(400, seed=3) * 0.1 + 0.05
-    draws = Bootstrap({"ours": hard + gain, "theirs": hard, "third": torch.stack([hard, hard])})
-    assert draws.difference("ours", "theirs") == paired_difference(hard + gain, hard)
-    assert draws.difference("third", "theirs") == Interval(0.0, pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
-    assert draws.interval("theirs").high - draws.interval("theirs").low > 1
+    samples = Bootstrap({"ours": hard + gain, "theirs": hard, "third": torch.stack([hard, hard])})
+    assert samples.difference("ours", "theirs") == paired_difference(hard + gain, hard)
+    assert samples.difference("third", "theirs") == Interval(
+        0.0, pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9)
+    )
+    assert samples.interval("theirs").high - samples.interval("theirs").low > 1

@@ -1,4 +1,4 @@
-"""The nearest candidates: sorted by hand, ties in the gallery's order, in blocks of any size."""
+"""Nearest candidates: compared with a sort in Python, ties in gallery order, blocks of any size."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.metrics.test_retrieval import numbers, whole_numbers
 
 
 def sorted_by_hand(prediction: Tensor, gallery: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
-    """Of rows of length 2, whose products are exact; Python's sort keeps the order of ties."""
+    """Scores and indices for rows of length 2, whose products are exact; Python's sort keeps the order of ties."""
     scores = (prediction @ gallery.T / 4).tolist()
     order = [sorted(range(len(gallery)), key=lambda j: -row[j])[:k] for row in scores]
     return [[row[j] for j in found] for row, found in zip(scores, order, strict=True)], order
@@ -34,7 +34,7 @@ def test_more_ties_than_room() -> None:
     assert scores.tolist() == [[1.0, 1.0, 1.0]]
 
 
-def test_copies_tie_whatever_their_length_and_place() -> None:
+def test_duplicates_tie() -> None:
     gallery = numbers(40, 7, seed=1)
     doubled = torch.cat([gallery, gallery])
     _, rows = nearest(numbers(9, 7, seed=2), doubled, 80)

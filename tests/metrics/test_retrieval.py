@@ -1,4 +1,4 @@
-"""Ranks against counting by hand, ties, copies, chunks, and what must not matter."""
+"""Ranks: compared with counting in Python; ties, duplicates, blocks; changes that must not matter."""
 
 import math
 
@@ -66,9 +66,9 @@ def test_chunks_do_not_show(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -
     sizes = []
     original = retrieval._block_ranks
 
-    def spy(block: Tensor, candidates: Tensor, own: Tensor, copies: Tensor) -> Tensor:
+    def spy(block: Tensor, candidates: Tensor, gold: Tensor, counts: Tensor) -> Tensor:
         sizes.append(len(block))
-        return original(block, candidates, own, copies)
+        return original(block, candidates, gold, counts)
 
     monkeypatch.setattr(retrieval, "SCORE_BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(retrieval, "_block_ranks", spy)
@@ -76,30 +76,30 @@ def test_chunks_do_not_show(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -
     assert sizes == {1: [1] * 15, 8 * 15 * 4: [4, 4, 4, 3], 2**20: [15]}[block_bytes]
 
 
-def test_copies_of_a_target_tie() -> None:
+def test_duplicates_of_a_target_tie() -> None:
     gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     prediction = torch.tensor([[1.0, 0.1]]).expand(4, 2)
     assert ranks(prediction, gallery).tolist() == [2.0, 4.0, 2.0, 2.0]
 
 
-def test_copies_tie_whatever_the_matrix_product_rounds_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal columns of a product may get sums that differ in the last bit; here they do."""
+def test_duplicates_tie_despite_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal columns of a product may differ in the last bit; here they do."""
     gallery = numbers(5, 8, seed=7)[[0, 1, 1, 2, 0, 3, 1, 4]]
     prediction = numbers(8, 8, seed=8)
     expected = ranks(prediction, gallery)
     assert any(rank % 1 for rank in expected.tolist())
     original = retrieval._block_ranks
 
-    def rounded(block: Tensor, candidates: Tensor, own: Tensor, copies: Tensor) -> Tensor:
+    def rounded(block: Tensor, candidates: Tensor, gold: Tensor, counts: Tensor) -> Tensor:
         uneven = 1 + 1e-15 * torch.arange(candidates.shape[1], dtype=torch.float64)
-        return original(block, candidates * uneven, own, copies)
+        return original(block, candidates * uneven, gold, counts)
 
     monkeypatch.setattr(retrieval, "_block_ranks", rounded)
     assert torch.equal(ranks(prediction, gallery), expected)
 
 
 def test_gold_score_of_the_same_product() -> None:
-    """Candidates a last bit of float32 apart from each other: a gold score computed apart would rank at random."""
+    """Candidates differ in the last bit of float32: a gold score computed on its own would give random ranks."""
     base = torch.nn.functional.normalize(numbers(1, 768, seed=9, dtype=torch.float32), dim=-1)
     gallery = base.repeat(200, 1)
     gallery[torch.arange(200), torch.arange(200)] *= 1 + 1e-6
@@ -168,10 +168,10 @@ def test_not_finite(value: float) -> None:
         ranks(bad, good)
 
 
-def test_shapes_that_do_not_fit() -> None:
+def test_shapes_that_do_not_match() -> None:
     with pytest.raises(ValueError, match=r"\[N, D\]"):
         ranks(torch.ones(3, 4), torch.ones(3, 5))
-    with pytest.raises(ValueError, match="which are gold"):
+    with pytest.raises(ValueError, match="give `gold`"):
         ranks(torch.ones(3, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="gold"):
         ranks(torch.ones(3, 4), torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))
@@ -187,7 +187,7 @@ def test_more_candidates_never_raise_a_rank() -> None:
     assert torch.equal(AllTargets(torch.cat([more, target]), 70).ranks(prediction[:9]), wide[:9])
 
 
-def test_copies_of_the_own_target_elsewhere_are_ties() -> None:
+def test_duplicates_of_the_own_target_in_other_splits_tie() -> None:
     target = numbers(5, 4, seed=4)
     assert AllTargets(torch.cat([target[:2], target]), 2).ranks(target).tolist() == [1.5, 1.5, 1, 1, 1]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import energy_flow
 from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow.data import PairDataset
-from energy_flow.data.datamodule import EMBEDDED
+from energy_flow.data.files import EMBEDDED
 from energy_flow.errors import CheckpointError, ConfigError, DataError, NotFiniteError
 from energy_flow.metrics.retrieval import retrieval_metrics
 from energy_flow.pretrained import SHIPPED, EnergyFlowModel, ModelCard, card

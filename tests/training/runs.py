@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from energy_flow.core.energy_lattice import LatticeSettings
-from energy_flow.core.flow_processor import FlowProcessor, ModelSettings
+from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.networks import ModelSettings
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.settings import read
 from tests.helpers import DIM, LATTICE, MODEL, section

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from energy_flow.settings import read
 from energy_flow.training.losses import embedding_losses
 from energy_flow.training.module import EnergyFlowModule
 
-GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 DIM = 12
 TINY = (
     "lattice.width=5",
@@ -88,25 +86,6 @@ class LossCurve(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
-
-
-@pytest.fixture
-def float64_module() -> EnergyFlowModule:
-    """Initial weights in float64 too: an orthogonal start in float32 differs from one LAPACK to the next."""
-    torch.set_default_dtype(torch.float64)
-    module = make_module(*LIVELY, "loss=combined", "optimizer.lr=1.0e-2")
-    torch.set_default_dtype(torch.float32)
-    return module
-
-
-def test_the_loss_curve_is_the_golden_one(float64_module: EnergyFlowModule) -> None:
-    curve = LossCurve()
-    trainer = make_trainer(curve, max_epochs=5, precision="64-true", gradient_clip_val=1.0)
-    trainer.fit(float64_module, make_loader(64))
-    golden = json.loads(GOLDEN.read_text())
-    assert curve.losses[-1] < 0.8 * curve.losses[0]
-    # float64, and sums of a few hundred terms: machines differ in the last digits alone, which 40 steps amplify.
-    assert curve.losses == pytest.approx(golden, rel=1e-7)
 
 
 class LiveTensors(Callback):

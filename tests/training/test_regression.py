@@ -133,8 +133,8 @@ def test_without_val_the_choice_is_named() -> None:
     train, _, test = three_splits(rotation(5))
     skipped = run_baselines(train, None, test, **ERRORS).skipped
     assert skipped == {
-        "ridge": "needs data.val to choose λ by MSE",
-        **dict.fromkeys(("mlp", "residual_mlp", "mlp_large"), "needs data.val to choose the best epoch by MSE"),
+        "ridge": "needs data.val to select λ by MSE",
+        **dict.fromkeys(("mlp", "residual_mlp", "mlp_large"), "needs data.val to select the best epoch by MSE"),
     }
 
 

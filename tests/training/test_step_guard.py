@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from energy_flow.training.module import EnergyFlowModule
-from energy_flow.training.step_guard import SkippingAdamW, StepGuard, propagate_nonfinite
+from energy_flow.training.optimizer import SkippingAdamW
+from energy_flow.training.step_guard import StepGuard, propagate_nonfinite
 from tests.helpers import tensors_of
 from tests.training.runs import scalars
 from tests.training.runs import trainer as logging_trainer
@@ -47,24 +48,24 @@ def in_source(value: float, name: str = "source") -> Inject:
 
 def in_activation(part: str, value: float) -> Inject:
     def inject(module: EnergyFlowModule, step: int) -> None:
-        def spoiled(_: Any, inputs: Any, output: Tensor) -> Tensor:
+        def corrupt(_: Any, inputs: Any, output: Tensor) -> Tensor:
             wrong = torch.zeros_like(output)
             wrong.view(-1)[5] = value
             return output + wrong if now(module) == step else output
 
-        module.processor.trained_parts()[part].register_forward_hook(spoiled)
+        module.processor.trained_parts()[part].register_forward_hook(corrupt)
 
     return inject
 
 
 def in_gradient(name: str, value: float) -> Inject:
     def inject(module: EnergyFlowModule, step: int) -> None:
-        def spoiled(parameter: Tensor) -> None:
+        def corrupt(parameter: Tensor) -> None:
             if now(module) == step:
                 assert parameter.grad is not None
                 parameter.grad.view(-1)[0] = value
 
-        module.get_parameter(name).register_post_accumulate_grad_hook(spoiled)
+        module.get_parameter(name).register_post_accumulate_grad_hook(corrupt)
 
     return inject
 
@@ -201,7 +202,7 @@ def test_the_guard_is_what_keeps_them_finite(monkeypatch: pytest.MonkeyPatch) ->
     assert not all(value.isfinite().all() for value in found.values())
 
 
-def check_judgement(value: float, device: str) -> None:
+def check_step_guard(value: float, device: str) -> None:
     """One number among healthy gradients of every shape; 1e20 is finite, its square in float32 isn't."""
     for shape, dtype in (
         ((), torch.float32),
@@ -209,17 +210,17 @@ def check_judgement(value: float, device: str) -> None:
         ((700, 1100), torch.float32),
         ((5,), torch.bfloat16),
     ):
-        healthy, sick = (torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(2))
-        healthy.grad, sick.grad = torch.ones_like(healthy), torch.zeros_like(sick)
-        sick.grad.view(-1)[-1] = value
-        for named, bad in (({"healthy": healthy, "sick": sick}, 1), ({"healthy": healthy}, 0)):
-            found = StepGuard().judge(0, named.items(), [], scaling=False)
-            assert (float(found), found.dtype, found.device) == (bad, torch.float32, sick.device), shape
+        healthy, nonfinite = (torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(2))
+        healthy.grad, nonfinite.grad = torch.ones_like(healthy), torch.zeros_like(nonfinite)
+        nonfinite.grad.view(-1)[-1] = value
+        for named, bad in (({"healthy": healthy, "nonfinite": nonfinite}, 1), ({"healthy": healthy}, 0)):
+            found = StepGuard().check(0, named.items(), [], scaling=False)
+            assert (float(found), found.dtype, found.device) == (bad, torch.float32, nonfinite.device), shape
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e20])
 def test_any_gradient_that_is_not_finite_is_found(value: float) -> None:
-    check_judgement(value, "cpu")
+    check_step_guard(value, "cpu")
 
 
 def test_an_infinite_loss_reaches_every_gradient_and_a_finite_one_stays_as_it_is() -> None:
@@ -255,7 +256,7 @@ def test_the_count_is_logged(tmp_path: Path) -> None:
     module = make_module()
     in_source(NAN)(module, 1)
     logging_trainer(tmp_path).fit(module, make_loader(BATCH * STEPS))
-    # A step is judged on the device, and known when the next one is.
+    # The device checks a step; the host reads the result when it checks the next one.
     assert scalars(tmp_path)["train/skipped"] == [(step, float(step > 2)) for step in range(STEPS)]
 
 

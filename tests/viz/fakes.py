@@ -3,7 +3,8 @@
 import torch
 
 from energy_flow.core.energy_lattice import Landings
-from energy_flow.core.geometry import cell_centres, fold
+from energy_flow.core.flow_step import fold
+from energy_flow.core.geometry import cell_centres
 from energy_flow.core.history import Trajectories
 
 

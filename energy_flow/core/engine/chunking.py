@@ -1,4 +1,4 @@
-"""How many samples run at a time: what fits into memory, and what to do when it didn't."""
+"""How many samples run at a time: as many as fit into memory, and half of them after memory has run out."""
 
 import logging
 import math
@@ -14,21 +14,21 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _SIGNS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_CONTAINER = tuple(  # limit, usage and its details, of a Linux control group of the second and of the first version
+_CONTAINER = tuple(  # limit, usage and its details, of Linux control groups version 2 and version 1
     tuple(f"/sys/fs/cgroup/{name}" for name in names)
     for names in (
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     )
 )
-_SHARE = 0.45  # of the free memory; the rest is for the model, the losses and other programs
+_SHARE = 0.45  # share of the free memory to use; model, losses and other programs need the rest
 
 
 class ChunkSizes:
     """Finds the number of samples per chunk, and remembers it.
 
     Args:
-        setting: a number, None for the whole batch, or "auto": what fits, halved whenever memory runs out.
+        setting: a number; None for the whole batch; "auto": as many as fit, halved whenever memory runs out.
     """
 
     def __init__(self, setting: Literal["auto"] | int | None) -> None:
@@ -45,13 +45,19 @@ class ChunkSizes:
         release: Callable[[], None],
         attempt: Callable[[int], Result],
     ) -> Result:
-        """Call `attempt` with a chunk size; where it may, again with half of it when memory runs out.
+        """Call `attempt` with a chunk size. With "auto", repeat with half the size whenever memory runs out.
 
         Args:
-            kind: of the work, each with a size of its own: what keeps a tape needs more than what doesn't.
-            bytes_per_sample: what a sample of a chunk needs, at most.
-            held: bytes that the rollout's buffers hold already.
-            release: lets go of them.
+            batch: B.
+            device: where memory is needed.
+            kind: of the work. Each kind has its own size: a rollout that keeps a tape needs more memory.
+            bytes_per_sample: upper limit of the memory of one sample.
+            held: bytes that the rollout's buffers already hold.
+            release: frees these buffers.
+            attempt: runs the batch with a chunk size.
+
+        Raises:
+            RuntimeError: memory ran out, and "auto" can't halve the size; a note names the setting to change.
         """
         while True:
             chunk = self._chunk(batch, device, kind, bytes_per_sample, held)
@@ -59,9 +65,9 @@ class ChunkSizes:
                 return attempt(chunk)
             except RuntimeError as error:  # `torch.OutOfMemoryError` is one
                 if self._setting != "auto" or chunk == 1 or not is_out_of_memory(error):
-                    _advise(error, self._setting, chunk)
+                    _add_advice(error, self._setting, chunk)
                     raise
-            # Out of the `except`: the error's traceback holds on to the tensors of the attempt.
+            # Outside of `except`: there the error's traceback would still hold the tensors of the attempt.
             release()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -94,13 +100,13 @@ class ChunkSizes:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed.
 
-    Beside `torch.OutOfMemoryError` there are plain errors: of torch on a CPU, of the driver, of Triton and of cuBLAS.
+    torch on a CPU, the driver, Triton and cuBLAS raise plain errors instead of `torch.OutOfMemoryError`.
     """
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated, the allocator's own reserve included."""
+    """Bytes that can still be allocated, with the unused part of the allocator's reserve."""
     if device.type != "cuda":
         return min(psutil.virtual_memory().available, _free_of_container())
     free, _ = torch.cuda.mem_get_info(device)
@@ -108,12 +114,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _free_of_container() -> float:
-    """What a container may still take, by the limit that it sees as its own; files that it has read can go again."""
+    """Bytes that this container may still take; without a limit, infinity. Cached files count as free."""
     for limit, used, details in _CONTAINER:
         try:
             free = int(Path(limit).read_text()) - int(Path(used).read_text())
             lines = dict(line.split() for line in Path(details).read_text().splitlines())
-        except (OSError, ValueError):  # not there; "max"
+        except (OSError, ValueError):  # no such file, or the limit is "max"
             continue
         files = sum(int(lines.get(f"total_{kind}", lines.get(kind, 0))) for kind in ("inactive_file", "active_file"))
         return max(0, free + files)
@@ -121,15 +127,15 @@ def _free_of_container() -> float:
 
 
 def _even(batch: int, largest: int) -> int:
-    """Chunks of one size, as far as possible: 32 samples of which 30 fit are two times 16."""
+    """The chunk size that makes chunks as equal as possible: 32 samples of which 30 fit run as 2 x 16."""
     return -(-batch // -(-batch // largest))
 
 
-def _advise(error: BaseException, setting: Literal["auto"] | int | None, chunk: int) -> None:
+def _add_advice(error: BaseException, setting: Literal["auto"] | int | None, chunk: int) -> None:
     if not is_out_of_memory(error):
         return
     if chunk == 1:
-        advice = "one sample at a time is the least: set rollout.recompute=true, or a smaller lattice or model"
+        advice = "one sample at a time doesn't fit: set rollout.recompute=true, or a smaller lattice or model"
     else:
         shown = "null" if setting is None else setting
         advice = f"rollout.chunk = {shown}: set rollout.chunk=auto or a number below {chunk}"

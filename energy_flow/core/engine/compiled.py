@@ -1,4 +1,4 @@
-"""The elementwise parts of a step and of its way back, as they are or compiled."""
+"""The elementwise parts of a step and of its backward pass, as they are or compiled."""
 
 import functools
 import threading
@@ -35,7 +35,7 @@ _limits = threading.local()
 
 @dataclass(frozen=True)
 class StepKernels:
-    """What runs between the matrix products of a step."""
+    """The functions that run between the matrix products of a step."""
 
     write_features: Function
     features_backward: Function
@@ -50,43 +50,46 @@ class StepKernels:
 
 @functools.cache
 def step_kernels(compiled: bool, on_cpu: bool) -> StepKernels:
-    """One set per way of running; compiled ones are compiled when first called, again for a new size, then for any."""
+    """The kernels for a device, cached.
+
+    `torch.compile` compiles a function at its first call, once more for a second size, and then for any size.
+    """
     if not compiled:
         return StepKernels(
-            write_features,
-            neuron_features_backward,
-            move,
-            move_backward,
-            gates_forward,
-            gates_backward,
-            heads_forward,
-            heads_backward,
-            counter_noise,
+            write_features=write_features,
+            features_backward=neuron_features_backward,
+            move=move,
+            move_backward=move_backward,
+            gates_forward=gates_forward,
+            gates_backward=gates_backward,
+            heads_forward=heads_forward,
+            heads_backward=heads_backward,
+            counter_noise=counter_noise,
         )
+    # On a GPU, gates and heads have kernels of their own.
     return StepKernels(
-        _compile(write_features),
-        _compile(neuron_features_backward),
-        _compile(move),
-        _compile(move_backward),
-        # On a GPU gates and heads have kernels of their own.
-        _forward_by(_compile(next_hidden)) if on_cpu else gates_forward,
-        functools.partial(gates_backward_by, _compile(gate_gradients)) if on_cpu else gates_backward,
-        _compile(heads_forward_torch) if on_cpu else heads_forward,
-        functools.partial(heads_backward_by, _compile(add_product)) if on_cpu else heads_backward,
-        # Compiled for a CPU (torch 2.13) the last numbers of a row come out wrong.
-        counter_noise if on_cpu else _noise_by(_compile(drawn)),
+        write_features=_compile(write_features),
+        features_backward=_compile(neuron_features_backward),
+        move=_compile(move),
+        move_backward=_compile(move_backward),
+        gates_forward=_compiled_gates(_compile(next_hidden)) if on_cpu else gates_forward,
+        gates_backward=functools.partial(gates_backward_by, _compile(gate_gradients)) if on_cpu else gates_backward,
+        heads_forward=_compile(heads_forward_torch) if on_cpu else heads_forward,
+        heads_backward=functools.partial(heads_backward_by, _compile(add_product)) if on_cpu else heads_backward,
+        # Compiled for a CPU (torch 2.13), the last numbers of a row are wrong.
+        counter_noise=counter_noise if on_cpu else _compiled_noise(_compile(drawn)),
     )
 
 
-def _forward_by(function: Function) -> Function:
-    # The result is copied outside: `out` and `hidden` are parts of one tape, which compiled code would have to see.
+def _compiled_gates(function: Function) -> Function:
+    # Copy the result outside of compiled code: it doesn't see that `out` and `hidden` are parts of one tape.
     def forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, count: Tensor | None = None) -> None:
         out.copy_(function(gates, hidden, bias))
 
     return forward
 
 
-def _noise_by(function: Function) -> Function:
+def _compiled_noise(function: Function) -> Function:
     def noise(
         seed: int, optimizer_step: Tensor, rollout_step: int, rows: Tensor, num_slots: int, dtype: torch.dtype
     ) -> Tensor:
@@ -101,8 +104,8 @@ def _compile(function: Function) -> Function:
     compiled = torch.compile(function, fullgraph=True)
 
     def call(*arguments: Any) -> Any:
-        # Every dtype, size of a model and kind of rule is a form of its own; dynamo gives up at 8 of them. The limit is
-        # one thread's, and on a GPU autograd walks back in a thread of its own.
+        # Dynamo compiles once per dtype, model size and kind of rule, and stops at 8. The limit is set per thread, and
+        # on a GPU autograd runs the backward pass in a thread of its own.
         if not hasattr(_limits, "raised"):
             config = torch._dynamo.config
             config.cache_size_limit = max(config.cache_size_limit, _MAX_FORMS)

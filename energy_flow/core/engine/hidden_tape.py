@@ -1,8 +1,9 @@
-"""What flows remember, over all steps: the recurrent network's part of the tape, forward and in reverse.
+"""The hidden states of flows over all steps: the GRU's part of the tape, forward and backward.
 
-A slab of the tape holds, for every flow, [x | h of layer 0 | ... | h of layer L - 1], each part one step behind the
-one before it: slab s has the input of step s and the memory that layer l had after s - l steps. So the [x | h] that
-a layer reads is one range of columns, over all steps it is one strided matrix, and nothing is ever concatenated.
+The tape is one matrix. A slab of it has one row per flow slot, [x | h of layer 0 | ... | h of layer L - 1], and each
+part is one step behind the part before it: slab s holds the input of step s, and the hidden state of layer l after
+s - l steps. So the [x | h] that a layer reads is one range of columns, its values over all steps are one strided
+matrix, and nothing is ever concatenated.
 """
 
 import functools
@@ -12,188 +13,193 @@ import torch
 from torch import Tensor
 
 from energy_flow.core.engine.compiled import StepKernels
-from energy_flow.core.engine.packed_weights import StepGradients, StepWeights
-from energy_flow.core.tensorized_flow_storage import TensorPool
+from energy_flow.core.engine.packed_weights import PackedGradients, PackedWeights
+from energy_flow.core.tensor_pool import TensorPool
 from energy_flow.ops.backend import use_triton
 from energy_flow.ops.gru_gates import gates_backward_in_place
 
 
 @dataclass
 class Segment:
-    """Consecutive steps of one set of flows: a stretch of the tape's rows, n to a step."""
+    """Consecutive steps of one set of slots: a range of the tape's rows, n to a step."""
 
     number: int  # 0 for the first
-    num_rows: int  # n
-    first_slab: int  # row of the tape where its slabs begin
-    first_gate: int  # row where its gates begin
+    num_slots: int  # n
+    first_slab: int  # row of the tape where its slabs start
+    first_gate: int  # row of the gate buffer where its gates start
     steps: int = 0  # so far
 
 
-class MemoryTape:
-    """The memories of flows in the rows of its current segment.
+class HiddenTape:
+    """The hidden states of the slots of the current segment, and all that the backward pass needs of them.
 
     Args:
         weights: packed.
+        kernels: compute what is between the matrix products.
         num_steps: T of the rollout.
-        num_rows: flows of the first segment, as many as any may have.
-        max_segments: how many there may be.
-        keep: for a backward pass.
-        recompute: gates in the backward pass, instead of keeping them.
-        pool: of the buffers; another tape on it overwrites this one.
+        num_slots: slots of the first segment, the most that any may have.
+        max_segments: the most segments that the tape may have.
+        keep: keep everything for a backward pass.
+        recompute: compute gates once more in the backward pass, instead of keeping them.
+        pool: provides the buffers; another tape on the same pool overwrites this one.
     """
 
     def __init__(
         self,
-        weights: StepWeights,
-        functions: StepKernels,
+        weights: PackedWeights,
+        kernels: StepKernels,
         num_steps: int,
-        num_rows: int,
+        num_slots: int,
         max_segments: int,
         keep: bool,
         recompute: bool,
         pool: TensorPool,
     ) -> None:
         layers, size = len(weights.layers), weights.hidden_size
-        self._weights, self._functions = weights, functions
+        self._layers, self._kernels = weights.layers, kernels
+        self._input_size, self._hidden_size = weights.input_size, size
+        # Columns of [x | h] of each layer.
+        starts = [0, *(self._input_size + layer * size for layer in range(layers - 1))]
+        self._columns = [slice(start, self._input_size + (layer + 1) * size) for layer, start in enumerate(starts)]
         self._keep, self._keep_gates = keep, keep and not recompute
-        # What isn't kept runs in a ring of slabs; a new segment begins in a ring of its own.
+        # Without `keep`, steps run in a ring of slabs; a new segment starts in a ring of its own.
         self._ring = layers + 1
         slabs = num_steps + layers * max_segments if keep else self._ring * min(max_segments, 2)
-        device, dtype = weights.head_weight.device, weights.layers[0].memory.dtype
-        self._slabs = pool.take("slabs", (slabs * num_rows, weights.row_size), dtype, device)
-        # Kernels leave the gates' gradients where the products were.
-        self._all_at_once = self._keep_gates and use_triton(self._slabs)
-        gates = (layers, num_steps * num_rows, 4 * size) if self._keep_gates else (1, num_rows, 4 * size)
+        device, dtype = weights.head_weight.device, weights.layers[0].weight_hh.dtype
+        self._slabs = pool.take("slabs", (slabs * num_slots, weights.row_size), dtype, device)
+        on_triton = use_triton(self._slabs)
+        # Triton kernels write the gates' gradients over the gates.
+        self._all_at_once = self._keep_gates and on_triton
+        gates = (layers, num_steps * num_slots, 4 * size) if self._keep_gates else (1, num_slots, 4 * size)
         self._gate_rows = pool.take("gates", gates, dtype, device)
-        self._gates_backward = functions.gates_backward
-        if recompute and device.type == "cpu" and not use_triton(self._slabs):
-            self._gates_backward = functools.partial(gates_backward_in_place, functions.gates_backward)
-        self.segment = Segment(0, num_rows, 0, 0)
+        self._gates_backward = kernels.gates_backward
+        if recompute and device.type == "cpu" and not on_triton:
+            self._gates_backward = functools.partial(gates_backward_in_place, kernels.gates_backward)
+        self.segment = Segment(0, num_slots, 0, 0)
         for layer in range(layers):
-            self._memory(self.segment, layer, 0).zero_()
+            self._hidden(self.segment, layer, 0).zero_()
 
     def input(self) -> Tensor:
-        """Where the next step's input [n, X] has to be written."""
-        return self._slab(self.segment, self.segment.steps)[:, : self._weights.input_size]
+        """The place for the next step's input, [n, X]. Write to it before `forward`."""
+        return self._slab(self.segment, self.segment.steps)[:, : self._input_size]
 
     def forward(self, count: Tensor | None = None) -> Tensor:
-        """One step of all layers; returns the last layer's memory [n, H], a view of the tape.
+        """One step of all layers.
 
         Args:
-            count: int64 scalar: so many leading rows are in use; the memories of the others stay finite. None: all.
+            count: int64 scalar: only so many leading slots are in use. The hidden states of the others stay finite.
+                None: all.
+
+        Returns:
+            The last layer's hidden state [n, H], a view of the tape.
         """
         segment, step = self.segment, self.segment.steps
-        for number, layer in enumerate(self._weights.layers):
-            gates, both = self._gates(segment, number, step), self._both(segment, number, step)
-            layer.products(both, gates, self._is_first(segment, step), count)
-            following = self._memory(segment, number, step + 1)
-            self._functions.gates_forward(gates, both[:, layer.input_size :], layer.bias, following, count)
+        for number, layer in enumerate(self._layers):
+            gates, xh = self._gates(segment, number, step), self._xh(segment, number, step)
+            layer.products(xh, gates, self._is_first(segment, step), count)
+            next_hidden = self._hidden(segment, number, step + 1)
+            self._kernels.gates_forward(gates, xh[:, -self._hidden_size :], layer.bias, next_hidden, count)
         segment.steps += 1
-        return self.top(segment, step)
+        return self.last_hidden(segment, step)
 
-    def top(self, segment: Segment, step: int) -> Tensor:
-        """The last layer's memory after a step of a segment, [n, H]."""
-        return self._memory(segment, len(self._weights.layers) - 1, step + 1)
+    def last_hidden(self, segment: Segment, step: int) -> Tensor:
+        """The last layer's hidden state after a step of a segment, [n, H]."""
+        return self._hidden(segment, len(self._layers) - 1, step + 1)
 
     def exchange(self, source: Tensor) -> None:
-        """Row i takes over the memories of row source[i]."""
-        for number in range(len(self._weights.layers)):
-            memory = self._memory(self.segment, number, self.segment.steps)
-            memory.copy_(memory[source])
+        """Give slot i the hidden states of slot source[i], int64 [n]."""
+        for number in range(len(self._layers)):
+            hidden = self._hidden(self.segment, number, self.segment.steps)
+            hidden.copy_(hidden[source])
 
     def restart(self, source: Tensor) -> None:
-        """Go on with other flows: row i of a new segment has the memories of row source[i] of this one."""
+        """Start a new segment whose slot i has the hidden states of slot source[i] of this one; int64 [new n]."""
         before = self.segment
         if self._keep:
-            first_slab = before.first_slab + (before.steps + len(self._weights.layers)) * before.num_rows
+            first_slab = before.first_slab + (before.steps + len(self._layers)) * before.num_slots
         else:
             first_slab = (before.number + 1) % 2 * (len(self._slabs) // 2)
-        first_gate = before.first_gate + before.steps * before.num_rows
+        first_gate = before.first_gate + before.steps * before.num_slots
         self.segment = Segment(before.number + 1, len(source), first_slab, first_gate)
-        for number in range(len(self._weights.layers)):
-            memory = self._memory(before, number, before.steps)
-            torch.index_select(memory, 0, source, out=self._memory(self.segment, number, 0))
+        for number in range(len(self._layers)):
+            hidden = self._hidden(before, number, before.steps)
+            torch.index_select(hidden, 0, source, out=self._hidden(self.segment, number, 0))
 
-    def no_gradients(self) -> list[Tensor]:
-        """Zeros [n, H] for the memories of every layer, of the last segment."""
-        shape = (self.segment.num_rows, self._weights.hidden_size)
-        return [self._slabs.new_zeros(shape) for _ in self._weights.layers]
+    def zero_gradients(self) -> list[Tensor]:
+        """Zeros [n, H] for the hidden state of every layer in the last segment."""
+        shape = (self.segment.num_slots, self._hidden_size)
+        return [self._slabs.new_zeros(shape) for _ in self._layers]
 
     def backward(
         self,
         segment: Segment,
         step: int,
-        grad_memory: list[Tensor],
-        gradients: StepGradients,
+        grad_hidden: list[Tensor],
+        gradients: PackedGradients,
         count: Tensor | None = None,
     ) -> Tensor:
-        """The way back through one step; steps must come in reverse order.
+        """The backward pass of one step. Steps must come in reverse order.
 
         Args:
-            grad_memory: L gradients [n, H] of the memories after the step; become those before it.
-            gradients: where bias gradients are added, and the weights' unless `add_weight_gradients` does it.
-            count: the step's; `grad_memory` is 0 in the other rows.
+            segment: of the step.
+            step: its number in the segment.
+            grad_hidden: L gradients [n, H] of the hidden states after the step; replaced by those before it.
+            gradients: receives bias gradients, and weight gradients unless `add_weight_gradients` adds them.
+            count: the step's; `grad_hidden` is 0 in the other slots.
 
         Returns:
-            Gradient of the step's input, [n, X].
+            The gradient of the step's input, [n, X].
         """
-        layers, first = self._weights.layers, self._is_first(segment, step)
+        layers, first = self._layers, self._is_first(segment, step)
         for number in reversed(range(len(layers))):
             layer, sums = layers[number], gradients.layers[number]
-            gates, both = self._gates(segment, number, step), self._both(segment, number, step)
+            gates, xh = self._gates(segment, number, step), self._xh(segment, number, step)
             if not self._keep_gates:
-                layer.products(both, gates, first, count)
-            on_gates, on_memory = self._gates_backward(
-                gates, both[:, layer.input_size :], grad_memory[number], layer.bias, sums.bias, count
+                layer.products(xh, gates, first, count)
+            grad_gates, grad_before = self._gates_backward(
+                gates, xh[:, -self._hidden_size :], grad_hidden[number], layer.bias, sums.bias, count
             )
-            grad_memory[number] = on_memory
-            if not first:  # nobody asks for the gradient of an empty memory
-                layer.add_memory_gradient(on_gates, on_memory, count)
+            grad_hidden[number] = grad_before
+            if not first:  # the zero hidden state at the start needs no gradient
+                layer.add_memory_gradient(grad_gates, grad_before, count)
             if not self._all_at_once:
-                sums.add(on_gates, both, len(both) if first else 0)
+                sums.add(grad_gates, xh, len(xh) if first else 0)
             if number > 0:
-                layer.add_input_gradient(on_gates, grad_memory[number - 1], count)
-                del on_gates  # large, and not to be held while the next layer's are made
-        return layers[0].input_gradient(on_gates, count)
+                layer.add_input_gradient(grad_gates, grad_hidden[number - 1], count)
+                del grad_gates  # large: free it before the next layer makes its own
+        return layers[0].input_gradient(grad_gates, count)
 
-    def add_weight_gradients(self, segment: Segment, gradients: StepGradients) -> None:
-        """After the last step back in a segment: weight gradients over all its steps and flows at once, on a GPU."""
+    def add_weight_gradients(self, segment: Segment, gradients: PackedGradients) -> None:
+        """Add the weight gradients of a segment, where `backward` hasn't: one product over all steps and flows."""
         if not self._all_at_once:
-            return  # they were added step by step
-        num_rows = segment.steps * segment.num_rows
+            return
+        num_rows = segment.steps * segment.num_slots
         for number, sums in enumerate(gradients.layers):
-            first_slab = segment.first_slab + number * segment.num_rows
-            columns = slice(*self._columns(number))
+            first_slab = segment.first_slab + number * segment.num_slots
             gates = self._gate_rows[number, segment.first_gate : segment.first_gate + num_rows]
-            num_empty = segment.num_rows if self._is_first(segment, 0) else 0
-            sums.add(gates, self._slabs[first_slab : first_slab + num_rows, columns], num_empty)
+            num_empty = segment.num_slots if self._is_first(segment, 0) else 0
+            sums.add(gates, self._slabs[first_slab : first_slab + num_rows, self._columns[number]], num_empty)
 
     def _slab(self, segment: Segment, index: int) -> Tensor:
-        first = segment.first_slab + (index if self._keep else index % self._ring) * segment.num_rows
-        return self._slabs[first : first + segment.num_rows]
+        first = segment.first_slab + (index if self._keep else index % self._ring) * segment.num_slots
+        return self._slabs[first : first + segment.num_slots]
 
     @staticmethod
     def _is_first(segment: Segment, step: int) -> bool:
-        """Whether it is the rollout's first step, before which all memories are empty."""
+        """Whether it is the rollout's first step, before which all hidden states are 0."""
         return segment.number == 0 and step == 0
 
-    def _columns(self, layer: int) -> tuple[int, int]:
-        """Columns of [x | h] of a layer."""
-        size, first = self._weights.hidden_size, self._weights.input_size
-        return (0 if layer == 0 else first + (layer - 1) * size), first + (layer + 1) * size
+    def _xh(self, segment: Segment, layer: int, step: int) -> Tensor:
+        """The operand of a layer in a step, [x | h] [n, X + H]."""
+        return self._slab(segment, step + layer)[:, self._columns[layer]]
 
-    def _both(self, segment: Segment, layer: int, step: int) -> Tensor:
-        """What a layer reads in a step, [x | h] [n, X + H]."""
-        first, last = self._columns(layer)
-        return self._slab(segment, step + layer)[:, first:last]
-
-    def _memory(self, segment: Segment, layer: int, steps: int) -> Tensor:
-        """Memory of a layer after a number of steps, [n, H]."""
-        last = self._columns(layer)[1]
-        return self._slab(segment, steps + layer)[:, last - self._weights.hidden_size : last]
+    def _hidden(self, segment: Segment, layer: int, steps: int) -> Tensor:
+        """The hidden state of a layer after a number of steps, [n, H]."""
+        last = self._columns[layer].stop
+        return self._slab(segment, steps + layer)[:, last - self._hidden_size : last]
 
     def _gates(self, segment: Segment, layer: int, step: int) -> Tensor:
         if not self._keep_gates:
-            return self._gate_rows[0, : segment.num_rows]
-        first = segment.first_gate + step * segment.num_rows
-        return self._gate_rows[layer, first : first + segment.num_rows]
+            return self._gate_rows[0, : segment.num_slots]
+        first = segment.first_gate + step * segment.num_slots
+        return self._gate_rows[layer, first : first + segment.num_slots]

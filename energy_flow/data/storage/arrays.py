@@ -1,9 +1,9 @@
-"""Readers: where an array lies in a file, without loading it.
+"""Find arrays in files without loading them.
 
-A `StoredArray` says file, offset, dtype and shape; `open` maps it. Sizes in headers are checked against the file before
-anything is allocated, and nothing is ever unpickled.
+A `StoredArray` holds file, offset, dtype and shape; `open` maps it. Sizes in headers are checked against the file size
+before memory is allocated. Nothing is unpickled.
 
-N rows, D embedding dimension.
+N rows, D embedding dimension
 """
 
 import json
@@ -25,15 +25,15 @@ from energy_flow.errors import DataError, brief
 
 SIDES = ("source", "target")
 
-# Safetensors names; bfloat16 has no numpy dtype and is read as its bits.
+# By safetensors name; numpy has no bfloat16, so its bits are read.
 _SAFETENSORS_DTYPES = {"I8": "<i1", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 _NPY_DTYPES = ("int8", "float16", "float32", "float64")
 _DTYPES_TEXT = "float16, bfloat16 (only .safetensors), float32, float64, or int8 with row scales"
 
-# Deflate can't shrink further than 1032:1 (https://zlib.net/zlib_tech.html); a header that claims more is a lie.
+# Deflate compresses by 1032:1 at most (https://zlib.net/zlib_tech.html); a header that claims more is false.
 _MAX_DEFLATE_RATIO = 1032
 _BLOCK_BYTES = 1 << 24
-# What zipfile lets through on damaged archives (found by fuzzing it); RuntimeError: features it lacks, passwords.
+# Errors that zipfile raises for damaged archives, found by fuzzing. RuntimeError: missing features, passwords.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error)
 _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -47,11 +47,11 @@ class StoredArray:
     kind: str  # int8, float16, bfloat16, float32, float64
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int | None  # where the numbers begin in the file; None: a compressed member of an .npz
+    offset: int | None  # of the first number in the file; None: a compressed member of an .npz
     fortran_order: bool = False
 
     def open(self) -> NDArray:
-        """The numbers as they are stored: a read-only memory map, or for a compressed member an array.
+        """The stored numbers: a read-only memory map, or an array for a compressed member.
 
         Raises:
             DataError: a compressed member is damaged.
@@ -64,7 +64,7 @@ class StoredArray:
 
 @dataclass(frozen=True)
 class HeldArray(StoredArray):
-    """An array in memory; `file` says where it comes from."""
+    """An array in memory; `file` is its source, for messages."""
 
     numbers: NDArray = field(default_factory=lambda: np.empty(0))
 
@@ -78,11 +78,10 @@ class HeldArray(StoredArray):
 
 
 def read_sides(path: Path, sides: Sequence[str] = SIDES) -> dict[str, StoredArray]:
-    """`source` and `target`, or one of them, of a .safetensors or .npz file; and `source_scale`, `target_scale` where
-    they are there.
+    """Find the arrays of `sides`, and their `*_scale` if present, in a .safetensors or .npz file.
 
     Raises:
-        DataError: missing, empty or damaged file, an unknown suffix, a missing array, an array that isn't numeric.
+        DataError: the file is missing, empty, damaged or has an unknown suffix; an array is missing or not numeric.
     """
     readers = {".safetensors": _safetensors, ".npz": _npz}
     if path.suffix == ".npy":
@@ -97,13 +96,13 @@ def read_sides(path: Path, sides: Sequence[str] = SIDES) -> dict[str, StoredArra
 
 
 def read_npy(path: Path, name: str) -> StoredArray:
-    """The array of a .npy file, called `name`.
+    """Find the array of a .npy file and call it `name`.
 
     Raises:
-        DataError: missing, empty or damaged file, another suffix, an array that isn't numeric.
+        DataError: the file is missing, empty, damaged or has another suffix; the array is not numeric.
     """
     if path.suffix != ".npy":
-        raise DataError(f"{path}: a list must hold two .npy files; a {path.suffix or 'file'} is given by itself")
+        raise DataError(f"{path}: a list must hold two .npy files; give a {path.suffix or 'file'} without a list")
     _check_file(path)
     with _opened(path) as file:
         return _npy_array(file, path, name, path.stat().st_size)
@@ -113,7 +112,7 @@ def _check_file(path: Path) -> None:
     if not path.exists():
         raise DataError(f"{path}: no such file; relative paths start at the current folder {Path.cwd()}")
     if not path.is_file():
-        raise DataError(f"{path}: a folder, not a file; give the file itself")
+        raise DataError(f"{path}: is a folder; give a file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes); write it again")
 
@@ -128,7 +127,7 @@ def _opened(path: Path) -> IO[bytes]:
 def _safetensors(path: Path, sides: Sequence[str]) -> dict[str, StoredArray]:
     with _opened(path) as file:
         try:
-            # The library checks the header: every offset inside the file, no overlaps, sizes that fit shape and dtype.
+            # The library checks the header: offsets inside the file, no overlaps, sizes that match shape and dtype.
             with safe_open(path, framework="numpy"):
                 pass
         except SafetensorError as error:
@@ -162,10 +161,14 @@ def _npz(path: Path, sides: Sequence[str]) -> dict[str, StoredArray]:
 
 def _npz_array(archive: zipfile.ZipFile, file: IO[bytes], path: Path, name: str, info: zipfile.ZipInfo) -> StoredArray:
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{path}: {name} is encrypted or packed in a way numpy doesn't use; write it with numpy.savez")
+        raise DataError(
+            f"{path}: {name} is encrypted, or compressed by another method than numpy's; write it with numpy.savez"
+        )
     if info.compress_type == zipfile.ZIP_DEFLATED:
         if info.file_size > info.compress_size * _MAX_DEFLATE_RATIO + 1024:
-            raise DataError(f"{path}: {name} claims {info.file_size:,} bytes packed in {info.compress_size:,}: damaged")
+            raise DataError(
+                f"{path}: {name} claims {info.file_size:,} bytes compressed to {info.compress_size:,}: damaged"
+            )
         with archive.open(info) as member:
             return replace(_npy_array(member, path, name, info.file_size), offset=None)
     start = _stored_member_start(file, path, name, info)
@@ -182,18 +185,18 @@ def _stored_member_start(file: IO[bytes], path: Path, name: str, info: zipfile.Z
         start = info.header_offset + _ZIP_LOCAL_HEADER.size + name_length + extra_length
         if signature == b"PK\x03\x04" and info.file_size == info.compress_size and start + info.file_size <= size:
             return start
-    raise DataError(f"{path}: {name} doesn't lie inside the file: truncated or damaged; write it with numpy.savez")
+    raise DataError(f"{path}: {name} lies outside the file: truncated or damaged; write it with numpy.savez")
 
 
 def _npy_array(file: IO[bytes], path: Path, name: str, end: int) -> StoredArray:
-    """Reads the .npy header at the place of `file`; `end` is where the array must end, on the scale of `file.tell`."""
+    """Read the .npy header at the current position of `file`; the array must end at position `end`."""
     try:
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0), (3, 0)):
             raise ValueError(f"unknown version {version}")
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read_header(file)
-    # What numpy's parser lets through on damaged headers (found by fuzzing it), beside its own ValueError.
+    # numpy documents ValueError; the others occur for damaged headers, found by fuzzing.
     except (ValueError, TypeError, SyntaxError, EOFError, tokenize.TokenError, RecursionError, zlib.error) as error:
         raise DataError(f"{path}: {name} is not an .npy array, or truncated: {brief(error)}; write it again") from error
     if dtype.hasobject:
@@ -203,7 +206,7 @@ def _npy_array(file: IO[bytes], path: Path, name: str, end: int) -> StoredArray:
     needed, there = math.prod(shape) * dtype.itemsize, end - file.tell()
     if min(shape, default=0) < 0 or needed != there:
         raise DataError(
-            f"{path}: {name} of shape {shape} and dtype {dtype} needs {needed:,} bytes, {there:,} are there: "
+            f"{path}: {name} of shape {shape} and dtype {dtype} needs {needed:,} bytes, but has {there:,}: "
             "truncated or damaged; write it again"
         )
     return StoredArray(path, name, dtype.name, dtype, shape, file.tell(), fortran_order)
@@ -219,9 +222,9 @@ def _decompress(stored: StoredArray) -> bytearray:
             while block := member.read(min(_BLOCK_BYTES, len(numbers) - read)):
                 rest[read : read + len(block)] = block
                 read += len(block)
-            member.read(1)  # at its end a member's checksum is compared
+            member.read(1)  # zipfile compares the checksum at the end of the member
     except _ZIP_ERRORS as error:
-        raise DataError(f"{stored.file}: {stored.name} can't be unpacked: {error}; write it again") from error
+        raise DataError(f"{stored.file}: {stored.name} can't be decompressed: {error}; write it again") from error
     if read != len(numbers):
         raise DataError(f"{stored.file}: {stored.name} ends after {read:,} of {len(numbers):,} bytes; write it again")
     return numbers
@@ -238,4 +241,4 @@ def _needed(path: Path, there: Iterable[str], sides: Sequence[str]) -> list[str]
 
 
 def _wrong_dtype(path: Path, name: str, dtype: str) -> DataError:
-    return DataError(f"{path}: {name} has dtype {brief(dtype)}; accepted are {_DTYPES_TEXT}; convert it")
+    return DataError(f"{path}: {name} has dtype {brief(dtype)}; convert it to {_DTYPES_TEXT}")

@@ -1,6 +1,6 @@
-"""One side of the pairs: stored numbers, decoded to float32 rows and, if asked for, L2-normalised.
+"""One side of the pairs: stored numbers, decoded to float32 rows and optionally L2-normalised.
 
-N rows, D embedding dimension.
+N rows, D embedding dimension
 """
 
 import hashlib
@@ -17,20 +17,20 @@ from energy_flow.errors import DataError
 
 _CHUNK_BYTES = 1 << 25
 
-# Told of every chunk of a pass: which rows, and their numbers as float32 [rows, D], not normalised.
-Look = Callable[[slice, NDArray[np.float32]], None]
+# Called with every chunk of a pass: the rows, and their numbers as float32 [rows, D], not normalised.
+OnChunk = Callable[[slice, NDArray[np.float32]], None]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a column found.
+    """Findings of one pass over a column.
 
     Attributes:
-        digest: sha256 of what is stored: names, dtypes, shapes and numbers, in row order; the same for the same numbers
-            in another file format.
-        hashes: int64 [N], of the stored bytes of every row: equal rows have equal ones. They mean something in this
-            process alone.
-        bad_scales, not_finite, zero: rows with a scale below 0, NaN or Inf; with NaN or Inf as float32; of zeros only.
+        digest: sha256 of names, dtypes, shapes and stored numbers in row order; it does not depend on the file format.
+        hashes: int64 [N], of the stored bytes of every row: equal rows have equal hashes. Valid in this process only.
+        bad_scales: rows whose scale is below 0, NaN or Inf.
+        not_finite: rows with NaN or Inf as float32.
+        zero: rows of zeros only.
     """
 
     digest: bytes
@@ -41,12 +41,12 @@ class Survey:
 
 
 class Column:
-    """`source` or `target` of a file: [N, D] numbers, int8 ones with a scale [N] per row.
+    """`source` or `target` of a file: numbers [N, D]; int8 numbers have scales [N], one per row.
 
-    The numbers stay in the file; a process maps it when it first reads, so a column can be sent to other processes.
+    The numbers stay in the file. Each process maps the file at its first read, so columns can be sent to processes.
 
     Raises:
-        DataError: the shapes can't be [N, D] and [N], or scales and dtype don't belong together.
+        DataError: the shapes are not [N, D] and [N], or scales don't match the dtype.
     """
 
     def __init__(self, values: StoredArray, scale: StoredArray | None, normalize: bool) -> None:
@@ -69,51 +69,51 @@ class Column:
 
     @property
     def num_bytes(self) -> int:
-        """Of the numbers and their scales, as they are stored."""
+        """Stored size of the numbers and their scales."""
         arrays = (self.values,) if self.scale is None else (self.values, self.scale)
         return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
     def arrays(self) -> tuple[NDArray, NDArray | None]:
-        """The numbers [N, D] as they are stored and their scales [N]; memory-mapped wherever the format allows it."""
+        """The stored numbers [N, D] and scales [N], memory-mapped if the format allows it."""
         if self._arrays is None:
             self._arrays = self.values.open(), None if self.scale is None else self.scale.open()
         return self._arrays
 
     def read(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
-        """Rows as they are trained on, [len(index), D]: scaled and, with `normalize`, of length 1."""
+        """Rows for training, [len(index), D]: scaled and, with `normalize`, of length 1."""
         rows = self._decode(index)
         if not self.normalize:
             return rows
-        # In float64, whose squares neither overflow nor vanish for any float32 value.
+        # In float64, where squares of float32 values neither overflow nor underflow.
         exact = rows.astype(np.float64)
         exact /= np.linalg.norm(exact, axis=1, keepdims=True)
         return exact.astype(np.float32)
 
     def all(self) -> NDArray[np.float32]:
-        """All rows at once, [N, D]; read in chunks."""
+        """All rows [N, D], read in chunks."""
         rows = np.empty((self.num_rows, self.dim), np.float32)
         for chunk in self.chunks():
             rows[chunk] = self.read(chunk)
         return rows
 
     def chunks(self) -> Iterator[slice]:
-        """All rows in slices of bounded size, in order."""
+        """Slices of bounded size that cover all rows in order."""
         size = max(1, _CHUNK_BYTES // (8 * self.dim))
         return (slice(start, min(start + size, self.num_rows)) for start in range(0, self.num_rows, size))
 
     def check(self) -> Survey:
-        """Reads everything once, in chunks: every number must be finite and, with `normalize`, no row zero.
+        """Read all rows once, in chunks; all numbers must be finite and, with `normalize`, no row may be zero.
 
         Raises:
-            DataError: names the file, the array, the first bad row and how many there are.
+            DataError: the message names file, array, the first bad row and the number of bad rows.
         """
         survey = self.survey()
         for complaint in self.complaints(survey):
             raise DataError(complaint)
         return survey
 
-    def survey(self, look: Look | None = None) -> Survey:
-        """Reads everything once, in chunks, and refuses nothing; `look` sees every chunk."""
+    def survey(self, on_chunk: OnChunk | None = None) -> Survey:
+        """Read all rows once, in chunks, and call `on_chunk` with every chunk; bad rows are recorded, not refused."""
         digest: Any = hashlib.sha256()
         bad_scales = np.empty(0, np.int64)
         if self.scale is not None:
@@ -122,33 +122,33 @@ class Column:
             digest.update(scale.view(np.uint8))
             bad_scales = np.flatnonzero(~(np.isfinite(scale) & (scale >= 0)))
         _add_header(digest, self.values)
-        hashes, unfit, zero = np.empty(self.num_rows, np.int64), [], []
+        hashes, not_finite, zero = np.empty(self.num_rows, np.int64), [], []
         for rows in self.chunks():
             stored = np.ascontiguousarray(self.arrays()[0][rows])
             digest.update(stored.view(np.uint8))
             hashes[rows] = self._hashes(stored, rows)
             decoded = self._decode(rows)
-            unfit.append(np.flatnonzero(~np.isfinite(decoded).all(axis=1)) + rows.start)
+            not_finite.append(np.flatnonzero(~np.isfinite(decoded).all(axis=1)) + rows.start)
             zero.append(np.flatnonzero(~decoded.any(axis=1)) + rows.start)
-            if look is not None:
-                look(rows, decoded)
+            if on_chunk is not None:
+                on_chunk(rows, decoded)
             self._release()
-        return Survey(digest.digest(), hashes, bad_scales, np.concatenate(unfit), np.concatenate(zero))
+        return Survey(digest.digest(), hashes, bad_scales, np.concatenate(not_finite), np.concatenate(zero))
 
     def complaints(self, survey: Survey) -> list[str]:
-        """What training refuses of what a pass found, a line each."""
+        """List the findings that training refuses, one message each."""
         found = [
             (self.scale, survey.bad_scales, "a scale below 0, NaN or Inf"),
             (self.values, survey.not_finite, "NaN or Inf (as float32)"),
         ]
         if self.normalize:
-            found.append((self.values, survey.zero, "nothing but zeros and can't be L2-normalised"))
+            found.append((self.values, survey.zero, "only zeros, so it can't be L2-normalised"))
         return [self._complaint(array, rows, what) for array, rows, what in found if array is not None and len(rows)]
 
     def _decode(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
         values, scale = self.arrays()
         stored = np.asarray(values[index])
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found, and named, by `check`
+        with np.errstate(over="ignore", invalid="ignore"):  # `check` reports overflows
             if self.values.kind == "bfloat16":
                 return (stored.astype(np.uint32) << 16).view(np.float32)
             rows = stored.astype(np.float32)
@@ -168,7 +168,7 @@ class Column:
         return hash_rows(np.stack([found, self._scales()[rows].astype(np.float64).view(np.int64)], axis=1))
 
     def _release(self) -> None:
-        # A pass touches every page of the map; a fresh map starts without them in this process's memory.
+        # A pass loads every page of the map into this process's memory; a new map starts without them.
         if self.values.offset is not None:
             self._arrays = None
 
@@ -177,26 +177,30 @@ class Column:
         if len(shape) != 2:
             raise DataError(f"{where} has shape {shape}; it must have 2 axes, [rows, dimension]; reshape it")
         if 0 in shape:
-            raise DataError(f"{where} has shape {shape}: it is empty; it must have at least 1 row and 1 column")
+            raise DataError(f"{where} has shape {shape}: it is empty; give at least 1 row and 1 column")
 
     def _check_scale(self) -> None:
         values, scale = self.values, self.scale
         where = f"{values.file}: {values.name}"
         if scale is None:
             if values.kind == "int8":
-                raise DataError(f"{where} is int8, but no {values.name}_scale [N] is there; add it or store floats")
+                raise DataError(f"{where} is int8, but there is no {values.name}_scale [N]; add it or store floats")
             return
         if values.kind != "int8":
-            raise DataError(f"{where} is {values.kind}, but {scale.name} is there; scales go with int8; remove one")
+            raise DataError(
+                f"{where} is {values.kind}, but there is a {scale.name}; only int8 has scales; remove it or store int8"
+            )
         if scale.kind not in ("float16", "float32", "float64"):
             raise DataError(f"{scale.file}: {scale.name} has dtype {scale.kind}; store it as float32")
         if scale.shape != values.shape[:1]:
-            raise DataError(f"{scale.file}: {scale.name} has shape {scale.shape}; one per row is {values.shape[:1]}")
+            raise DataError(
+                f"{scale.file}: {scale.name} has shape {scale.shape}; it must be {values.shape[:1]}, one scale per row"
+            )
 
     def _complaint(self, array: StoredArray, rows: NDArray[np.int64], what: str) -> str:
         return (
             f"{array.file}: {array.name} row {rows[0]} holds {what}; {len(rows):,} of {self.num_rows:,} rows do; "
-            "mend or remove them"
+            "repair or remove them"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -208,6 +212,6 @@ def _add_header(digest: Any, array: StoredArray) -> None:
 
 
 def hash_rows(rows: NDArray) -> NDArray[np.int64]:
-    """Python's hashes of the bytes of every row [n, ...], int64 [n]; equal rows have equal ones."""
+    """Python's hash of the bytes of every row [n, ...], int64 [n]; equal rows have equal hashes."""
     rows = np.ascontiguousarray(rows)
     return np.fromiter(map(hash, rows.view(f"V{rows[0].nbytes}").ravel().tolist()), np.int64, len(rows))

@@ -1,6 +1,6 @@
-"""Exact copies of rows: within a split, and between splits, where they are leaks.
+"""Duplicate rows within a split, and between splits, where they are leaks.
 
-N rows of a split.
+N rows of a split
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from energy_flow.data.storage.columns import Survey, hash_rows
 class PairHashes:
     """Hashes of the rows of a split, int64 [N].
 
-    64 bits: two different rows of a million have the same hash in 3 of 10^8 files.
+    With 64 bits, different rows collide in about 3 of 10^8 files of a million rows.
     """
 
     source: NDArray[np.int64]
@@ -31,12 +31,12 @@ class PairHashes:
 
 
 @dataclass(frozen=True)
-class Copies:
-    """Rows that are copies of others.
+class Duplicates:
+    """Rows that equal an earlier row of the same split, or a row of another split.
 
     Attributes:
-        count: rows that are a copy of an earlier one, or of a row of another split.
-        row, of: the first of them, and which row it is a copy of; None where there is none.
+        count: number of these rows.
+        row, of: the first of them, and the row that it equals; None without duplicates.
     """
 
     count: int
@@ -44,41 +44,41 @@ class Copies:
     of: int | None
 
 
-def copies_within(hashes: NDArray[np.int64]) -> Copies:
-    """The rows that occur earlier in the same split."""
+def duplicates_within(hashes: NDArray[np.int64]) -> Duplicates:
+    """The rows that equal an earlier row."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     earliest = first[inverse]
-    copied = np.flatnonzero(earliest != np.arange(len(hashes)))
-    return _found(copied, earliest[copied])
+    repeated = np.flatnonzero(earliest != np.arange(len(hashes)))
+    return _found(repeated, earliest[repeated])
 
 
-def copies_between(hashes: NDArray[np.int64], others: NDArray[np.int64]) -> Copies:
-    """The rows that another split has too."""
+def duplicates_between(hashes: NDArray[np.int64], others: NDArray[np.int64]) -> Duplicates:
+    """The rows that equal a row of another split."""
     known, first = np.unique(others, return_index=True)
     place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
-    copied = np.flatnonzero(known[place] == hashes)
-    return _found(copied, first[place[copied]])
+    repeated = np.flatnonzero(known[place] == hashes)
+    return _found(repeated, first[place[repeated]])
 
 
-def _found(rows: NDArray[np.int64], of: NDArray[np.int64]) -> Copies:
-    return Copies(len(rows), int(rows[0]), int(of[0])) if len(rows) else Copies(0, None, None)
+def _found(rows: NDArray[np.int64], of: NDArray[np.int64]) -> Duplicates:
+    return Duplicates(len(rows), int(rows[0]), int(of[0])) if len(rows) else Duplicates(0, None, None)
 
 
-def copy_warnings(splits: Mapping[str, PairHashes]) -> Iterator[str]:
-    """What is worth a warning, a line each: pairs that stand twice, sources or pairs of one split in another."""
+def duplicate_warnings(splits: Mapping[str, PairHashes]) -> Iterator[str]:
+    """Warn about duplicate pairs within a split, and about sources that two splits share, one message each."""
     for split, hashes in splits.items():
-        if (found := copies_within(hashes.pair)).count:
+        if (found := duplicates_within(hashes.pair)).count:
             yield (
-                f"data.{split}: {found.count:,} of {len(hashes.pair):,} pairs are copies of earlier ones, the first is "
-                f"row {found.row}, of row {found.of}: they count more than once"
+                f"data.{split}: {found.count:,} of {len(hashes.pair):,} pairs are duplicates: row {found.row} "
+                f"repeats row {found.of}, for example. Such pairs count more than once"
             )
     for one, other in combinations(splits, 2):
         source, pair = (
-            copies_between(getattr(splits[other], side), getattr(splits[one], side)) for side in ("source", "pair")
+            duplicates_between(getattr(splits[other], side), getattr(splits[one], side)) for side in ("source", "pair")
         )
         if source.count:
             yield (
-                f"data.{other}: {source.count:,} of {len(splits[other].source):,} sources stand in data.{one} too "
-                f"({pair.count:,} of them with the same target), the first is row {source.row}, row {source.of} there: "
-                "a leak, results look better than they are"
+                f"data.{other}: {source.count:,} of {len(splits[other].source):,} sources are also in data.{one} "
+                f"({pair.count:,} of them with the same target): row {source.row} is row {source.of} there, for "
+                "example. This is a leak: results look better than they are"
             )

@@ -1,4 +1,4 @@
-"""Names of rows: a .jsonl beside the embeddings, line i for row i."""
+"""Names of rows, from a .jsonl next to the embeddings: line i names row i."""
 
 import json
 from pathlib import Path
@@ -11,38 +11,38 @@ _SOURCE_KEYS = ("definition", "source")
 
 
 def read_names(files: tuple[Path, ...], num_rows: int) -> list[str] | None:
-    """The names of `num_rows` rows from the .jsonl that has the stem of one of `files`; None where there is none.
+    """Read the names of rows from the .jsonl with the stem of one of `files`; None without such a file.
 
-    A line is an object; its name is the value of the first key of headword, name, text, word, target,
-    id that line 1 has.
+    Every line is an object. Line 1 decides which key holds the name: the first of headword, name, text, word, target
+    and id.
 
     Raises:
-        DataError: another number of lines than rows, a line that isn't such an object, not UTF-8.
+        DataError: the number of lines is not `num_rows`, a line has no name, or the file is not UTF-8.
     """
-    path = _beside(files)
+    path = _names_file(files)
     if path is None:
         return None
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read as UTF-8 text: {error}; mend or remove it") from error
+        raise DataError(f"{path}: can't be read as UTF-8 text: {error}; repair or remove it") from error
     if len(lines) != num_rows:
         raise DataError(
             f"{path}: {len(lines):,} lines, but {num_rows:,} rows in {files[0].name}; line i must name row i; "
-            "mend or remove it"
+            "repair or remove it"
         )
     objects = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
     key = next((key for key in _KEYS if key in objects[0]), None)
     if key is None:
         raise DataError(
-            f"{path}: line 1 has the keys {brief(', '.join(objects[0]) or 'none')}; one must be {', '.join(_KEYS)}"
+            f"{path}: line 1 has the keys {brief(', '.join(objects[0]) or 'none')}; it needs one of {', '.join(_KEYS)}"
         )
     return [_name(path, number, entry, key) for number, entry in enumerate(objects, 1)]
 
 
 def read_source_text(files: tuple[Path, ...], row: int) -> str | None:
-    """The text of a row's source, where the .jsonl that `read_names` reads says it: as `definition` or `source`."""
-    path = _beside(files)
+    """Read the text of a row's source, `definition` or `source`, from the .jsonl of `read_names`; None if unknown."""
+    path = _names_file(files)
     if path is None:
         return None
     entry = json.loads(path.read_text(encoding="utf-8").split("\n")[row])
@@ -50,7 +50,7 @@ def read_source_text(files: tuple[Path, ...], row: int) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _beside(files: tuple[Path, ...]) -> Path | None:
+def _names_file(files: tuple[Path, ...]) -> Path | None:
     return next((path for file in files if (path := file.with_suffix(".jsonl")).is_file()), None)
 
 
@@ -58,7 +58,7 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: line {number} isn't JSON: {error}; mend or remove the file") from error
+        raise DataError(f"{path}: line {number} isn't JSON: {error}; repair or remove the file") from error
     if not isinstance(entry, dict):
         raise DataError(f"{path}: line {number} is a {type(entry).__name__}; every line must be an object {{...}}")
     return entry
@@ -68,6 +68,6 @@ def _name(path: Path, number: int, entry: dict[str, Any], key: str) -> str:
     name = entry.get(key)
     if not isinstance(name, str | int):
         raise DataError(
-            f"{path}: line {number} has {key} = {brief(repr(name))}; it must be text, as every line is named by {key}"
+            f"{path}: line {number} has {key} = {brief(repr(name))}; it must be text, because line 1 is named by {key}"
         )
     return str(name)

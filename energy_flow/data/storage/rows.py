@@ -1,6 +1,6 @@
-"""One side of a file: the sources to predict from, or the targets to choose from.
+"""One side of a file: sources for predictions, or targets for a gallery.
 
-N rows, D embedding dimension.
+N rows, D embedding dimension
 """
 
 from pathlib import Path
@@ -15,20 +15,20 @@ from energy_flow.errors import DataError
 
 
 class Rows:
-    """`source` or `target` [N, D] of a file; opening it reads it once and refuses what can't be used.
+    """`source` or `target` [N, D] of a file. The constructor reads it once and refuses unusable data.
 
     Args:
-        path: a .safetensors or .npz that holds the array under its name, or a .npy. Numbers as in `PairDataset`.
+        path: a .safetensors or .npz with an array of that name, or a .npy. For dtypes see `PairDataset`.
         side: "source" or "target".
         normalize: L2-normalise every row.
-        key: the config key that named the file, for messages.
+        key: config key of the file, for messages.
 
     Attributes:
-        file: absolute.
-        names: what the .jsonl of the same stem calls the rows, or None.
+        file: absolute path.
+        names: of the rows, from a .jsonl with the same stem; None without such a file.
 
     Raises:
-        DataError: names the key, the file, what is wrong and what to do.
+        DataError: the data are unusable; the message names key, file, fault and remedy.
     """
 
     def __init__(self, path: str | Path, side: str, normalize: bool, key: str) -> None:

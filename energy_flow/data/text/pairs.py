@@ -1,4 +1,4 @@
-"""Pairs of texts from a .jsonl or .csv; a line that can't be used is found before anything is done with them."""
+"""Read pairs of texts from a .jsonl or .csv; all unusable lines are found before encoding starts."""
 
 import csv
 import hashlib
@@ -11,14 +11,14 @@ from typing import Any
 
 from energy_flow.errors import DataError, brief
 
-_LISTED = 3  # bad lines that a message names
+_LISTED = 3  # bad lines in a message
 
-Line = tuple[int, dict[str, Any] | str]  # its number, and its fields or what is wrong with it
+Line = tuple[int, dict[str, Any] | str]  # line number, and the fields or the fault
 
 
 @dataclass(frozen=True)
 class TextPairs:
-    """Row i of both is a pair; N rows."""
+    """N pairs of texts: row i of `source` and `target` is a pair."""
 
     source: list[str]
     target: list[str]
@@ -27,18 +27,20 @@ class TextPairs:
         return len(self.source)
 
     def digest(self) -> str:
-        """sha256 (hex) of all texts in their order."""
+        """sha256 (hex) of all texts in order."""
         return hashlib.sha256(json.dumps([self.source, self.target]).encode()).hexdigest()
 
 
 def read_texts(path: Path, source_key: str, target_key: str) -> TextPairs:
-    """The pairs of a .jsonl (an object a line) or a .csv (with a header), UTF-8.
+    """Read the pairs of a .jsonl (one object per line) or a .csv (with a header) in UTF-8.
 
     Args:
-        source_key, target_key: the names of the two texts.
+        path: the file.
+        source_key, target_key: keys of the two texts.
 
     Raises:
-        DataError: missing, empty, an unknown suffix, not UTF-8, or lines without both texts; names the first ones.
+        DataError: the file is missing, empty, not UTF-8 or has an unknown suffix; or lines lack a text. The message has
+            the first of these lines.
     """
     readers = {".jsonl": _jsonl, ".csv": _csv}
     if path.suffix not in readers:
@@ -58,8 +60,8 @@ def read_texts(path: Path, source_key: str, target_key: str) -> TextPairs:
     if bad:
         listed = "\n".join(f"  {line}" for line in bad[:_LISTED])
         raise DataError(
-            f"{path}: {len(bad):,} lines can't be used; mend or remove them, or say with source_key and target_key "
-            f"what the texts are called:\n{listed}"
+            f"{path}: unusable lines: {len(bad):,}; repair or remove them, or set source_key and target_key to the "
+            f"keys of the texts:\n{listed}"
         )
     if not found:
         raise DataError(f"{path}: no pairs in it; give at least one line with {source_key} and {target_key}")
@@ -91,7 +93,7 @@ def _csv(content: str) -> Iterator[Line]:
             return
         except csv.Error as error:
             yield number, f"isn't CSV: {error}"
-            return  # where the next line begins isn't known
+            return  # the start of the next line is unknown
         if header is None:
             header = fields
         elif len(fields) != len(header):
@@ -112,5 +114,5 @@ def _wrong(fields: dict[str, Any], keys: tuple[str, str]) -> str | None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            return f"has half a character (a lone surrogate) in {key}"
+            return f"has a lone surrogate, which is half a character, in {key}"
     return None

@@ -1,4 +1,4 @@
-"""Compaction with counts that only the device knows: on a CPU here, where the other rows are computed for nothing."""
+"""Compaction with counts that only the device knows. On a CPU, the other slots are computed for nothing."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ CHOSEN = TapeEngine._compaction
 
 @pytest.fixture(autouse=True)
 def by_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TapeEngine, "_compaction", lambda *_: "counts")
+    monkeypatch.setattr(TapeEngine, "_compaction", lambda *_: "active_first")
 
 
 @pytest.fixture(params=[1, 2, 3, 9], autouse=True)
@@ -50,18 +50,18 @@ def test_any_lattice(case: Any, recompute: bool, num_layers: int) -> None:
     assert_same(everything(case, way), everything(case, PLAIN), TOLERANCES[torch.float64])
 
 
-def rows_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, int]]:
-    """Rows counted, and flows active, in every step of a case."""
+def slots_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, int]]:
+    """Slots counted and flows active in every step of a case."""
     seen = []
     step = tapes.Tape.step
 
     def watched(self: tapes.Tape, state: Any, active: Any, noise: Any) -> Any:
         result = step(self, state, active, noise)
         assert self._count is not None
-        assert self._rows is not None
-        assert self._rows.sort().values.equal(torch.arange(active.numel())), "every slot has a row"
-        used = self._rows[: self._count]
-        assert active.flatten()[self._rows[self._count :]].sum() == 0, "an active flow isn't counted"
+        assert self._slots is not None
+        assert self._slots.sort().values.equal(torch.arange(active.numel())), "every slot is in the list once"
+        used = self._slots[: self._count]
+        assert active.flatten()[self._slots[self._count :]].sum() == 0, "an active flow isn't counted"
         seen.append((len(used), int(active.sum())))
         return result
 
@@ -72,7 +72,7 @@ def rows_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, i
 
 @pytest.mark.parametrize("name", ["everything", "all flows end early"])
 def test_flows_that_have_ended_drop_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = rows_in_use(monkeypatch, name)
+    steps = slots_in_use(monkeypatch, name)
     assert len(steps) >= 5
     for number, (used, active) in enumerate(steps):
         assert used == active if number % tapes._PERIOD == 0 else used >= active
@@ -80,35 +80,36 @@ def test_flows_that_have_ended_drop_out(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def activity(*shares: float) -> list[bool]:
-    """Whether it is low after each batch of 2 steps and 100 slots with such a share."""
+    """Whether activity is low after each of some batches with these shares; 2 steps, 100 slots."""
     watched, found = Activity(), []
     for share in shares:
         moves = int(200 * share)
-        steps = {"active": torch.tensor([moves - moves // 2, moves // 2, 0])}
-        watched.put(Counts(steps, torch.tensor(0), torch.tensor(0.0)), 100)
+        by_step = {"active": torch.tensor([moves - moves // 2, moves // 2, 0])}
+        zero = torch.tensor(0)
+        watched.put(Counts(by_step=by_step, lost=zero, distance=zero, num_moves=torch.tensor(moves)), 100)
         found.append(watched.is_low())
     return found
 
 
-def test_what_is_low_once_must_rise_to_be_high() -> None:
+def test_a_low_activity_must_rise_above_the_higher_limit() -> None:
     assert not Activity().is_low()
     assert activity(1.0, 0.55, 0.49, 0.55, 0.61, 0.55, 0.1) == [False, False, True, True, False, False, True]
 
 
-def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU by itself only once few are active, in products of two bytes, and never where bits must be the same."""
+def test_the_choice_of_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With "auto" on a GPU: only with low activity, in two-byte products, and without deterministic algorithms."""
     on_gpu, on_cpu = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(device=torch.device("cpu"))
     half, single = torch.bfloat16, torch.float32
     monkeypatch.setattr(tape_engine, "use_triton", lambda tensor: True)
     chosen = {
-        setting: functools.partial(CHOSEN, processor_of(CASES["everything"], {"compaction": setting})._tape)
+        setting: functools.partial(CHOSEN, processor_of(CASES["everything"], {"compaction": setting})._engine)
         for setting in ("auto", True, False)
     }
     assert [chosen[False](on_gpu, half), chosen[False](on_cpu, half)] == ["none", "none"]
-    assert [chosen[True](on_gpu, single), chosen[True](on_cpu, single)] == ["counts", "rows"]
-    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_cpu, half)] == ["none", "rows"]
+    assert [chosen[True](on_gpu, single), chosen[True](on_cpu, single)] == ["active_first", "active_only"]
+    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_cpu, half)] == ["none", "active_only"]
     monkeypatch.setattr(Activity, "is_low", lambda _: True)
-    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_gpu, single)] == ["counts", "none"]
+    assert [chosen["auto"](on_gpu, half), chosen["auto"](on_gpu, single)] == ["active_first", "none"]
     torch.use_deterministic_algorithms(True)
     try:
         assert chosen["auto"](on_gpu, half) == "none"

@@ -1,4 +1,4 @@
-"""When CUDA graphs are recorded, and when they are let go: with stand-ins, on a CPU."""
+"""When CUDA graphs are recorded and when they are dropped, on a CPU with stand-ins for graphs."""
 
 import copy
 import dataclasses
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from energy_flow.core.engine import cuda_graphs as graphs
+from energy_flow.core.engine import cuda_graphs
 from energy_flow.core.engine import engine as tape_engine
 from energy_flow.core.engine.cuda_graphs import GraphCache
+from energy_flow.core.engine.engine import TapeEngine
 from energy_flow.core.flow_processor import FlowProcessor
 from tests.helpers import Case
 
@@ -18,18 +19,19 @@ CASE = Case({"spawn.enabled": True}, training=True)
 
 
 def with_graphs(monkeypatch: pytest.MonkeyPatch, graph: type) -> FlowProcessor:
-    """A processor that takes its device for one with graphs; they are recorded per batch size."""
+    """A processor that treats the CPU as a device with graphs, one kind per batch size."""
     processor = CASE.processor()
-    engine = processor._tape
+    engine = processor._engine
+    assert isinstance(engine, TapeEngine)
     monkeypatch.setattr(engine, "_kind", lambda surface, call, dtype, keep: (len(surface), keep))
     monkeypatch.setattr(engine, "_settings", engine._settings.model_copy(update={"cuda_graph": True}))
     monkeypatch.setattr(tape_engine, "_check", lambda *_: None)
-    monkeypatch.setattr(graphs, "ChunkGraph", graph)
+    monkeypatch.setattr(cuda_graphs, "ChunkGraph", graph)
     return processor
 
 
 class Replay:
-    """Stands in for `ChunkGraph`: runs, and looks whether the buffers are where they were at the recording."""
+    """Stands in for `ChunkGraph`: runs the code, and checks that the buffers have not moved since the recording."""
 
     recorded = 0
     processor: FlowProcessor
@@ -44,7 +46,7 @@ class Replay:
             type(self).recorded += 1
             assert self._buffers() == before, "a buffer was allocated while the graph was recorded"
             self._addresses = before
-        assert self._addresses <= self._buffers(), "the graph would write to memory that isn't the rollout's any more"
+        assert self._addresses <= self._buffers(), "the graph would write to memory that the rollout has freed"
         return result
 
     def backward(self, run: Any, *gradients: Tensor) -> Any:
@@ -58,8 +60,8 @@ class Replay:
         return {buffer.data_ptr() for buffer in cls.processor._pool._buffers.values()}
 
 
-def test_graphs_are_recorded_again_where_their_buffers_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluation in larger batches takes larger buffers; a clean-up trims them."""
+def test_graphs_are_recorded_again_after_their_buffers_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation in larger batches takes larger buffers; a clean-up trims them again."""
     monkeypatch.setattr(Replay, "recorded", 0)
     processor = with_graphs(monkeypatch, Replay)
     monkeypatch.setattr(Replay, "processor", processor, raising=False)
@@ -81,15 +83,15 @@ def test_graphs_are_recorded_again_where_their_buffers_went(monkeypatch: pytest.
             evaluate(batch)
         recorded.append(Replay.recorded)
         if epoch == 2:
-            processor.cleanup_memory_safe()  # drops all graphs, which nobody has used, and keeps the buffers
-            processor.cleanup_memory_safe()  # of which nobody has needed one
-    # Training and the larger evaluation; training once more, since the buffers are others; the smaller evaluation,
-    # which has run twice by then; after the clean-up the first two.
+            processor.cleanup_memory_safe()  # drops all graphs: the stand-ins say that they were unused
+            processor.cleanup_memory_safe()  # frees all buffers: no batch needed one since
+    # Epoch 0: training and the larger evaluation. Epoch 1: training again, since the buffers moved. Epoch 2: the
+    # smaller evaluation, which has run twice by then. Epoch 3, after the clean-up: the first two again.
     assert recorded == [2, 3, 4, 6]
 
 
 class Idle:
-    """Stands in for `ChunkGraph`: is kept."""
+    """Stands in for `ChunkGraph`: does nothing."""
 
     was_used = False
 
@@ -100,46 +102,46 @@ class Idle:
         return self.was_used
 
 
-def test_graphs_that_have_not_run_for_long_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "ChunkGraph", Idle)
-    recordings = GraphCache()
+def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "ChunkGraph", Idle)
+    graphs = GraphCache()
     device = torch.device("cpu")
     for kind in range(GraphCache._GRAPHS + 1):
         for _ in range(GraphCache._RUNS):
-            assert recordings.get(kind, device) is None
-            recordings.ran(kind)
+            assert graphs.get(kind, device) is None
+            graphs.count_run(kind)
         if kind == GraphCache._GRAPHS:
-            oldest_but_used = recordings.get(0, device)
-        assert recordings.get(kind, device) is not None
-    assert len(recordings) == GraphCache._GRAPHS
-    assert recordings.get(0, device) is oldest_but_used
-    assert recordings.get(1, device) is None
+            oldest_but_used = graphs.get(0, device)
+        assert graphs.get(kind, device) is not None
+    assert len(graphs) == GraphCache._GRAPHS
+    assert graphs.get(0, device) is oldest_but_used
+    assert graphs.get(1, device) is None
 
 
-def test_what_is_not_used_between_two_cleanups_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "ChunkGraph", Idle)
-    recordings, device = GraphCache(), torch.device("cpu")
+def test_graphs_without_a_run_between_two_cleanups_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "ChunkGraph", Idle)
+    graphs, device = GraphCache(), torch.device("cpu")
     for kind in "ab":
         for _ in range(GraphCache._RUNS):
-            recordings.ran(kind)
-        recordings.get(kind, device)
-    used = recordings.get("a", device)
+            graphs.count_run(kind)
+        graphs.get(kind, device)
+    used = graphs.get("a", device)
     assert isinstance(used, Idle)
     used.was_used = True
-    recordings.drop_unused()
-    assert len(recordings) == 1
-    assert recordings.get("a", device) is used
-    assert recordings.get("b", device) is None
+    graphs.drop_unused()
+    assert len(graphs) == 1
+    assert graphs.get("a", device) is used
+    assert graphs.get("b", device) is None
 
 
-def test_copies_begin_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "ChunkGraph", Idle)
-    recordings, device = GraphCache(), torch.device("cpu")
+def test_copies_start_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "ChunkGraph", Idle)
+    graphs, device = GraphCache(), torch.device("cpu")
     for kind in "aab":
-        recordings.ran(kind)
-    assert recordings.get("a", device) is not None
-    copied = copy.deepcopy(recordings)
+        graphs.count_run(kind)
+    assert graphs.get("a", device) is not None
+    copied = copy.deepcopy(graphs)
     assert len(copied) == 0
-    copied.ran("b")
+    copied.count_run("b")
     assert copied.get("b", device) is None
-    assert len(recordings) == 1
+    assert len(graphs) == 1

@@ -1,0 +1,115 @@
+"""Load trained models, to test one or several of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from energy_flow.checkpoints import compatibility
+from energy_flow.checkpoints import format as checkpoints
+from energy_flow.comparison.baselines import NEEDS
+from energy_flow.comparison.models import MEAN, short_names
+from energy_flow.data import EnergyDataModule
+from energy_flow.errors import ConfigError
+from energy_flow.metrics.row_scores import MODEL
+from energy_flow.pretrained.card import read_model
+from energy_flow.runs.checks import check_normalisation
+from energy_flow.training.losses import LossSettings
+from energy_flow.training.module import EnergyFlowModule
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to test.
+
+    Attributes:
+        key: `model` for a single model, otherwise a short name.
+        path: as given in the config.
+        loss: trains the baselines that are compared with this model.
+    """
+
+    key: str
+    path: str
+    module: EnergyFlowModule
+    loss: LossSettings
+
+
+def model_keys(paths: Sequence[str]) -> list[str]:
+    """Keys of the models in files.
+
+    Raises:
+        ConfigError: a file is given twice.
+    """
+    files = [Path(path).expanduser().absolute() for path in paths]
+    for number, file in enumerate(files):
+        if file.resolve() in [other.resolve() for other in files[:number]]:
+            raise ConfigError(f"ckpt_path = {paths[number]}: given twice; leave one out")
+    return [MODEL] if len(files) == 1 else short_names(files, {MODEL, MEAN, *NEEDS})
+
+
+def load_checkpoint(path: str, loss: LossSettings) -> dict[str, Any]:
+    """Read a training checkpoint, or a file of `save_pretrained` in the same form.
+
+    The optimiser's settings are left out: evaluation doesn't need them, and an old checkpoint may lack a newer key.
+
+    Args:
+        path: a .ckpt or .safetensors file.
+        loss: for a .safetensors file, which has no loss; the temperature is not learned.
+
+    Raises:
+        CheckpointError: the file is missing or unusable.
+    """
+    if not _is_pretrained(path):
+        checkpoint = checkpoints.load(path)
+        return {**checkpoint, "hyper_parameters": {**checkpoint["hyper_parameters"], "optimizer": None}}
+    card, weights = read_model(Path(path).expanduser())
+    described = {
+        "dim": card.dim,
+        "lattice": card.lattice.model_dump(),
+        "model": card.model.model_dump(),
+        "loss": {**loss.model_dump(), "learn_temperature": False},
+        "optimizer": None,
+        "seed": card.seed,
+    }
+    config = {"data": {"normalize": card.normalize}}
+    return {
+        "hyper_parameters": described,
+        "state_dict": {f"processor.{name}": value for name, value in weights.items()},
+        checkpoints.KEY: checkpoints.provenance(config, card.dim, card.data_fingerprint),
+    }
+
+
+def restore_model(
+    key: str,
+    path: str,
+    checkpoint: dict[str, Any],
+    data: EnergyDataModule,
+    *,
+    width: int | None,
+    height: int | None,
+    rollout: dict[str, Any],
+    loss: LossSettings,
+) -> Model:
+    """Build a model from its checkpoint, on a lattice of any size.
+
+    Args:
+        key, path: see `Model`.
+        checkpoint: from `load_checkpoint`.
+        data: must have the model's embedding dimension and normalisation.
+        width, height: cells of the lattice; None: as in the checkpoint.
+        rollout: config section `rollout`.
+        loss: of a model from `save_pretrained`.
+
+    Raises:
+        CheckpointError: the checkpoint does not match the data or this version.
+        ConfigError: the data are normalised in another way than in training.
+    """
+    checkpoint = compatibility.on_lattice(checkpoint, width, height, data.dim, path)
+    module = compatibility.restore(EnergyFlowModule, checkpoint, path, rollout)
+    trained_on = (module.run_config or {}).get("data", {})
+    check_normalisation(trained_on.get("normalize", data.settings.normalize), data, f"ckpt_path = {path}: the model")
+    return Model(key, path, module, loss if _is_pretrained(path) else module.loss)
+
+
+def _is_pretrained(path: str) -> bool:
+    return Path(path).suffix == ".safetensors"
