@@ -35,7 +35,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_copyright = False
 html_show_sourcelink = False
-FLAT = ("getting_started", "results", "troubleshooting", "performance", "performance-report", "picture_book")
+FLAT = ("getting_started", "results", "troubleshooting", "performance", "picture_book")
 html_sidebars = {page: [] for page in FLAT}  # pages without pages below them need no section navigation
 html_theme_options = {
     "show_prev_next": False,

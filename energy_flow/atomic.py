@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the digest that tells whether they still are."""
+"""Write files atomically, and compute a digest that shows later whether they are unchanged."""
 
 import hashlib
 import os
@@ -10,26 +10,27 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-UNFINISHED = ".unfinished"  # ends the names of files that are being written
+UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
 
 @contextmanager
 def whole_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to write beside `path`; what was written takes its place at the end, if nothing was raised.
+    """Open a temporary file in the same folder, and rename it to `path` at the end, if nothing was raised.
 
     Args:
-        keep: where the file that stood there goes; None: it is replaced. A kill between the two renames leaves nothing
-            at `path`, but that file here.
+        path: the file to write.
+        keep: the new name of the file that `path` had before; None: it is replaced. A kill between the two renames
+            leaves no file at `path`, but the old one here.
 
     Raises:
-        OSError: the path can't be written; what stood there stands there still.
+        OSError: the path can't be written; the old file is unchanged.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
         with unfinished.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # the content must not reach the disk later than the name
+            os.fsync(file.fileno())  # the content must reach the disk before the name
         if keep is not None and path.is_file():
             os.replace(path, keep)
         os.replace(unfinished, path)
@@ -39,18 +40,18 @@ def whole_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside `path`, which then takes its place.
+    """Write a file atomically.
 
     Raises:
-        OSError: the path can't be written; what stood there stands there still.
+        OSError: the path can't be written; the old file is unchanged.
     """
     with whole_file(path) as file:
         file.write(content)
 
 
 def _sync_folder(folder: Path) -> None:
-    """The new name must outlive a power cut, too."""
-    if os.name != "posix":  # elsewhere a folder can't be opened
+    """Bring the new name to the disk as well, so that it survives a power cut."""
+    if os.name != "posix":  # Windows can't open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -60,7 +61,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of all that a file says: safetensors has no checksum, and damaged numbers would load as other numbers."""
+    """The sha256 of text and tensors: safetensors has no checksum, so corrupt numbers would load as other numbers."""
     found = hashlib.sha256(text.encode())
     for name, value in sorted(tensors.items()):
         found.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""The configs: where they are, and how to read them without the command line."""
+"""Find the configs, and compose them without the command line."""
 
 from pathlib import Path
 from typing import Any
@@ -9,28 +9,28 @@ from omegaconf import OmegaConf
 
 from energy_flow.metrics.task import direction
 
-# For conf/callbacks: what watches a metric has to know where it is best.
+# For conf/callbacks: a callback that monitors a metric must know whether less or more is better.
 OmegaConf.register_new_resolver("direction", direction, replace=True)
 
 SECTIONS = ("seed", "lattice", "model", "data", "loss", "optimizer", "rollout", "trainer")
 
 
 def config_dir() -> str:
-    """The folder of the configs: inside an installed package, beside it in a checkout."""
+    """The folder of the configs: inside the package if installed, next to it in a checkout."""
     package = Path(__file__).parent
     packaged = package / "conf"
     return str(packaged if packaged.is_dir() else package.parent / "conf")
 
 
 def compose(*overrides: str) -> dict[str, Any]:
-    """The training config as plain containers, for use from Python.
+    """Compose the training config as plain containers, for use from Python.
 
     Args:
         overrides: as on the command line, e.g. "size=debug", "lattice.depth=12".
 
     Returns:
-        The sections that describe model, data and training: `seed`, `lattice`, `model`, `data`, `loss`, `optimizer`,
-        `rollout`, `trainer`. Callbacks, loggers and paths belong to a run of the command line.
+        The sections of model, data and training: `seed`, `lattice`, `model`, `data`, `loss`, `optimizer`, `rollout`,
+        `trainer`. Callbacks, loggers and paths belong to the command line.
     """
     with initialize_config_dir(config_dir(), version_base="1.3"):
         config = hydra_compose("train", overrides=list(overrides))

@@ -1,30 +1,30 @@
-"""Errors that a user can mend: entry points print them as they are, without a traceback, and exit with code 1."""
+"""Errors that a user can mend: entry points print their message without a traceback, and exit with code 1."""
 
 
 class EnergyFlowError(Exception):
-    """Base of all errors whose message is meant to be read by a user."""
+    """Base of all errors whose message is written for the user."""
 
 
 def brief(text: object, length: int = 200) -> str:
-    """What a message says of what stands in a file, which may be of any length."""
+    """Shorten a text from a file, which may be of any length, for a message."""
     shown = str(text)
     return shown if len(shown) <= length else f"{shown[:length]}..."
 
 
 class ConfigError(EnergyFlowError):
-    """A configuration that can't work: names the value, the limit, the key and the remedy."""
+    """A configuration that can't work; the message has the value, the limit, the key and the remedy."""
 
 
 class DataError(EnergyFlowError):
-    """A data file that can't be used: names the file and, where it has one, the row."""
+    """A data file that can't be used; the message has the file and, if it is about one, the row."""
 
 
 class CheckpointError(EnergyFlowError):
-    """A checkpoint that is damaged or belongs to another architecture."""
+    """A checkpoint that is corrupt or belongs to another architecture."""
 
 
 class NoLandingError(EnergyFlowError, RuntimeError):
-    """Samples of a batch without a single landing: their output would be a silent zero."""
+    """Samples of a batch without a single landing: their output would silently be zero."""
 
 
 class NotFiniteError(EnergyFlowError, RuntimeError):
@@ -32,8 +32,8 @@ class NotFiniteError(EnergyFlowError, RuntimeError):
 
 
 class LostFlowError(EnergyFlowError, RuntimeError):
-    """Landings + removed flows differ from created flows: the rollout broke its own conservation law."""
+    """landings + removed != created: the rollout broke its own conservation law."""
 
 
 class RecordingError(EnergyFlowError, RuntimeError):
-    """CUDA or torch didn't let a CUDA graph be recorded; torch may not be fit to go on in this process."""
+    """Recording a CUDA graph failed; torch may no longer work in this process."""

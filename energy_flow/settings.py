@@ -1,11 +1,15 @@
-"""Strict settings: unknown keys, wrong types and values out of range end before any work starts.
+"""Strict settings: refuse unknown keys, wrong types and values out of range before any work starts.
 
-Every class owns its `Settings`; the defaults stand in `conf/` alone.
+Every class owns its `Settings`; the defaults are in `conf/` only.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -14,7 +18,7 @@ from energy_flow.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Base of all settings: no unknown keys, no silent conversions, no change after construction."""
+    """Base of all settings: no unknown keys, no silent conversions, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
@@ -27,6 +31,7 @@ class PathSettings(Settings):
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+P = ParamSpec("P")
 
 
 def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
@@ -35,10 +40,10 @@ def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
     Args:
         settings: the class to build.
         section: a plain mapping (`OmegaConf.to_container(..., resolve=True)`).
-        key: where the section stands in the config, e.g. `lattice`; "" for the top.
+        key: of the section in the config, e.g. `lattice`; "" for the top.
 
     Raises:
-        ConfigError: names every wrong key with its value, the limit and what to do.
+        ConfigError: names every wrong key with its value, the limit and the remedy.
     """
     if not isinstance(section, Mapping):
         raise ConfigError(f"{key} = {section!r}: must be a section with the keys {', '.join(settings.model_fields)}")
@@ -49,17 +54,60 @@ def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
         raise ConfigError("\n".join(_join(found))) from error
 
 
-def check_type(value: Any, annotation: Any, key: str) -> None:
-    """See that a value of the config has the type that a function not of ours asks for.
+@dataclass(frozen=True)
+class Remedy:
+    """The end of a message about an argument: `Annotated[int, Field(ge=1), Remedy("null removes the callback")]`."""
+
+    text: str
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> None:
+    """Check arguments against a function's annotations. Mappings and arguments without an annotation pass.
+
+    Args:
+        function: may be third-party code.
+        arguments: by name.
+        key: the config section of the arguments.
 
     Raises:
-        ConfigError: names the key, the value and what it should be.
+        ConfigError: names every wrong argument with its key, its value, the limit and the `Remedy`.
     """
+    hints = typing.get_type_hints(function, include_extras=True)
+    checked = {name: value for name, value in arguments.items() if name in hints and not isinstance(value, Mapping)}
+    found = [line for name, value in checked.items() for line in _wrong_value(value, hints[name], f"{key}.{name}")]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def checked_arguments(key: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorate a constructor: check its arguments with `check_arguments` before it runs.
+
+    Args:
+        key: the config section, for messages.
+    """
+
+    def decorate(constructor: Callable[P, None]) -> Callable[P, None]:
+        signature = inspect.signature(constructor)
+
+        @functools.wraps(constructor)
+        def construct(*args: P.args, **kwargs: P.kwargs) -> None:
+            check_arguments(constructor, signature.bind(*args, **kwargs).arguments, key)
+            constructor(*args, **kwargs)
+
+        return construct
+
+    return decorate
+
+
+def _wrong_value(value: Any, annotation: Any, key: str) -> list[str]:
+    """Lines of a message if the value doesn't have the type; otherwise none."""
     try:
         TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
     except ValidationError as error:
-        found = [(f"{key} = {_shown(value)}", _reason(detail)) for detail in error.errors(include_url=False)]
-        raise ConfigError("\n".join(_join(found))) from error
+        lines = _join((f"{key} = {_shown(value)}", _reason(detail)) for detail in error.errors(include_url=False))
+        remedies = [extra.text for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, Remedy)]
+        return ["; ".join([line, *remedies]) for line in lines]
+    return []
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -70,8 +118,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> tuple[str, str]:
-    """Key (with its value) and what is wrong with it."""
-    # Union members stand in the location as type names ("int"); they are no part of the key.
+    """The key with its value, and the fault."""
+    # pydantic puts the members of a union into the location as type names ("int"); they are no part of the key.
     path, owner = [key] if key else [], settings
     for part in detail["loc"]:
         if isinstance(part, int):
@@ -91,7 +139,7 @@ def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> tuple
     if detail["type"] == "model_type":
         return f"{full} = {_shown(detail['input'])}", f"must be a section with the keys {', '.join(owner.model_fields)}"
     if detail["type"] == "value_error" and detail["loc"] == ():
-        return "", _reason(detail)  # a rule over several keys: it names them itself
+        return "", _reason(detail)  # a rule over several keys; its message names them
     return f"{full} = {_shown(detail['input'])}", _reason(detail)
 
 
@@ -100,7 +148,7 @@ def _reason(detail: ErrorDetails) -> str:
 
 
 def _join(found: Iterable[tuple[str, str]]) -> list[str]:
-    """One line per key, also where every member of a union has its own complaint."""
+    """One line per key, also where each member of a union has its own reason."""
     reasons: dict[str, list[str]] = {}
     for head, reason in found:
         reasons.setdefault(head, []).append(reason)
@@ -108,7 +156,7 @@ def _join(found: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written in a config."""
+    """A value in the notation of a config."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return repr(value)

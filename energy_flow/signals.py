@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: noted while work must not be broken off, raised as KeyboardInterrupt otherwise."""
+"""Handle Ctrl-C and SIGTERM: deferred while work must not be interrupted, otherwise raised as KeyboardInterrupt."""
 
 import multiprocessing
 import os
@@ -17,19 +17,19 @@ NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 @dataclass
 class _State:
-    """Of this process: signal handlers belong to it as a whole."""
+    """The state of this process: signal handlers belong to a process as a whole."""
 
     pid: int = -1
     received: signal.Signals | None = None
-    noting: bool = False
-    pass_on: Callable[[int], None] | None = None
+    deferring: bool = False
+    forward: Callable[[int], None] | None = None
 
 
 _state = _State()
 
 
 def install() -> None:
-    """Handle both signals from now on, whoever did before; in the main thread, the only one that may."""
+    """Handle both signals from now on, in place of any other handler; in the main thread, the only one that may."""
     if threading.current_thread() is threading.main_thread():
         _state.pid = os.getpid()
         for signum in HANDLED:
@@ -38,18 +38,18 @@ def install() -> None:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Both signals are handled inside; afterwards it is as if none had come."""
+    """Handle both signals inside; afterwards handlers and state are as before."""
     before = {signum: signal.getsignal(signum) for signum in HANDLED}
     outer, unraisable = dict(vars(_state)), sys.unraisablehook
 
-    def lost(args: Any) -> None:
-        if isinstance(args.exc_value, KeyboardInterrupt):  # while an object was removed, where nothing can be raised
-            os.write(2, f"\n{name()}, but Python was tidying up: again to end\n".encode())
+    def report_lost(args: Any) -> None:
+        if isinstance(args.exc_value, KeyboardInterrupt):  # while Python deleted an object, where nothing can be raised
+            os.write(2, f"\n{name()}, but the signal got lost in Python's clean-up: send it again to end\n".encode())
         else:
             unraisable(args)
 
     vars(_state).update(vars(_State()))
-    sys.unraisablehook = lost
+    sys.unraisablehook = report_lost
     install()
     try:
         yield
@@ -62,37 +62,41 @@ def handled() -> Iterator[None]:
 
 
 @contextmanager
-def passed_on(kill: Callable[[int], None]) -> Iterator[None]:
-    """Inside, other processes do the work: they get the first signal as SIGTERM, and end; the second kills them."""
-    _state.pass_on, _state.noting = kill, True
+def forwarded(kill: Callable[[int], None]) -> Iterator[None]:
+    """Forward signals to the processes that do the work inside: the first as SIGTERM, so they end; the second kills.
+
+    Args:
+        kill: sends a signal to these processes.
+    """
+    _state.forward, _state.deferring = kill, True
     try:
         yield
     finally:
-        _state.pass_on, _state.noting = None, False
+        _state.forward, _state.deferring = None, False
 
 
-def note() -> None:
-    """From now on a first signal is kept for `received`, which has to be asked often."""
-    _state.noting = True
+def defer() -> None:
+    """Keep a first signal from now on; the program must call `received` often."""
+    _state.deferring = True
 
 
-def let_through() -> None:
-    """From now on a signal is raised where it arrives."""
-    _state.noting = False
+def raise_at_once() -> None:
+    """Raise a signal where it arrives from now on."""
+    _state.deferring = False
 
 
 def received() -> signal.Signals | None:
-    """The first signal, None so far."""
+    """The first signal; None: none so far."""
     return _state.received
 
 
 def name() -> str:
-    """What has happened, for messages; a KeyboardInterrupt that no signal raised counts as Ctrl-C."""
+    """The word for messages: interrupted, or terminated. A KeyboardInterrupt without a signal counts as Ctrl-C."""
     return NAMES[_state.received or signal.SIGINT]
 
 
 def exit_code() -> int:
-    """128 + signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM."""
+    """128 + signal, the convention of shells: 130 after Ctrl-C, 143 after SIGTERM."""
     return 128 + (_state.received or signal.SIGINT)
 
 
@@ -101,17 +105,17 @@ def _handle(signum: int, frame: FrameType | None) -> Any:
         return  # a data worker, forked with this handler: its parent ends it
     parent = multiprocessing.parent_process()
     if signum == signal.SIGINT and parent is not None and parent.is_alive():
-        return  # Ctrl-C reaches all processes of a terminal; the parent passes it on
+        return  # Ctrl-C reaches all processes of a terminal; the parent forwards it
     again = _state.received is not None
     _state.received = _state.received or signal.Signals(signum)
-    if again or not _state.noting:
-        if _state.pass_on is not None:
-            _state.pass_on(signal.SIGKILL)
+    if again or not _state.deferring:
+        if _state.forward is not None:
+            _state.forward(signal.SIGKILL)
         if parent is not None:
             raise SystemExit(exit_code())  # a KeyboardInterrupt would count as success in a spawned process
         raise KeyboardInterrupt
-    if _state.pass_on is not None:
-        _state.pass_on(signal.SIGTERM)
+    if _state.forward is not None:
+        _state.forward(signal.SIGTERM)
     if parent is None and os.environ.get("LOCAL_RANK", "0") == "0":
-        # Not by print: the signal may have come in the middle of one.
-        os.write(2, f"\n{name()}: ending after this batch; again to end at once\n".encode())
+        # Not by print: the signal may have interrupted another one.
+        os.write(2, f"\n{name()}: ending after this batch; send the signal again to end at once\n".encode())

@@ -7,6 +7,7 @@ import csv
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +44,7 @@ def rich_table(
     table.title = None if title is None else Text(title, style="table.title")
     table.caption = None if caption is None else Text(caption, style="table.caption")
     for name in columns:
-        justify = "left" if name in left else "right"
+        justify: Literal["left", "right"] = "left" if name in left else "right"
         table.add_column(Text(name), justify=justify, no_wrap=name not in wrap, overflow="fold")
     for number, cells in enumerate(rows):
         if number in rules:

@@ -101,7 +101,7 @@ def _look(index: int, dashed: bool) -> dict[str, Any]:
 
 
 def _draw_lines(axes: Axes, panel: Panel, rows: Sequence[Row], looks: dict[str, dict[str, Any]]) -> None:
-    own = [row for row in rows if row.case.startswith(panel.case) and getattr(row, panel.value) is not None]
+    own = [row for row in rows if row.case.startswith(panel.case) and getattr(row, panel.value)]  # no 0 on a log axis
     axes.set_title(panel.title, fontsize=10)
     if not own:
         say_empty(axes, "not measured")
@@ -114,7 +114,7 @@ def _draw_lines(axes: Axes, panel: Panel, rows: Sequence[Row], looks: dict[str, 
             axes.plot(*zip(*points, strict=True), **look, markersize=5, linewidth=1.8, label=name)
             ends[name] = points[-1][1]
     _log_axes(axes, panel, sorted({row.size for row in own}))
-    if len(ends) == 2 and min(ends.values()) > 0:
+    if len(ends) == 2:
         _draw_ratio(axes, max(row.size for row in own), *ends.values())
 
 

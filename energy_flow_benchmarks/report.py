@@ -113,7 +113,7 @@ def impact_grid(rows: Sequence[Row], curve_difference: float) -> Grid:
         line: [expected, *(_percent(share_saved(rows, case, size)) for size in sizes)]
         for line, expected, case in EXPECTED
     }
-    same = f"losses equal to {curve_difference:.0e}"
+    same = f"losses differ by {curve_difference:.0e}"
     lines["Criterion: training accuracy and convergence"] = ["maintained", same, *[""] * (len(sizes) - 1)]
     title = "Expected and measured savings of the performance analysis"
     grid = grid_by_size(title, "line of the analysis", sizes, "flows", lines)

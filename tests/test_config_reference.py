@@ -23,7 +23,7 @@ CONF = Path(config_dir())
 FILES = sorted(CONF.rglob("*.yaml"))
 SETTINGS = {
     "train": "energy_flow.runs.settings:TrainSettings",
-    "evaluate": "energy_flow.runs.settings:EvaluateSettings",
+    "evaluate": "energy_flow.evaluate:EvaluateSettings",
     "predict": "energy_flow.predict:PredictSettings",
     "encode": "energy_flow.encode:EncodeSettings",
     "check": "energy_flow.check:CheckSettings",

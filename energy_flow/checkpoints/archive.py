@@ -1,18 +1,19 @@
-"""What a checkpoint file says of itself, checked before anything of it is loaded.
+"""Verify a checkpoint file before anything in it is loaded.
 
-torch runs no code with `weights_only=True`, but it believes what a file says of sizes: a few hundred bytes can ask for
-GiBs, and not every version compares a record's length with what its tensor needs. So the pickle is read once without
-numbers first, by torch's own restricted unpickler.
+With `weights_only=True` torch runs no code, but it trusts the sizes that a file claims: a few hundred bytes can ask for
+GiBs, and not every version compares the length of a record with the size of its tensor. So torch's own restricted
+unpickler reads the pickle first, with tensors that have no memory.
 """
 
 import io
+import os
 import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,26 +22,48 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from energy_flow.errors import CheckpointError
 
-# Names that a checkpoint of tensors and plain containers can hold: a part of what torch allows.
+# Names that a checkpoint of tensors and plain containers can hold: a part of those that torch allows.
 _GLOBALS = re.compile(
     r"torch (\w+Storage|Size|device|bool|u?int\d+|b?float\d+|complex\d+)"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
     r"|torch\.serialization _get_layout|torch\.storage UntypedStorage"
     r"|collections (OrderedDict|Counter)|(__builtin__|builtins) set"
 )
-_MAX_VALUES, _MAX_DEPTH = 1_000_000, 50  # of containers, values that stand in several places counted in each
+_MAX_VALUES, _MAX_DEPTH = 1_000_000, 50  # of containers; a value that stands in several places counts in each
 
 
 def read_archive(path: Path) -> Any:
-    """The contents of a file that `torch.save` wrote, on the CPU.
+    """Verify a file that `torch.save` wrote, and load its contents on the CPU.
 
     Raises:
-        CheckpointError: sizes that aren't true, names of code, or values that are no plain tree.
-        Exception: of any type, from a damaged file: zip and unpickler run on damaged bytes.
+        CheckpointError: wrong sizes, names of code, or values that are no plain tree.
+        Exception: of any type, from a corrupt file: zip and unpickler run on corrupt bytes.
     """
-    with zipfile.ZipFile(path) as archive:
-        records, root = _records(archive, path.stat().st_size)
-        broken = archive.testzip()  # torch doesn't compare the checksums: damaged weights would load as other weights
+    with path.open("rb") as file:  # opened once: no other file can take its place between the checks and the loading
+        _outline(file)
+        file.seek(0)
+        contents = torch.load(file, map_location="cpu", weights_only=True)
+    check_tree(contents)
+    return contents
+
+
+def read_outline(path: Path) -> Any:
+    """Verify a file as `read_archive` does, and return its contents with tensors on `meta`, without their numbers.
+
+    Raises:
+        As `read_archive`.
+    """
+    with path.open("rb") as file:
+        outline = _outline(file)
+    check_tree(outline)
+    return outline
+
+
+def _outline(file: BinaryIO) -> Any:
+    """The contents with tensors on `meta`, after every check that needs no tensor."""
+    with zipfile.ZipFile(file) as archive:
+        records, root = _records(archive, os.fstat(file.fileno()).st_size)
+        broken = archive.testzip()  # torch compares no checksums: corrupt weights would load as other weights
         if broken is not None:
             raise CheckpointError(f"wrong checksum of {broken}")
         pickled = archive.read(f"{root}/data.pkl")
@@ -49,18 +72,16 @@ def read_archive(path: Path) -> Any:
             raise CheckpointError(
                 f"names {str(name)[:80]!r}, which no checkpoint of energy_flow does; nothing of it was run"
             )
-    _Sizes(pickled, {name.removeprefix(f"{root}/data/"): size for name, size in records.items()}).check()
-    contents = torch.load(path, map_location="cpu", weights_only=True)
-    check_tree(contents)
-    return contents
+    return _OutlineReader(
+        pickled, {name.removeprefix(f"{root}/data/"): size for name, size in records.items()}
+    ).outline()
 
 
 def _records(archive: zipfile.ZipFile, file_size: int) -> tuple[dict[str, int], str]:
-    """Name -> bytes of all records, and the folder in the archive that they stand in.
+    """Name -> bytes of all records, and the folder inside the archive that holds them.
 
-    The two readers of the file, Python's and torch's, must see the same: nothing in front of the archive, no name twice
-    (torch takes upper and lower case for the same). Records are stored as they are, side by side, so that they can't
-    hold more bytes than the file.
+    Python and torch each read the archive, and must see the same: nothing in front of it, no name twice (torch ignores
+    case). Records are uncompressed and don't overlap, so together they can't hold more bytes than the file.
     """
     members = archive.infolist()
     sizes = {member.filename: member.file_size for member in members}
@@ -69,28 +90,33 @@ def _records(archive: zipfile.ZipFile, file_size: int) -> tuple[dict[str, int], 
     if len({name.lower() for name in sizes}) < len(members):
         raise CheckpointError("has records of the same name")
     if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
-        raise CheckpointError("has records that are packed or encrypted; torch.save stores them as they are")
+        raise CheckpointError("has compressed or encrypted records; torch.save writes neither")
     if any(m.file_size != m.compress_size for m in members) or sum(sizes.values()) > file_size:
         raise CheckpointError("claims more bytes than it has")
     root = members[0].filename.partition("/")[0]
     if f"{root}/data.pkl" not in sizes or not all(name.startswith(f"{root}/") for name in sizes):
-        raise CheckpointError("has no data.pkl, or records beside its folder")
+        raise CheckpointError("has no data.pkl, or records outside its folder")
     return sizes, root
 
 
-class _Sizes(Unpickler):
-    """Reads a pickle with storages of the right size and no memory."""
+class _OutlineReader(Unpickler):
+    """Read a pickle with storages of the right size and no memory."""
 
     def __init__(self, pickled: bytes, records: Mapping[str, int]) -> None:
         super().__init__(io.BytesIO(pickled), encoding="utf-8")
         self._records = records
         self._storages: list[tuple[UntypedStorage, int]] = []
 
-    def check(self) -> None:
-        """Raises CheckpointError where a tensor asks for more than its record holds, also one that isn't kept."""
-        self.load()
+    def outline(self) -> Any:
+        """Return the contents.
+
+        Raises:
+            CheckpointError: a tensor is larger than its record, also one that the contents drop again.
+        """
+        contents = self.load()
         if any(storage.nbytes() != size for storage, size in self._storages):  # torch lets a storage grow
             raise CheckpointError("has tensors that are larger than their records")
+        return contents
 
     def persistent_load(self, pid: Any) -> TypedStorage:
         _, storage_type, key, location, count = pid
@@ -106,17 +132,17 @@ class _Sizes(Unpickler):
 
 
 def check_tree(contents: Any) -> None:
-    """See that values are a tree of bounded size, and that tensors hold a number for each of their places.
+    """Check that values are a tree of bounded size, and that tensors hold a number for each of their places.
 
-    A list that holds another one twice, and so on, is small in a file and endless to whoever walks through it.
+    A list that holds another one twice, and so on, is small in a file and endless for code that walks through it.
 
     Raises:
         CheckpointError: they aren't.
     """
-    level, seen = [contents], 0
+    level, count = [contents], 0
     for _ in range(_MAX_DEPTH):
-        seen += len(level)
-        if seen > _MAX_VALUES:
+        count += len(level)
+        if count > _MAX_VALUES:
             raise CheckpointError(f"holds more than {_MAX_VALUES:,} values")
         for value in level:
             if isinstance(value, Tensor) and value.numel() * value.itemsize > value.untyped_storage().nbytes():

@@ -1,4 +1,4 @@
-"""How checkpoints get to the disk and back: whole, or not at all."""
+"""Write checkpoints to the disk, whole or not at all, and hand a checkpoint that was read to Lightning."""
 
 import logging
 from pathlib import Path
@@ -15,23 +15,61 @@ log = logging.getLogger(__name__)
 LAST, BEFORE_LAST = "last.ckpt", "last-1.ckpt"
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's way to the disk, with checkpoints that are never half.
+class LoadedCheckpoint:
+    """A checkpoint that was read and verified once, and holds its contents until they are taken.
 
-    A checkpoint is written beside its place, brought to the disk, and only then renamed; a kill at any time leaves the
-    one before. The `last.ckpt` before stays as `last-1.ckpt`. Zip's checksum of every part, inside the file, is
-    compared when a checkpoint is read. What can't be written is said and doesn't end training.
+    Args:
+        path: the file.
 
     Attributes:
-        failed: path -> why it couldn't be written, of those that were not written since; on the process that writes.
+        path: of the file.
+        step: the optimiser steps before it.
+        contents: the checkpoint; None: taken or dropped.
+
+    Raises:
+        CorruptCheckpointError: the bytes are not those of a checkpoint.
+        CheckpointError: missing, or not written by energy_flow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self._stamp = _stamp(self.path)  # before the file is read: one that is replaced meanwhile has another
+        self.contents: dict[str, Any] | None = checkpoints.load_without_siblings(self.path)
+        self.step = checkpoints.step_of(self.contents)
+
+    def take(self, path: str | Path) -> dict[str, Any] | None:
+        """Hand the contents on, if they are those of the file at `path` as it is now. They are dropped here, always."""
+        contents, self.contents = self.contents, None
+        path = Path(path).expanduser()
+        unchanged = path == self.path and self._stamp is not None and _stamp(path) == self._stamp
+        return contents if unchanged else None
+
+    def drop(self) -> None:
+        """Free the memory of the contents."""
+        self.contents = None
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to the disk, with checkpoints that are never half written.
+
+    A checkpoint is written to a temporary file, brought to the disk, and only then renamed; a kill at any time leaves
+    the one before. The `last.ckpt` before becomes `last-1.ckpt`. A checkpoint that can't be written is reported and
+    doesn't end training.
+
+    Args:
+        loaded: a checkpoint that was verified already; Lightning gets it instead of a second reading of the same file.
+
+    Attributes:
+        failed: path -> reason, of the checkpoints that couldn't be written; only on the process that writes.
+    """
+
+    def __init__(self, loaded: LoadedCheckpoint | None = None) -> None:
         self.failed: dict[str, str] = {}
+        self._loaded = loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
-            raise TypeError("storage_options: checkpoints are files, there is nothing to choose")
+            raise TypeError("storage_options: checkpoints are files, which have no options")
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +78,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             self.failed[str(path)] = error.strerror or str(error)
             log.warning(
-                "%s: the checkpoint of step %s can't be written (%s). Make room: training goes on",
+                "%s: the checkpoint of step %s can't be written (%s). Make room: training continues",
                 path,
                 checkpoint["global_step"],
                 self.failed[str(path)],
@@ -51,16 +89,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """On the CPU, as plain containers; nothing in it can run code.
+        """Load a checkpoint on the CPU, as plain containers; nothing in it can run code.
 
         Raises:
-            CheckpointError: missing, damaged, or not written by energy_flow.
+            CheckpointError: missing, corrupt, or not written by energy_flow.
         """
-        return checkpoints.load(path)
+        loaded, self._loaded = self._loaded, None
+        contents = None if loaded is None else loaded.take(path)
+        return checkpoints.load(path) if contents is None else contents
 
 
-class _Recorder:
-    """A file that keeps its own error: torch makes a RuntimeError without the reason of it."""
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Changes whenever a file is written or replaced; None: there is no file."""
+    if not path.is_file():
+        return None
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+class _ErrorKeeper:
+    """A file that keeps its own error: torch raises a RuntimeError without the reason."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -78,11 +126,11 @@ class _Recorder:
 
 
 def _write(checkpoint: dict[str, Any], file: BinaryIO) -> None:
-    """Part by part: a second copy in memory would be as large as the model and its optimiser."""
-    recorder = _Recorder(file)
+    """Write part by part: a second copy in memory would be as large as the model and its optimiser."""
+    keeper = _ErrorKeeper(file)
     try:
-        torch.save(checkpoint, recorder)  # type: ignore[arg-type]  # it needs no more than `write` and `flush`
+        torch.save(checkpoint, keeper)  # type: ignore[arg-type]  # it needs no more than `write` and `flush`
     except RuntimeError as error:
-        if recorder.error is None:
+        if keeper.error is None:
             raise
-        raise recorder.error from error
+        raise keeper.error from error

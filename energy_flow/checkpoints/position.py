@@ -1,4 +1,4 @@
-"""Where a training can go on from: between two optimiser steps, with every count as it was there."""
+"""A position of training to resume from: between two optimiser steps, with all counts as they were there."""
 
 import copy
 from dataclasses import dataclass
@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from energy_flow.checkpoints.lightning_loops import VALIDATION_BATCHES
+
 
 @dataclass(frozen=True)
 class LoopPosition:
-    """What a checkpoint would have said between two steps, without the weights.
+    """A checkpoint between two steps, without the weights.
 
-    Lightning's counts run ahead of the weights: those of a batch that was begun, of gradients that were accumulated and
-    are lost, of a validation that is broken off. A checkpoint with these counts goes on as if nothing had happened.
+    Lightning's counts run ahead of the weights: they include a batch that has only begun, accumulated gradients that
+    will be lost, a validation that will be interrupted. A checkpoint with the counts of this position resumes as if
+    none of these had happened.
 
     Attributes:
         loops, callbacks: the sections of these names of a checkpoint.
-        versions: of all that the optimiser writes.
+        versions: of every tensor that the optimiser writes.
     """
 
     loops: dict[str, Any]
@@ -26,7 +29,7 @@ class LoopPosition:
 
     @classmethod
     def here(cls, trainer: Trainer) -> "LoopPosition":
-        """That of this moment; without waiting for the device."""
+        """The position of this moment; doesn't wait for the device."""
         loops = {"fit_loop": trainer.fit_loop.state_dict()}
         callbacks = {callback.state_key: callback.state_dict() for callback in _callbacks(trainer)}
         return cls(
@@ -37,20 +40,20 @@ class LoopPosition:
 
     @classmethod
     def before_validation(cls, trainer: Trainer) -> "LoopPosition":
-        """That of a validation about to begin; going on begins it anew."""
-        boundary = cls.here(trainer)
-        progress = boundary.loops["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):  # as in its first batch: Lightning skips it otherwise
+        """The position at the start of a validation; a run that resumes here begins the validation anew."""
+        position = cls.here(trainer)
+        progress = position.loops["fit_loop"][VALIDATION_BATCHES]
+        for counts in (progress["total"], progress["current"]):  # as in its first batch; otherwise Lightning skips it
             counts["ready"] += 1
             counts["started"] += 1
-        return boundary
+        return position
 
-    def holds(self, trainer: Trainer) -> bool:
+    def is_current(self, trainer: Trainer) -> bool:
         """Whether no weight has been written since."""
         return self.versions == versions(trainer)
 
     def write_into(self, checkpoint: dict[str, Any]) -> None:
-        """Put its counts in the place of those of now."""
+        """Replace the counts of a checkpoint by those of this position."""
         checkpoint["loops"] = {**checkpoint["loops"], **self.loops}
         checkpoint["callbacks"] = self.callbacks
 

@@ -1,6 +1,6 @@
-"""The two ends of a flow lattice: embedding to surface energies, surface energies to embedding.
+"""The two maps of a flow lattice: from embeddings to surface energies, and from surface energies to embeddings.
 
-They are learned, or, where the embedding is a surface already, the identity.
+They are learned, or the identity where embeddings already are surfaces.
 """
 
 import math
@@ -8,15 +8,22 @@ import math
 import torch
 from torch import Tensor, nn
 
-# Root mean square of the initial surface energies: tanh is still nearly linear there.
+# Root mean square of the surface energies before training; tanh is still nearly linear there.
 INITIAL_ENERGY = 0.3
 
 
 class MapIn(nn.Module):
-    """Embedding [B, D] -> energies of the input surface [B, S, E].
+    """Maps embeddings [B, D] to energies of the input surface [B, S, E].
 
-    The network ends in a tanh; a learned value per cell is added after it. The embedding is scaled by
-    sqrt(D), so that a row of unit length enters with entries of size one.
+        surface = tanh(network(sqrt(D) * embedding)) + cell_value
+
+    The factor sqrt(D) gives the entries of an embedding of unit length a root mean square of 1.
+
+    Args:
+        embedding_dim: D.
+        num_cells: S.
+        energy_dim: E.
+        hidden: size of the hidden layer; None: no hidden layer.
     """
 
     def __init__(self, embedding_dim: int, num_cells: int, energy_dim: int, hidden: int | None) -> None:
@@ -34,9 +41,15 @@ class MapIn(nn.Module):
 
 
 class MapOut(nn.Module):
-    """Energies of the output surface [B, S, E] -> embedding [B, D], not normalised.
+    """Maps energies of the output surface [B, S, E] to embeddings [B, D], not normalised.
 
-    The network's output is divided by sqrt(D), as the map in multiplies by it.
+        embedding = network(surface) / sqrt(D)
+
+    Args:
+        embedding_dim: D.
+        num_cells: S.
+        energy_dim: E.
+        hidden: size of the hidden layer; None: no hidden layer.
     """
 
     def __init__(self, embedding_dim: int, num_cells: int, energy_dim: int, hidden: int | None) -> None:
@@ -49,17 +62,21 @@ class MapOut(nn.Module):
 
     @torch.no_grad()
     def start_as_inverse(self, map_in: MapIn, share: float = 1.0) -> None:
-        """Begin as `share` times the (pseudo-)inverse of a linear map in: flows that stay put give the input back."""
+        """Start as `share` times the (pseudo-)inverse of a linear map in: flows that don't move return the input."""
         weight, linear = _only_linear(map_in).weight, _only_linear(self)
         linear.weight.copy_(weight.T * (share * min(weight.shape) / weight.square().sum()))
         linear.bias.zero_()
 
 
 class IdentityIn(nn.Module):
-    """A surface [B, S * E] is its own input surface [B, S, E].
+    """Takes a surface [B, S * E] as the input surface [B, S, E].
 
-    Nothing is learned here, no value per cell either: what a cell holds is given, and weights that belong to no
-    cell run on a lattice of any width and height.
+    It has no parameters, not even a value per cell. So weights that were trained on one lattice run on a lattice of any
+    width and height.
+
+    Args:
+        num_cells: S.
+        energy_dim: E.
     """
 
     def __init__(self, num_cells: int, energy_dim: int) -> None:
@@ -71,13 +88,14 @@ class IdentityIn(nn.Module):
 
 
 class IdentityOut(nn.Module):
-    """The output surface [B, S, E], flattened to [B, S * E]."""
+    """Flattens the output surface [B, S, E] to [B, S * E]."""
 
     def forward(self, surface: Tensor) -> Tensor:
         return surface.flatten(1)
 
 
 def _only_linear(mapper: MapIn | MapOut) -> nn.Linear:
+    """The layer of a map without a hidden layer."""
     linear = mapper.network[0]
     assert isinstance(linear, nn.Linear)
     return linear
@@ -85,13 +103,14 @@ def _only_linear(mapper: MapIn | MapOut) -> nn.Linear:
 
 @torch.no_grad()
 def _start_orthogonal(linear: nn.Linear) -> None:
-    """Orthonormal rows or columns, scaled so that a unit-RMS input gives entries of `INITIAL_ENERGY`; bias 0."""
+    """Set orthonormal rows or columns, scaled so that inputs of RMS 1 give an RMS of `INITIAL_ENERGY`; bias 0."""
     rows, columns = linear.weight.shape
     nn.init.orthogonal_(linear.weight, gain=INITIAL_ENERGY * math.sqrt(max(rows / columns, 1.0)))
     linear.bias.zero_()
 
 
 def _layers(inputs: int, outputs: int, hidden: int | None) -> list[nn.Module]:
+    """One linear layer, or two with a GELU between them."""
     if hidden is None:
         return [nn.Linear(inputs, outputs)]
     return [nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs)]

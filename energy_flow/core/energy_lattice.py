@@ -116,7 +116,8 @@ class LatticeSettings(Settings):
         if self.filter.enabled and self.spawn.enabled and self.filter.min_displacement >= self.spawn.threshold:
             raise ValueError(
                 f"lattice.filter.min_displacement = {self.filter.min_displacement}: must be below "
-                f"lattice.spawn.threshold = {self.spawn.threshold}, or flows that spawn would be removed"
+                f"lattice.spawn.threshold = {self.spawn.threshold}, or the filter would remove flows that spawn. "
+                "Lower the first, or raise the second"
             )
         return self
 

@@ -5,10 +5,14 @@ from torch import Tensor, nn
 
 
 class SimpleNeuron(nn.Module):
-    """(position, energy) -> features: what a flow reads at the place where it is.
+    """Computes the features of a flow from its position and energy.
 
-    Positions are already normalised to [-1, 1] and are used as they are. The network runs in the dtype of
-    the positions, also under autocast: bfloat16 can't tell neighbouring cells apart.
+    Positions are normalised to [-1, 1] already. The network runs in the dtype of the positions, also under autocast:
+    bfloat16 can't tell neighbouring cells apart.
+
+    Args:
+        energy_dim: E.
+        features: F.
     """
 
     def __init__(self, energy_dim: int, features: int) -> None:
@@ -16,7 +20,7 @@ class SimpleNeuron(nn.Module):
         self.network = nn.Sequential(nn.Linear(3 + energy_dim, features), nn.SiLU(), nn.Linear(features, features))
 
     def forward(self, position: Tensor, energy: Tensor) -> Tensor:
-        """[..., 3], [..., E] -> [..., F]."""
+        """Positions [..., 3] and energies [..., E] -> features [..., F]."""
         with torch.autocast(position.device.type, enabled=False):
             return neuron_features(position, energy, *self.weights)
 
@@ -30,7 +34,7 @@ class SimpleNeuron(nn.Module):
 def neuron_features(
     position: Tensor, energy: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
-    """Two linear layers with a SiLU between them."""
+    """Two linear layers with a SiLU between them: linear2(silu(linear1([position, energy]))), [..., F]."""
     place = torch.cat([position, energy.to(position.dtype)], dim=-1)
     hidden = nn.functional.silu(nn.functional.linear(place, weight1, bias1))
     return nn.functional.linear(hidden, weight2, bias2)
@@ -39,7 +43,7 @@ def neuron_features(
 def write_features(
     position: Tensor, energy: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, into: Tensor
 ) -> None:
-    """Write features and energy, what the carrier reads, to `into` [N, F + E or more]; what is left of it gets 0."""
+    """Write features and energy, the carrier's input, to `into` [N, F + E or more]. Columns beyond F + E become 0."""
     features = neuron_features(position, energy, weight1, bias1, weight2, bias2)
     used = features.shape[1] + energy.shape[1]
     into[:, : features.shape[1]] = features
@@ -55,7 +59,17 @@ def neuron_features_backward(
     weight2: Tensor,
     grad_features: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of position, energy, weight1, bias1, weight2 and bias2 from that of the features, all [N, ·]."""
+    """The backward pass of `neuron_features`.
+
+    Args:
+        position: [N, 3].
+        energy: [N, E].
+        weight1, bias1, weight2: see `SimpleNeuron.weights`.
+        grad_features: [N, F].
+
+    Returns:
+        Gradients of position, energy, weight1, bias1, weight2 and bias2.
+    """
     place = torch.cat([position, energy], dim=-1)
     before = nn.functional.linear(place, weight1, bias1)
     gate = torch.sigmoid(before)

@@ -29,18 +29,14 @@ def map_tensors(function: Callable[..., Tensor], *records: Record) -> Record:
         ValueError: the records differ in their types, keys, lengths or plain values.
     """
     first = records[0]
-    if all(isinstance(record, Tensor) for record in records):
+    if len(records) > 1:
+        _check_structure(records)
+    if isinstance(first, Tensor):
         return function(*records)  # type: ignore[return-value]
-    if any(type(record) is not type(first) for record in records):
-        raise ValueError(f"records of different types: {', '.join(type(record).__name__ for record in records)}")
     parts = [_parts(record) for record in records]
     if parts[0] is None:
-        if any(record != first for record in records):
-            raise ValueError(f"records with different values: {', '.join(map(repr, records))}")
         return first
-    if any(list(part) != list(parts[0]) for part in parts):
-        raise ValueError(f"records with different keys: {', '.join(str(list(part)) for part in parts)}")
-    return _rebuild(first, {key: map_tensors(function, *(part[key] for part in parts)) for key in parts[0]})
+    return _rebuild(first, {key: map_tensors(function, *[part[key] for part in parts]) for key in parts[0]})
 
 
 def tensors_of(record: Any) -> list[Tensor]:
@@ -56,6 +52,21 @@ def held_bytes(record: Any) -> int:
     return sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
 
 
+def _check_structure(records: tuple[Any, ...]) -> None:
+    """Check that records agree in all but their tensors, without looking into their parts."""
+    types = [Tensor if isinstance(record, Tensor) else type(record) for record in records]
+    if any(other is not types[0] for other in types):
+        raise ValueError(f"records of different types: {', '.join(other.__name__ for other in types)}")
+    if types[0] is Tensor:
+        return
+    parts = [_parts(record) for record in records]
+    if parts[0] is None:
+        if any(record != records[0] for record in records):
+            raise ValueError(f"records with different values: {', '.join(map(repr, records))}")
+    elif any(list(part) != list(parts[0]) for part in parts):
+        raise ValueError(f"records with different keys: {', '.join(str(list(part)) for part in parts)}")
+
+
 def _parts(record: Any) -> Any:
     """The parts of a record by their key; None for a plain value."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
@@ -69,9 +80,9 @@ def _parts(record: Any) -> Any:
 
 def _rebuild(record: Any, parts: dict[Any, Any]) -> Any:
     """A record of the same type from new parts."""
-    if dataclasses.is_dataclass(record):
-        return type(record)(**parts)  # type: ignore[operator]
+    kind = type(record)
+    if dataclasses.is_dataclass(kind):
+        return kind(**parts)
     if isinstance(record, dict):
         return parts
-    values = parts.values()
-    return type(record)(*values) if hasattr(record, "_fields") else type(record)(values)
+    return kind(*parts.values()) if hasattr(kind, "_fields") else kind(parts.values())

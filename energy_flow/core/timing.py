@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes, measured without making the device wait."""
+"""The time of the parts of a forward pass, measured without waiting for the device."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,14 +8,14 @@ import torch
 
 
 class PhaseTimer:
-    """Seconds per named phase: place, propagate, collect, aggregate; whoever measures more may name more.
+    """Measures the seconds of named phases: place, propagate, collect, aggregate, and any others.
 
-    A phase entered several times adds up. On CUDA a phase is a pair of events on the current stream; nothing
-    waits for them. Elsewhere the clock on the wall is read.
+    Times of a phase that runs several times add up. On CUDA a phase is a pair of events on the current stream, and
+    nothing waits for them. Other devices use the clock.
 
     Args:
         device: where the work of the phases runs.
-        clock: seconds, for devices without events.
+        clock: returns seconds, for devices without events.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -27,7 +27,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside the `with` block to `name`."""
+        """Add the time of the `with` block to phase `name`."""
         self.start(name)
         try:
             yield
@@ -35,14 +35,14 @@ class PhaseTimer:
             self.stop(name)
 
     def start(self, name: str) -> None:
-        """Begin phase `name`, for callers whose phase is no block, such as the backward of a trainer."""
+        """Start phase `name`, where the phase is no block, such as the trainer's backward pass."""
         self._open[name] = self._mark()
 
     def stop(self, name: str) -> None:
         """End phase `name`.
 
         Raises:
-            KeyError: the phase was not started.
+            KeyError: the phase hasn't started.
         """
         begin, end = self._open.pop(name), self._mark()
         if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
@@ -51,10 +51,10 @@ class PhaseTimer:
             self._add(name, end - begin)
 
     def seconds(self, *, wait: bool = False) -> dict[str, float] | None:
-        """Seconds of every finished phase, or None while the device is still working on one.
+        """The seconds of every finished phase; None while the device is still working on one.
 
         Args:
-            wait: block until the device is done; for the end of a run, never inside it.
+            wait: wait for the device; for the end of a run only.
         """
         if wait:
             for _, _, end in self._events:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.core.faults import FaultQueue
 from energy_flow.core.flow_processor import FlowProcessor
@@ -129,10 +130,10 @@ class EnergyFlowModel(nn.Module):
 
     @classmethod
     def _with_weights(cls, card: ModelCard, weights: Mapping[str, Tensor], path: str | Path) -> Self:
-        checkpoints.check_depth(card.model.num_layers, weights, path)
+        compatibility.check_depth(card.model.num_layers, weights, path)
         try:
             with torch.device("meta"):  # without memory: sizes that are wrong may be huge
-                checkpoints.check_weights(weights, cls(card).processor, path)
+                compatibility.check_weights(weights, cls(card).processor, path)
         except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
             reason = str(error).strip().split("\n")[0][:200]
             raise CheckpointError(f"ckpt_path = {path}: its card describes no model: {reason}") from error

@@ -24,76 +24,45 @@ from energy_flow.comparison.jobs import clear_error, write_error
 from energy_flow.config import config_dir
 from energy_flow.errors import ConfigError, EnergyFlowError
 from energy_flow.runs.job import is_multirun, run_folder
-from energy_flow.runs.messages import explain, file_of, mendable, message_lines, unwritable
+from energy_flow.runs.messages import explain, message_lines, user_error
 
 log = logging.getLogger(__name__)
 
 Task = Callable[[dict[str, Any]], Any]
 
-
-# What Hydra raises for a config.
-_HYDRAS = (HydraException, OmegaConfBaseException, ValueError)
-
-
-# Unless this is set Hydra prints its errors itself, with a traceback or with advice that is wrong here.
-_FULL_ERROR = "HYDRA_FULL_ERROR"
+_CONFIG_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # raised by Hydra for a config
+_FULL_ERROR = "HYDRA_FULL_ERROR"  # unless it is 1 Hydra prints errors itself, with a traceback or with wrong advice
+_RERUN = "--experimental-rerun"
 
 
 def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
-    """Decorator: a task on a plain config becomes a Hydra application.
+    """Decorate a task on a plain config as a Hydra application.
 
-    Errors that a user can mend end the program with their message and exit code 1, without a traceback. A job of a
-    sweep that fails, in whatever way, doesn't keep the others from running; the sweep ends with exit code 1 then. After
-    Ctrl-C the exit code is 130, after SIGTERM 143. `HYDRA_FULL_ERROR=1` brings the tracebacks back.
+    An error that the user can mend ends the program with its message and exit code 1, without a traceback. A failed job
+    doesn't end the other jobs of a sweep; the sweep then ends with exit code 1. The exit code is 130 after Ctrl-C and
+    143 after SIGTERM. `HYDRA_FULL_ERROR=1` shows all tracebacks.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
-        asked = os.environ.get(_FULL_ERROR)
+        wrapped = _Job(task)
 
-        def run(config: DictConfig) -> Any:
-            clear_error(run_folder())
-            try:
-                with _environment(_FULL_ERROR, asked):
-                    return task(_plain(config))
-            except (KeyboardInterrupt, SystemExit) as end:
-                _end_run(end)
-            except Exception as raised:
-                error = mendable(raised)
-                _say(error)
-                if is_multirun():
-                    write_error(run_folder(), error)
-                elif isinstance(error, EnergyFlowError):
-                    sys.exit(1)
-                else:
-                    raise
-            gc.collect()  # the frames of an error hold all that the job had; the next job needs the memory
-            return None
+        def run(config: DictConfig) -> Any:  # Hydra takes a plain function only
+            return wrapped(config)
 
         start = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(run)
 
         @functools.wraps(task)
         def main() -> None:
-            if any(word.startswith("--e") for word in sys.argv[1:]):
-                print(
-                    "error: --experimental-rerun: reads a pickle, which could run code; repeat the overrides",
-                    file=sys.stderr,
-                )
-                sys.exit(1)
+            _refuse_rerun(sys.argv[1:])
+            wrapped.full_error = os.environ.get(_FULL_ERROR)
             OmegaConf.register_new_resolver("config_reference", lambda: _reference(config_name), replace=True)
-            with signals.handled(), _writers_raise():
+            with signals.handled(), _quiet_writers(), _environment(_FULL_ERROR, "1"):
                 try:
-                    with _environment(_FULL_ERROR, "1"):
-                        start()
-                except KeyboardInterrupt as end:  # before or after the run
-                    _leave(end)
-                except (*_HYDRAS, OSError) as error:
-                    if signals.received() is not None:  # what composes a config makes an error of it
-                        _leave(KeyboardInterrupt())
-                    ours = any(frame.f_code is run.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
-                    if asked == "1" or ours or not (isinstance(error, _HYDRAS) or file_of(error) or unwritable(error)):
-                        raise
-                    print(f"error: {explain(error, config_name)}", file=sys.stderr)
-                    sys.exit(1)
+                    start()
+                except KeyboardInterrupt as end:  # before or after the task
+                    _exit(end)
+                except (*_CONFIG_ERRORS, OSError) as error:
+                    _exit_with_explanation(error, wrapped, config_name)
 
         return main
 
@@ -108,9 +77,65 @@ def _reference(config_name: str) -> str:
     return text.replace("$", "$$")  # Hydra fills a string.Template with it
 
 
+class _Job:
+    """A task as Hydra calls it: with plain config, errors written and reported.
+
+    Attributes:
+        full_error: the user's value of HYDRA_FULL_ERROR.
+        raised: the error that the task has ended with, if it is a fault of the program.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.full_error: str | None = None
+        self.raised: Exception | None = None
+
+    def __call__(self, config: DictConfig) -> Any:
+        self.raised = None
+        clear_error(run_folder())
+        try:
+            with _environment(_FULL_ERROR, self.full_error):
+                return self._task(_plain(config))
+        except (KeyboardInterrupt, SystemExit) as end:
+            _exit_sweep(end)
+        except Exception as raised:
+            error = user_error(raised)
+            _report(error)
+            if is_multirun():
+                write_error(run_folder(), error)
+            elif isinstance(error, EnergyFlowError):
+                sys.exit(1)
+            else:
+                self.raised = raised
+                raise
+        gc.collect()  # the frames of an error hold all memory of the job; the next job needs it
+        return None
+
+
+def _refuse_rerun(words: list[str]) -> None:
+    """Refuse to rerun a job, for which Hydra reads a pickle, which can run code. argparse takes abbreviations too."""
+    flags = [word.partition("=")[0] for word in words]
+    if any(len(flag) > len("--") and _RERUN.startswith(flag) for flag in flags):
+        print(f"error: {_RERUN}: reads a pickle, which could run code; repeat the overrides instead", file=sys.stderr)
+        sys.exit(1)
+
+
+def _exit_with_explanation(error: Exception, job: _Job, config_name: str) -> NoReturn:
+    """Exit with the explanation of an error that Hydra raised before or after the task; raise all others again."""
+    if signals.received() is not None:  # Hydra makes an error of a signal that arrives while it composes a config
+        _exit(KeyboardInterrupt())
+    if job.full_error == "1" or error is job.raised:
+        raise error
+    explanation = explain(error, config_name)
+    if explanation is None:
+        raise error
+    print(f"error: {explanation}", file=sys.stderr)
+    sys.exit(1)
+
+
 @contextmanager
-def _writers_raise() -> Iterator[None]:
-    """TensorBoard's thread leaves its error to whoever writes next or closes: Python needn't print it as well."""
+def _quiet_writers() -> Iterator[None]:
+    """Don't print the disk errors of TensorBoard's thread: it raises them in the next call as well."""
     shown = threading.excepthook
 
     def show(args: Any) -> None:
@@ -124,32 +149,32 @@ def _writers_raise() -> Iterator[None]:
         threading.excepthook = shown
 
 
-def _say(error: Exception) -> None:
-    """The message of an error that a user can mend, the traceback of another one where Python won't show it."""
-    ours = isinstance(error, EnergyFlowError)
-    log.info("ended by an error: %s", error, exc_info=not ours)
-    log.debug("where it was found", exc_info=ours)
+def _report(error: Exception) -> None:
+    """Print the message of a user's error, or the traceback of another one where Python won't print it."""
+    mendable = isinstance(error, EnergyFlowError)
+    log.info("ended by an error: %s", error, exc_info=not mendable)
+    log.debug("where it was raised", exc_info=mendable)
     sys.stdout.flush()
-    if ours:
-        which = f"job {HydraConfig.get().job.num}: " if is_multirun() else ""
-        print("\n".join([f"error: {which}{error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+    if mendable:
+        job = f"job {HydraConfig.get().job.num}: " if is_multirun() else ""
+        print("\n".join([f"error: {job}{error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     elif is_multirun():
         traceback.print_exception(error)
 
 
-def _end_run(end: KeyboardInterrupt | SystemExit) -> NoReturn:
-    """End the program, and with it the sweep, of whose end Hydra would tell its callbacks nothing."""
+def _exit_sweep(end: KeyboardInterrupt | SystemExit) -> NoReturn:
+    """Exit, and first call the sweep's `on_multirun_end` callbacks, which Hydra skips on SystemExit."""
     if is_multirun():
         write_error(run_folder(), KeyboardInterrupt(signals.name()))
         config: Any = HydraConfig.instance().cfg
         for callback in config.hydra.callbacks.values():
-            with suppress(SystemExit):  # its exit code; ours says more
+            with suppress(SystemExit):  # the exit code of `end` matters more
                 hydra.utils.instantiate(callback).on_multirun_end(config=config)
-    _leave(end)
+    _exit(end)
 
 
-def _leave(end: KeyboardInterrupt | SystemExit) -> NoReturn:
-    if isinstance(end, SystemExit):  # by one who has said why
+def _exit(end: KeyboardInterrupt | SystemExit) -> NoReturn:
+    if isinstance(end, SystemExit):  # its message has been printed
         raise end
     print(signals.name(), file=sys.stderr)
     sys.exit(signals.exit_code())
@@ -168,7 +193,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 @contextmanager
 def _environment(name: str, value: str | None) -> Iterator[None]:
-    """The environment variable has this value (None: isn't there) inside."""
+    """Set an environment variable inside; None: remove it."""
     before = os.environ.get(name)
     _set(name, value)
     try:

@@ -1,7 +1,8 @@
-"""Which folder a run writes to: a new one, or that of a run that was killed and goes on."""
+"""Choose and lock the folder of a training run: a new one, or the folder of a killed run that resumes.
 
-import fcntl
-import logging
+Training needs a POSIX system (Linux or macOS): the lock is `flock`, which ends with its process, also after SIGKILL.
+"""
+
 import os
 import sys
 from collections.abc import Iterator
@@ -11,57 +12,58 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from energy_flow.atomic import UNFINISHED, write_whole
-from energy_flow.checkpoints.format import beside, damage
-from energy_flow.errors import CheckpointError, ConfigError
+from energy_flow.errors import ConfigError
 
-log = logging.getLogger(__name__)
+try:
+    import fcntl
+except ImportError:  # Windows: everything but training works
+    fcntl = None  # type: ignore[assignment]
 
-FINISHED = "finished"  # the file that says that a run has all its results
-_TRACES = ("checkpoints/*.ckpt", "metrics.json", "tensorboard/events*", "csv/metrics.csv")
-_START = ("resume", "ckpt_path")  # how a run is started, not what it trains
-_locked: set[int] = set()  # descriptors
+FINISHED = "finished"  # the file that marks a run with all its results
+_TRACES = ("checkpoints/*.ckpt", "metrics.json", "tensorboard/events*", "csv/metrics.csv")  # of a run in a folder
+_START = ("resume", "ckpt_path")  # keys that say how a run starts, not what it trains
+_locks: set[int] = set()  # open file descriptors
 
 
 class RunFolder(Callback):
-    """Before Hydra writes anything: with `resume=auto` finds the run that goes on, else refuses a folder that is used.
+    """Choose the folder before Hydra writes anything: find the run to resume, or refuse a folder that is in use.
 
-    A Hydra callback; Hydra turns errors of callbacks into warnings, so these end the program here.
+    A Hydra callback. Hydra turns the errors of callbacks into warnings, so this one exits itself.
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if "resume" not in config or not is_first_process():  # not training, or a process that another one started
+        if "resume" not in config or not is_first_process():  # no training, or a process that another one started
             return
         try:
             if config.resume == "auto" and not _is_given(config, "hydra.run.dir"):
-                self._go_on_with_the_newest(config)
+                self._resume_newest(config)
             _check_use(Path(config.hydra.run.dir), config)
         except OmegaConfBaseException:
-            return  # Hydra meets it next, and says so
+            return  # Hydra meets the same error next, and reports it
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
 
-    def _go_on_with_the_newest(self, config: DictConfig) -> None:
-        place = Path(config.paths.log_dir, config.task_name, "runs")
-        found = unfinished_runs(place, config)
+    def _resume_newest(self, config: DictConfig) -> None:
+        parent = Path(config.paths.log_dir, config.task_name, "runs")
+        found = unfinished_runs(parent, config)
         if not found:
-            print(f"resume = auto: no unfinished run with this config below {place}: a new one begins")
+            print(f"resume = auto: no unfinished run with this config in {parent}: starting a new one")
             return
-        others = f", the newest of {len(found)} unfinished ones with this config" if len(found) > 1 else ""
-        print(f"resume = auto: going on with {found[0]}{others}")
+        others = f", the newest of {len(found)} unfinished runs with this config" if len(found) > 1 else ""
+        print(f"resume = auto: resuming {found[0]}{others}")
         with open_dict(config):
             config.hydra.run.dir = str(found[0])
 
 
-def unfinished_runs(place: Path, config: DictConfig) -> list[Path]:
-    """Runs with this config below a folder that have a checkpoint and not all their results; the newest first."""
+def unfinished_runs(parent: Path, config: DictConfig) -> list[Path]:
+    """Run folders in `parent` with this config that have a checkpoint and not all their results; the newest first."""
     started = []
-    for saved in place.glob("*/.hydra/config.yaml"):
+    for saved in parent.glob("*/.hydra/config.yaml"):
         folder = saved.parent.parent
         unfinished = not (folder / FINISHED).exists() and any(folder.glob("checkpoints/*.ckpt"))
         if unfinished and not differing_keys(_load(saved), config):
@@ -70,13 +72,15 @@ def unfinished_runs(place: Path, config: DictConfig) -> list[Path]:
 
 
 def differing_keys(one: DictConfig, other: DictConfig) -> list[str]:
-    """Keys whose resolved values differ, but for where a run writes and how it was started."""
+    """Keys whose resolved values differ, except for the paths of a run and the way it starts."""
     flat = [_flat("", _resolved(config)) for config in (one, other)]
     return [key for key in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(key, ...) != flat[1].get(key, ...)]
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes; a launcher tells the others their number in the environment."""
+    """Whether this is the process that writes; launchers number the others in their environment."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only  # not above: `check` doesn't need Lightning
+
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -86,25 +90,25 @@ def is_finished(folder: Path) -> bool:
 
 
 def mark_finished(folder: Path) -> None:
-    """Say that a run has all its results; on the first process."""
+    """Mark a run that has all its results; on the first process."""
     if is_first_process():
         write_whole(folder / FINISHED, f"{datetime.now().isoformat(timespec='seconds')}\n".encode())
 
 
 def mark_unfinished(folder: Path) -> None:
-    """A run that had all its results trains on; on the first process."""
+    """Remove the mark of a finished run that trains longer; on the first process."""
     if is_first_process():
         (folder / FINISHED).unlink(missing_ok=True)
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """A run's folder for this process alone, without what a killed one left half written.
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a run's folder for this process, and remove the half-written files of a killed one.
 
-    The lock dies with the process. Processes that another one started are let in.
+    The lock ends with the process. Processes that another one started use the lock of the first.
 
     Raises:
-        ConfigError: another process trains in it, or it can't be made.
+        ConfigError: another process trains in it, it can't be made, or the system isn't POSIX.
     """
     if not is_first_process():
         yield
@@ -116,41 +120,21 @@ def held(folder: Path) -> Iterator[None]:
             f"paths.output_dir = {folder}: can't be written ({error.strerror}). Give another folder"
         ) from error
     descriptor = _lock(folder)
-    _locked.add(descriptor)
+    _locks.add(descriptor)
     try:
         for path in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")):
             path.unlink()
         yield
     finally:
-        _locked.discard(descriptor)
+        _locks.discard(descriptor)
         os.close(descriptor)
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The checkpoint in a folder to go on from; None: there is none. Damaged ones are named, and left where they are.
-
-    Raises:
-        CheckpointError: there are some, and all are damaged.
-    """
-    found = beside(folder / "any.ckpt")
-    for path in found:
-        reason = damage(path)
-        if reason is None:
-            return path
-        log.warning("%s: damaged (%s), not used", path, reason)
-    if found:
-        raise CheckpointError(
-            f"resume = auto: all checkpoints in {folder} are damaged ({', '.join(path.name for path in found)}). "
-            "Remove them to begin anew"
-        )
-    return None
-
-
 def _check_use(folder: Path, config: DictConfig) -> None:
-    """See that a folder is new, or that its run is asked to go on and no other process does.
+    """Check that a folder is new, or that its run is to resume and no other process trains in it.
 
     Raises:
-        ConfigError: it isn't.
+        ConfigError: it is in use.
     """
     if not any(path for trace in _TRACES for path in folder.glob(trace)):
         return
@@ -160,22 +144,26 @@ def _check_use(folder: Path, config: DictConfig) -> None:
         differing = differing_keys(_load(saved), config) if saved.is_file() else []
         if differing:
             raise ConfigError(
-                f"hydra.run.dir = {folder}: its run has another config: {', '.join(differing[:5])} differ. Repeat its "
-                "overrides, or give ckpt_path instead of resume=auto to go on with these"
+                f"hydra.run.dir = {folder}: its run has another config, these keys differ: {', '.join(differing[:5])}. "
+                "Repeat its overrides; or, to continue with the new ones, give ckpt_path instead of resume=auto"
             )
     elif ckpt_path is None or folder.resolve() not in Path(ckpt_path).expanduser().resolve().parents:
         raise ConfigError(
-            f"hydra.run.dir = {folder}: holds a run, which would be overwritten. Go on with it by resume=auto, or "
+            f"hydra.run.dir = {folder}: holds a run, which would be overwritten. Continue it with resume=auto, or "
             "give another folder"
         )
     os.close(_lock(folder))
     if config.resume == "auto" and (folder / ".hydra" / "config.yaml").is_file():
         with open_dict(config):
-            config.hydra.output_subdir = None  # a kill while Hydra writes the same files again would leave half of them
+            config.hydra.output_subdir = None  # Hydra would write the same files again, and a kill leave half of them
 
 
 def _lock(folder: Path) -> int:
-    """Lock a folder; closing the descriptor gives it back."""
+    """Lock a folder; closing the returned descriptor unlocks it."""
+    if fcntl is None:
+        raise ConfigError(
+            "training runs on Linux and macOS only, because it locks its run folder the POSIX way. On Windows use WSL"
+        )
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,14 +173,15 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _forget_in_child() -> None:
-    """Data workers must not hold a killed run's folder for as long as they take to notice."""
-    for descriptor in _locked:
+def _unlock_in_child() -> None:
+    """Close the copies of a forked data worker: it would keep the folder of a killed run locked until it ends."""
+    for descriptor in _locks:
         os.close(descriptor)
-    _locked.clear()
+    _locks.clear()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+if hasattr(os, "register_at_fork"):  # POSIX
+    os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def _is_given(config: DictConfig, key: str) -> bool:

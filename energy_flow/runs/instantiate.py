@@ -2,56 +2,51 @@
 
 import inspect
 import os
-import typing
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Any
 
 import hydra
 import lightning.pytorch as pl
 from hydra.errors import InstantiationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from pydantic import Field
 
 from energy_flow.errors import ConfigError
-from energy_flow.settings import check_type, did_you_mean
+from energy_flow.settings import check_arguments, did_you_mean
 from energy_flow.training.csv_logger import ResumableCSVLogger
 
-# Of callbacks and loggers that were built: where they stand in the config, for messages.
+# Attribute of built callbacks and loggers: their key in the config, for messages.
 CONFIG_KEY = "config_key"
 
 
-# What Lightning takes and can't have been meant: without patience the first validation ends a run.
-_LIMITS = {pl.callbacks.EarlyStopping: {"patience": Annotated[int, Field(ge=1)]}}
-
-
-# What a config may build, and what else may stand in its arguments; by the package that a class is defined in.
+# Packages whose classes a config may build; more of them may be built as arguments.
 _BUILT = ("energy_flow.training", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
-
-
 _ARGUMENTS = (*_BUILT, "torch.optim", "datetime")
 
 
-# Packages that a user trusts beside these, with commas between them; a config can't set it.
+# Environment variable with more packages that the user trusts, separated by commas; a config can't set it.
 TRUST = "ENERGY_FLOW_TRUST"
 
 
-# Loggers that can go on with their own files.
+# Loggers that can append to their own files.
 _PURGING = {f"{cls.__module__}.{cls.__qualname__}" for cls in (ResumableCSVLogger, TensorBoardLogger)} | {
     "lightning.pytorch.loggers.TensorBoardLogger"
 }
 
 
-_RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
+RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 
 
 def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
     """Build every entry of a group whose entries name their class in `_target_`; null entries are left out.
 
-    A config may come from anywhere: it builds callbacks and loggers of energy_flow and Lightning, and of the packages
-    that the environment variable ENERGY_FLOW_TRUST names. Nothing else is imported.
+    A config may come from a stranger. So it can build callbacks and loggers of energy_flow, of Lightning, and of the
+    packages in the environment variable ENERGY_FLOW_TRUST. Nothing else is imported.
+
+    Args:
+        key: of the group in the config.
 
     Raises:
-        ConfigError: a class that isn't there or may not be built, or an argument that it doesn't have or can't use.
+        ConfigError: a class that doesn't exist or may not be built, or an argument that it doesn't have or can't use.
     """
     built = []
     for name, entry in (section or {}).items():
@@ -65,11 +60,11 @@ def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
 
 
 def build_loggers(section: Mapping[str, Any] | None, purge_step: int | None) -> list[Logger]:
-    """The loggers of the group `logger`.
+    """Build the loggers of the group `logger`.
 
     Args:
-        purge_step: the step that a run goes on from: what its files hold of this step and later isn't shown twice.
-            None: a new run.
+        purge_step: the step that a run resumes from. Loggers drop points of this step and later, which the run logs
+            again. None: a new run.
     """
     entries = dict(section or {})
     for name, entry in entries.items():
@@ -85,22 +80,24 @@ def _build(entry: Mapping[str, Any], key: str) -> Any:
     parameters = inspect.signature(target).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         refuse_unknown(entry, set(parameters) | {"_target_"}, key)
-    check_types(target.__init__, entry, key)  # type: ignore[misc]
-    for base, limits in _LIMITS.items():
-        for name in limits.keys() & entry.keys() if issubclass(target, base) else ():
-            check_type(entry[name], limits[name], f"{key}.{name}")
+    check_arguments(target.__init__, entry, key)  # type: ignore[misc]
     try:
-        return hydra.utils.instantiate(entry, _convert_="all")
+        built = hydra.utils.instantiate(entry, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise ConfigError(f"{key}: {one_line(error.__cause__ or error)}") from error
+    if isinstance(built, pl.callbacks.EarlyStopping) and built.patience < 1:  # Lightning doesn't check it
+        raise ConfigError(
+            f"{key}.patience = {built.patience}: must be at least 1, or the first validation ends the run"
+        )
+    return built
 
 
 def _check_argument(value: Any, key: str) -> None:
-    """Hydra builds whatever names a class, at any depth."""
+    """Check an argument at any depth: Hydra builds every mapping that names a class."""
     if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{key} = {value!r}: would be looked up once more; leave out the ${{")
+        raise ConfigError(f"{key} = {value!r}: would be resolved a second time; leave out the ${{")
     if isinstance(value, Mapping):
         if any(isinstance(name, str) and name.startswith("_") for name in value):
             _target(value, key, _ARGUMENTS)
@@ -112,15 +109,15 @@ def _check_argument(value: Any, key: str) -> None:
 
 
 def _target(entry: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> type:
-    """The class that an entry names, if it may be built; others aren't even imported."""
+    """The class that an entry names, if a config may build it; other modules aren't even imported."""
     path = entry.get("_target_")
     for name in entry:
         if isinstance(name, str) and name.startswith("_") and name != "_target_":
-            raise ConfigError(f"{key}.{name}: unknown key; of those that Hydra knows only _target_ may be set")
+            raise ConfigError(f"{key}.{name}: unknown key; of Hydra's own keys only _target_ may be set")
     packages = (*allowed, *filter(None, os.environ.get(TRUST, "").split(",")))
     where = f"{key}._target_ = {path}"
     refusal = (
-        f"{where}: refused, nothing of it was run: a config builds classes of {', '.join(packages)} alone. To trust "
+        f"{where}: refused, none of its code was run: a config builds classes of {', '.join(packages)} only. To trust "
         f"another package, name it in the environment: {TRUST}=my_package"
     )
     if not isinstance(path, str) or not _within(path, packages):
@@ -129,7 +126,7 @@ def _target(entry: Mapping[str, Any], key: str, allowed: tuple[str, ...]) -> typ
         found = hydra.utils.get_class(path)
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(f"{where}: {one_line(error)}") from error
-    if not _within(found.__module__, packages):  # a module's own imports can be reached through its name
+    if not _within(found.__module__, packages):  # the path may reach a class that the module only imports
         raise ConfigError(refusal)
     return found
 
@@ -139,20 +136,18 @@ def _within(path: str, packages: tuple[str, ...]) -> bool:
 
 
 def refuse_unknown(section: Mapping[str, Any], known: set[str], key: str) -> None:
+    """Refuse a key of a section that isn't known.
+
+    Raises:
+        ConfigError: names the key and the closest known one.
+    """
     for name in section:
-        if name in _RESERVED and key == "trainer":
-            raise ConfigError(f"trainer.{name}: set it through {_RESERVED[name]}")
+        if name in RESERVED and key == "trainer":
+            raise ConfigError(f"trainer.{name}: set it through {RESERVED[name]}")
         if name not in known:
             raise ConfigError(f"{key}.{name}: unknown key; {did_you_mean(name, known - {'_target_'})}")
 
 
-def check_types(function: Callable[..., Any], section: Mapping[str, Any], key: str) -> None:
-    """Types of the arguments of a class that doesn't check them itself; Lightning's callbacks take anything."""
-    hints = typing.get_type_hints(function)
-    for name, value in section.items():
-        if name in hints and not isinstance(value, Mapping):
-            check_type(value, hints[name], f"{key}.{name}")
-
-
 def one_line(error: BaseException) -> str:
+    """The message of an error in one line, or its type."""
     return " ".join(str(error).split()) or type(error).__name__

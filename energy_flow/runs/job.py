@@ -9,11 +9,12 @@ from hydra.types import RunMode
 
 
 def run_folder() -> Path:
+    """The folder that Hydra made for the job."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def resume_command(checkpoint: Path) -> str:
-    """The command line that continues an interrupted run, in its own folder."""
+    """The command line that resumes a run from a checkpoint, in its own folder."""
     config = HydraConfig.get()
     overrides = [o for o in config.overrides.task if not o.startswith(("ckpt_path=", "resume="))]
     paths = {"ckpt_path": str(checkpoint), "hydra.run.dir": config.runtime.output_dir}
@@ -22,7 +23,7 @@ def resume_command(checkpoint: Path) -> str:
 
 
 def _hydra_quoted(value: str) -> str:
-    """A value as Hydra's grammar reads it back, also with `=`, `,` or spaces in it."""
+    """Quote a value for Hydra's grammar, which gives `=`, `,` and spaces a meaning."""
     return value if re.fullmatch(r"[\w/.+-]*", value) else '"' + value.replace('"', '\\"') + '"'
 
 

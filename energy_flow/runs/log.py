@@ -1,4 +1,4 @@
-"""The log file of a run."""
+"""The log file of a run, and warnings that its programs silence."""
 
 import logging
 import sys
@@ -6,30 +6,34 @@ import warnings
 
 
 class RunLog(logging.FileHandler):
-    """A log file. That it can't be written (a full disk) is said once and ends nothing."""
+    """A log file that reports once when it can't be written (a full disk), and lets the run continue."""
 
-    _said = False
+    _reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self._said:
-            self._said = True
-            print(f"{self.baseFilename}: {error.strerror}: the log has a gap from here on")
+        elif not self._reported:
+            self._reported = True
+            print(f"{self.baseFilename}: {error.strerror}: entries are missing from the log from here on")
 
 
 def filter_warnings(*, resuming: bool = False) -> None:
-    """Silence what Lightning says of choices that were made on purpose."""
+    """Silence Lightning's warnings about choices that were made on purpose.
+
+    Args:
+        resuming: whether the run resumes from a checkpoint.
+    """
     if resuming:
-        warnings.filterwarnings(
-            "ignore", message="Checkpoint directory .* exists and is not empty"
-        )  # in its own folder
-        warnings.filterwarnings("ignore", message="The dirpath has changed")  # in a new one: see BestCheckpoint
-    # Embeddings are read in whole batches, from memory or a mapped file: workers would only copy them once more.
+        # In its own folder.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        # In a new folder, see BestCheckpoint.
+        warnings.filterwarnings("ignore", message="The dirpath has changed")
+    # Whole batches of embeddings come from memory or a mapped file: workers would only copy them again.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning 2.6 asks torch >= 2.12 about its trees in a way that torch will drop.
+    # Lightning 2.6 uses a function for trees that torch >= 2.12 deprecates.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # Its advertisements and device list come as info.
+    # Lightning prints advertisements and its list of devices at level INFO.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -1,13 +1,14 @@
-"""Explain errors of Hydra, of the config and of the disk in the words of this package."""
+"""Explain errors of Hydra, of the config and of the disk in this package's words."""
 
 import errno
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from energy_flow.config import config_dir
@@ -15,78 +16,111 @@ from energy_flow.errors import EnergyFlowError
 from energy_flow.runs.job import run_folder
 from energy_flow.settings import did_you_mean
 
-# Errors of a disk that can't be written, and what helps.
+# Reasons why a disk can't be written -> the remedy.
 _UNWRITABLE = {
     errno.ENOSPC: "Make room",
     errno.EDQUOT: "Make room or have the quota raised",
     errno.EROFS: "Make it writable",
-    errno.EACCES: "Change its rights",
-    errno.EPERM: "Change its rights",
+    errno.EACCES: "Change its permissions",
+    errno.EPERM: "Change its permissions",
 }
 
 
-def unwritable(error: BaseException | None) -> str | None:
-    """If an error comes from a disk that can't be written: which file, why, and what helps."""
-    while error is not None:
-        of_a_file = isinstance(error, OSError) and (error.filename or error.errno not in (errno.EACCES, errno.EPERM))
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE and of_a_file:
-            in_run = HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir")
-            somewhere = run_folder() if in_run else "the disk"
-            remedy = f"{_UNWRITABLE[error.errno]} and repeat the command"
-            return f"{error.filename or somewhere}: {error.strerror}. {remedy}"
-        error = error.__cause__
-    return None
-
-
-def mendable(error: Exception) -> Exception:
-    """What an error is to the user."""
+def user_error(error: Exception) -> Exception:
+    """The error to report: with a message for the user where one can mend it, otherwise the error itself."""
     found = None if isinstance(error, EnergyFlowError) else unwritable(error)
     return error if found is None else EnergyFlowError(found)
 
 
-def explain(error: Exception, config_name: str) -> str:
-    """A config that Hydra could not compose, or a folder that it could not make, in the words of other messages."""
-    for of_file in (error, error.__cause__):
-        if file_of(of_file):
+def unwritable(error: BaseException | None) -> str | None:
+    """Explain an error of a disk that can't be written: file, reason, remedy. None: it is another error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE and _is_of_file(error):
+            in_run = HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir")
+            place = error.filename or (run_folder() if in_run else "the disk")
+            return f"{place}: {error.strerror}. {_UNWRITABLE[error.errno]} and repeat the command"
+        error = error.__cause__
+    return None
+
+
+def _is_of_file(error: OSError) -> bool:
+    """Whether an error is of a file: without a name, a missing permission may be of a process."""
+    return bool(error.filename) or error.errno not in (errno.EACCES, errno.EPERM)
+
+
+def explain(error: Exception, config_name: str) -> str | None:
+    """Explain why a config could not be composed or a folder not be made; None: no explanation is known."""
+    for type_, explanation in _EXPLANATIONS:
+        found = explanation(error, config_name) if isinstance(error, type_) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _unwritable_folder(error: Exception, config_name: str) -> str | None:
+    for found in (error, error.__cause__):
+        if isinstance(found, OSError) and found.filename is not None:  # Hydra raises some without a file
             return (
-                f"paths.log_dir (or hydra.run.dir, hydra.sweep.dir): {of_file.filename}: can't be written "
-                f"({of_file.strerror}). Give another folder: paths.log_dir=..."
+                f"paths.log_dir (or hydra.run.dir, hydra.sweep.dir): {found.filename}: can't be written "
+                f"({found.strerror}). Give another folder: paths.log_dir=..."
             )
-    found = unwritable(error)
-    if found is not None:
-        return found
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group} = {name}: no such option; {did_you_mean(name, error.options)}"
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: can't be read as key=value ({message_lines(error)[-2]}); quote special characters"
-    if "Config group override must be a string" in str(error):
-        return "a group is set to null or left without a name: name one of its options, or [] for none (logger=[])"
+    return unwritable(error)
+
+
+def _missing_option(error: MissingConfigException, config_name: str) -> str | None:
+    if not error.options or not error.missing_cfg_file:
+        return None
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    return f"{group} = {name}: no such option; {did_you_mean(name, error.options)}"
+
+
+def _unreadable_override(error: OverrideParseException, config_name: str) -> str:
+    return f"{error.override}: can't be read as key=value ({message_lines(error)[-2]}); quote special characters"
+
+
+def _empty_group(error: Exception, config_name: str) -> str | None:
+    if "Config group override must be a string" not in str(error):
+        return None
+    return "a group is set to null or has no name: name one of its options, or [] for none (logger=[])"
+
+
+def _unknown_key(error: Exception, config_name: str) -> str | None:
     unknown = re.match(r"Could not override '([^']+)'", str(error))
-    if unknown:
-        return f"{unknown[1]}: unknown key; {_closest(unknown[1], config_name)}"
+    return None if unknown is None else f"{unknown[1]}: unknown key; {_closest(unknown[1], config_name)}"
+
+
+def _first_lines(error: Exception, config_name: str) -> str | None:
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        return None
     return "\n".join(message_lines(error)[:3])
 
 
-def file_of(error: BaseException | None) -> TypeGuard[OSError]:
-    """Whether it is of a file; Hydra has errors of this type without one."""
-    return isinstance(error, OSError) and error.filename is not None
+# Error type -> explanation; the first one that isn't None is shown.
+_EXPLANATIONS: tuple[tuple[type[Exception], Callable[[Any, str], str | None]], ...] = (
+    (Exception, _unwritable_folder),
+    (MissingConfigException, _missing_option),
+    (OverrideParseException, _unreadable_override),
+    (Exception, _empty_group),
+    (Exception, _unknown_key),
+    (Exception, _first_lines),
+)
 
 
 def _closest(key: str, config_name: str) -> str:
-    """Did-you-mean for a key, by the default config and the names of the groups."""
+    """A did-you-mean for a key, from the default config and the names of the groups."""
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
         node: Any = hydra.compose(config_name)
     known = set(map(str, node))
-    if config_name == "train":  # which takes every group but one
+    if config_name == "train":  # it has every group except one
         known |= {path.name for path in Path(config_dir()).iterdir() if path.is_dir()} - {"benchmark"}
     for name in key.split("."):
         if not isinstance(node, DictConfig) or name not in node:
             return did_you_mean(name, known - {"_target_"})
         node = node[name]
         known = set(map(str, node)) if isinstance(node, DictConfig) else set()
-    return "it is not in the groups that were chosen"
+    return "it is not in the chosen groups"
 
 
 def message_lines(error: BaseException) -> list[str]:
+    """The lines of an error's message that aren't empty, or its type."""
     return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

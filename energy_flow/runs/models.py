@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.comparison.baselines import NEEDS
 from energy_flow.comparison.models import MEAN, short_names
@@ -103,8 +104,8 @@ def restore_model(
         CheckpointError: the checkpoint does not match the data or this version.
         ConfigError: the data are normalised in another way than in training.
     """
-    checkpoint = checkpoints.on_lattice(checkpoint, width, height, data.dim, path)
-    module = checkpoints.restore(EnergyFlowModule, checkpoint, path, rollout)
+    checkpoint = compatibility.on_lattice(checkpoint, width, height, data.dim, path)
+    module = compatibility.restore(EnergyFlowModule, checkpoint, path, rollout)
     trained_on = (module.run_config or {}).get("data", {})
     check_normalisation(trained_on.get("normalize", data.settings.normalize), data, f"ckpt_path = {path}: the model")
     return Model(key, path, module, loss if _is_pretrained(path) else module.loss)

@@ -23,7 +23,7 @@ from energy_flow.metrics.row_scores import FILE, read_row_scores, write_row_scor
 from energy_flow.metrics.task import RETRIEVAL, Task, task_of
 from energy_flow.runs.screen import show_examples, show_metrics, show_notes
 from energy_flow.runs.settings import TrainSettings
-from energy_flow.runs.trainer import ended_by_signals
+from energy_flow.runs.training import ended_by_signals
 from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.losses import LossSettings
 from energy_flow.training.module import EnergyFlowModule

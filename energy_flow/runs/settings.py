@@ -14,7 +14,7 @@ Section = dict[str, Any]
 
 
 class TrainSettings(Settings):
-    """The whole config of a training run. Sections are checked by the classes that own them."""
+    """The whole config of a training run. The classes that own the sections check them."""
 
     task_name: str
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -42,7 +42,7 @@ class TrainSettings(Settings):
 
     @property
     def checkpoint_folder(self) -> Path:
-        """Where the run keeps the checkpoints that it goes on from."""
+        """The folder of the checkpoints that the run can resume from."""
         last = (self.callbacks or {}).get("last_checkpoint") or {}
         return Path(last.get("dirpath", Path(self.paths.output_dir, "checkpoints")))
 

@@ -11,11 +11,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.table import Table
 
 from energy_flow.atomic import write_whole
 from energy_flow.comparison.jobs import Job, distinguishing_overrides, read_jobs
 from energy_flow.comparison.multirun import compare_jobs
-from energy_flow.comparison.report import comparison_table, write_comparison
 from energy_flow.metrics.task import TASKS
 from energy_flow.tables import markdown_table, print_text, rich_table, write_csv
 
@@ -37,9 +37,7 @@ class SweepSummary(Callback):
             folder = Path(config.hydra.sweep.dir)
             jobs = read_jobs(folder)
             _write_summary(folder, jobs)
-            comparison = compare_jobs(jobs)
-            if comparison is not None:
-                write_comparison(folder, comparison)
+            _compare(folder, jobs)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
@@ -48,10 +46,9 @@ class SweepSummary(Callback):
         console, columns = Console(), _columns(jobs)
         title = f"Summary of {len(jobs)} jobs: {folder}"
         console.print(rich_table(columns, _cells(jobs, columns), title=title, left=_TEXT, wrap=columns))
-        comparison = compare_jobs(jobs)
-        if comparison is not None:
-            write_comparison(folder, comparison)
-            console.print(comparison_table(comparison))
+        compared = _compare(folder, jobs)
+        if compared is not None:
+            console.print(compared)
             print_text(console, f"comparison: {folder / 'comparison.png'}")
         failed = [job.name for job in jobs if job.error is not None]
         if failed:
@@ -64,6 +61,17 @@ def _write_summary(folder: Path, jobs: Sequence[Job]) -> None:
     write_csv(folder / "summary.csv", rows)
     columns = _columns(jobs)
     write_whole(folder / "summary.md", (markdown_table(columns, _cells(jobs, columns)) + "\n").encode())
+
+
+def _compare(folder: Path, jobs: Sequence[Job]) -> Table | None:
+    """Write the comparison of all jobs; returns it as a table, None if there is nothing to compare."""
+    comparison = compare_jobs(jobs)
+    if comparison is None:
+        return None
+    from energy_flow.comparison.report import comparison_table, write_comparison  # slow: imports matplotlib
+
+    write_comparison(folder, comparison)
+    return comparison_table(comparison)
 
 
 def _columns(jobs: Sequence[Job]) -> list[str]:

@@ -1,47 +1,24 @@
-""""""
+"""Build Lightning's Trainer from the config, and check that the run it describes can work."""
 
 import inspect
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from pydantic import ConfigDict, Field, model_validator
-from torch.multiprocessing.spawn import ProcessExitedException
 
-from energy_flow import signals
 from energy_flow.checkpoints.io import AtomicCheckpointIO
 from energy_flow.errors import ConfigError
-from energy_flow.runs.instantiate import _RESERVED, CONFIG_KEY, check_types, one_line, refuse_unknown
-from energy_flow.settings import Settings, did_you_mean, read
+from energy_flow.runs.instantiate import CONFIG_KEY, RESERVED, one_line, refuse_unknown
+from energy_flow.settings import Settings, check_arguments, did_you_mean, read
 from energy_flow.training.callbacks.last_checkpoint import LastCheckpoint
-
-
-@contextmanager
-def ended_by_signals(trainer: Trainer) -> Iterator[None]:
-    """Inside the trainer works; all ways in which a signal makes it end are one KeyboardInterrupt outside."""
-    launcher = trainer.strategy.launcher
-    try:
-        with signals.passed_on(launcher.kill) if isinstance(launcher, _MultiProcessingLauncher) else nullcontext():
-            yield
-    except SystemExit:  # how Lightning and callbacks end
-        raise KeyboardInterrupt from None
-    except (ProcessExitedException, RuntimeError) as error:
-        # A signal to all processes of a job ends data workers at once.
-        ended = isinstance(error, ProcessExitedException) or str(error).startswith("DataLoader worker (pid")
-        if not ended or signals.received() is None:
-            raise
-        raise KeyboardInterrupt from None
-
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +27,7 @@ Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
 
 class TrainerSettings(Settings):
-    """Config group `trainer`: arguments of Lightning's Trainer. Those named here are checked; all others go through."""
+    """Config group `trainer`: arguments of Lightning's Trainer. The ones named here are checked, others passed on."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -79,7 +56,7 @@ class TrainerSettings(Settings):
         return self
 
 
-# What the module logs at the end of a validation.
+# The metrics that the module logs at the end of a validation.
 VALIDATED = tuple(
     f"val/{name}"
     for name in (
@@ -96,6 +73,7 @@ def build_trainer(
     loggers: list[Logger],
     output_dir: str,
     num_batches: int | None = None,
+    checkpoint_io: AtomicCheckpointIO | None = None,
 ) -> pl.Trainer:
     """Lightning's Trainer from the config group `trainer`.
 
@@ -104,15 +82,16 @@ def build_trainer(
         callbacks, loggers: as built.
         output_dir: the run's folder.
         num_batches: training batches per epoch, for a trainer that trains.
+        checkpoint_io: reads and writes checkpoints; None: a new one.
 
     Raises:
-        ConfigError: an argument that the Trainer doesn't have or can't use, a device that isn't there, a run that
-            would end in its first epoch, or a folder that can't be written.
+        ConfigError: an argument that the Trainer doesn't have or can't use, a missing device, a run that would fail in
+            its first epoch, or a folder that can't be written.
     """
     known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
-    refuse_unknown(section, known - _RESERVED.keys(), "trainer")
+    refuse_unknown(section, known - RESERVED.keys(), "trainer")
     settings = read(TrainerSettings, section, "trainer")
-    check_types(pl.Trainer.__init__, section, "trainer")
+    check_arguments(pl.Trainer.__init__, section, "trainer")
     if not settings.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
     if not loggers:  # Lightning refuses it then
@@ -124,14 +103,18 @@ def build_trainer(
             **{**section, **profiler},
             callbacks=callbacks,
             logger=loggers,
-            plugins=[*(section.get("plugins") or []), AtomicCheckpointIO()],
+            plugins=[*(section.get("plugins") or []), checkpoint_io or AtomicCheckpointIO()],
             default_root_dir=output_dir,
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        remedy = "" if settings.accelerator in ("auto", "cpu") else ". trainer.accelerator=auto takes what there is"
+        remedy = (
+            ""
+            if settings.accelerator in ("auto", "cpu")
+            else ". trainer.accelerator=auto takes the best device there is"
+        )
         raise ConfigError(f"{where}: {one_line(error).rstrip('.!')}{remedy}") from error
     if trainer.precision != settings.precision:
-        raise ConfigError(f"{where}: this device can't; trainer.precision={trainer.precision} works")
+        raise ConfigError(f"{where}: this device doesn't support it; trainer.precision={trainer.precision} works")
     if num_batches is not None:
         _check_epoch(trainer, num_batches // trainer.world_size)
     _check_folders(trainer)
@@ -139,13 +122,16 @@ def build_trainer(
 
 
 def _profiler(name: Any, output_dir: str) -> Any:
-    """Profilers write their report into the run's folder: `fit-profile.txt`, `test-profile.txt`."""
+    """Build a profiler that writes its report into the run's folder: `fit-profile.txt`, `test-profile.txt`."""
     profilers = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
     return profilers[name](dirpath=output_dir, filename="profile") if name in profilers else name
 
 
 def _check_epoch(trainer: pl.Trainer, num_batches: int) -> None:
-    """Find what would end a run in its first epoch; log at least once per epoch: short runs need a curve, too."""
+    """Refuse settings that would end a run in its first epoch, and adapt the intervals of a short run.
+
+    A run logs at least once per epoch, so that a short one has a curve, and validates at its end at the latest.
+    """
     limit = trainer.limit_train_batches or 0
     num_batches = min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
     if num_batches == 0:
@@ -160,8 +146,8 @@ def _check_epoch(trainer: pl.Trainer, num_batches: int) -> None:
     stop = _stop(trainer, num_batches)
     first = (every or 1) * (interval if isinstance(interval, int) else max(1, int(interval * num_batches)))
     if stop < first:
-        log.info("the first validation would be after %d batches, training ends after %d: validating then", first, stop)
-        # Counted over epochs, a number of batches may be larger than one of them.
+        log.info("first validation after %d batches, but training ends after %d: validating at its end", first, stop)
+        # With `check_val_every_n_epoch=None` the interval may be longer than an epoch.
         trainer.val_check_interval, trainer.check_val_every_n_epoch = stop, None
     _check_monitors(trainer)
 
@@ -177,7 +163,7 @@ def _stop(trainer: pl.Trainer, num_batches: int) -> int:
 
 
 def _check_monitors(trainer: pl.Trainer) -> None:
-    """Every metric that a callback watches must be one that is measured."""
+    """Check that every metric that a callback monitors is measured."""
     watched = [
         (getattr(callback, CONFIG_KEY, type(callback).__name__), callback.monitor)
         for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -190,12 +176,12 @@ def _check_monitors(trainer: pl.Trainer) -> None:
     if trainer.limit_val_batches == 0 and waiting:
         raise ConfigError(
             f"trainer.limit_val_batches = 0: {', '.join(sorted(set(waiting.values())))} would never be measured. "
-            f"Validate, or leave out what watches it: {' '.join(f'{key}=null' for key in waiting)}"
+            f"Validate, or leave out the callbacks that monitor it: {' '.join(f'{key}=null' for key in waiting)}"
         )
 
 
 def _check_folders(trainer: pl.Trainer) -> None:
-    """What a run writes later must find a folder that can be written."""
+    """Check that every folder that a run will write to can be written."""
     folders: list[tuple[str, str | Path | None]] = [("paths.output_dir", trainer.default_root_dir)]
     folders += [(f"{getattr(logger, CONFIG_KEY, 'logger')}.save_dir", logger.save_dir) for logger in trainer.loggers]
     folders += [
@@ -204,7 +190,7 @@ def _check_folders(trainer: pl.Trainer) -> None:
         if isinstance(callback, pl.callbacks.ModelCheckpoint | LastCheckpoint)
     ]
     for key, folder in folders:
-        if folder is None or "://" in str(folder):  # in its default place, or not of this machine
+        if folder is None or "://" in str(folder):  # the default folder, or not on this machine
             continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)

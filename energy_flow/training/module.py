@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.faults import FaultQueue
@@ -114,7 +115,7 @@ class EnergyFlowModule(pl.LightningModule):
         """
         checkpoint = checkpoints.load(checkpoint_path)
         if options.get("strict") is not False:  # without `strict`, weights of other models are allowed
-            checkpoints.check_model(cls, checkpoint, checkpoint_path, options)
+            compatibility.check_model(cls, checkpoint, checkpoint_path, options)
         return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property

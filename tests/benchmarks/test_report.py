@@ -200,7 +200,7 @@ def test_figures_say_how_much_less_or_more() -> None:
     lines = {line[0]: line[1:] for line in impact.lines}
     assert lines["Solution 1: collection time"] == ("50-70% less", *("99.96% less",) * 3)
     assert lines["Criterion: peak memory usage"][1] == "50.0% more"
-    assert lines["Criterion: training accuracy and convergence"][1] == "losses equal to 3e-16"
+    assert lines["Criterion: training accuracy and convergence"][1] == "losses differ by 3e-16"
     assert impact.columns[:3] == ("line of the analysis", "expected", "1,000 flows")
     rows = [replace(row, seconds=None) for row in rows]
     assert report.impact_grid(rows, 0).lines[0][2] == "not measured"

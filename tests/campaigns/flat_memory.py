@@ -1,11 +1,11 @@
-"""Whether memory and open files stay flat, over the steps of one run and over the runs of one process.
+"""Checks that memory and open files stay flat, over the steps of one run or over the runs of one process.
 
-python -m tests.campaigns.flat_memory steps 5000      # at debug size; step 500 (a tenth) beside the last one
-python -m tests.campaigns.flat_memory jobs 200        # of a multirun, with a model as small as they get
+    python -m tests.campaigns.flat_memory steps 5000      # at debug size; compares step 500 (a tenth) with the last
+    python -m tests.campaigns.flat_memory jobs 200        # a multirun of the smallest models
 
-More words are overrides: `steps 5000 lattice.width=4 lattice.height=4 model.hidden_size=8` takes minutes on a CPU.
+Further words are overrides: `steps 5000 lattice.width=4 lattice.height=4 model.hidden_size=8` takes minutes on a CPU.
 
-Prints lines of CSV and what grew; ends with exit code 1 where that is more than 2%.
+Prints lines of CSV and the growth. The exit code is 1 where something grows by more than 2%.
 """
 
 import gc
@@ -27,24 +27,25 @@ Usage = tuple[int, int, int]  # resident bytes, open files, threads
 
 
 def usage() -> Usage:
+    """Return the usage of this process."""
     process = psutil.Process()
     return process.memory_info().rss, process.num_fds(), process.num_threads()
 
 
 class Watch(Callback):
-    """Keeps the usage of some steps."""
+    """Keeps the usage at every n-th step."""
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.seen: dict[int, Usage] = {}
+        self.usages: dict[int, Usage] = {}
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.global_step % self.every == 0:
-            self.seen[trainer.global_step] = usage()
+            self.usages[trainer.global_step] = usage()
 
 
 def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
-    """One run of so many steps in 25 epochs with everything on but the test; the first tenth has seen all of it."""
+    """Run `number` steps in 25 epochs, with everything but the test. The first tenth has all kinds of steps."""
     watch = Watch(number // 10)
     build = train.build_trainer
 
@@ -60,34 +61,35 @@ def steps(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
     ]
     own += ["callbacks.early_stopping=null", "test=false", "+trainer.limit_val_batches=1"]
     run(*own, *overrides, folder=folder)
-    return watch.seen
+    return watch.usages
 
 
 def jobs(number: int, overrides: list[str], folder: Path) -> dict[int, Usage]:
-    """A multirun of so many tiny runs, with their tests."""
+    """Run a multirun of `number` tiny runs, with their tests."""
     write_pairs(folder)
-    seen: dict[int, Usage] = {}
+    usages: dict[int, Usage] = {}
     inner: Callable[[dict[str, Any]], float | None] = train.train
 
-    def train_and_look(config: dict[str, Any]) -> float | None:
+    def watched_train(config: dict[str, Any]) -> float | None:
         gc.collect()
-        seen[len(seen)] = usage()  # before a job: after all of the one before
+        usages[len(usages)] = usage()  # before a job, so after all of the previous one
         return inner(config)
 
-    train.train = train_and_look
+    train.train = watched_train
     own = words("train", folder, ())
     run("-m", *own, f"seed=range(1,{number + 1})", *overrides, folder=folder)
-    return seen
+    return usages
 
 
 def run(*arguments: str, folder: Path) -> None:
+    """Run the training program in this process."""
     quiet = ("trainer.enable_progress_bar=false", f"paths.log_dir={folder}/logs")
     sys.argv = ["train", *arguments, *(word for word in quiet if word not in arguments)]
     train.main()
 
 
 def grown(first: Usage, last: Usage) -> dict[str, float]:
-    """By which share each has grown."""
+    """Return the relative growth of each."""
     names = ("resident memory", "open files", "threads")
     return {name: after / before - 1 for name, before, after in zip(names, first, last, strict=True)}
 
@@ -96,15 +98,15 @@ def main() -> None:
     kind, number, *overrides = sys.argv[1:]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        seen = {"steps": steps, "jobs": jobs}[kind](int(number), overrides, Path(folder))
+        usages = {"steps": steps, "jobs": jobs}[kind](int(number), overrides, Path(folder))
     print(f"{kind},resident MiB,open files,threads")
-    shown = list(seen)[:: max(1, len(seen) // 10)]
-    for index in dict.fromkeys([*shown, max(seen)]):
-        resident, files, threads = seen[index]
+    shown = list(usages)[:: max(1, len(usages) // 10)]
+    for index in dict.fromkeys([*shown, max(usages)]):
+        resident, files, threads = usages[index]
         print(f"{index},{resident / 2**20:.1f},{files},{threads}")
-    first, last = seen[shown[min(1, len(shown) - 1)] if kind == "jobs" else min(seen)], seen[max(seen)]
-    growth = grown(first, last)
-    print(", ".join(f"{what} {value:+.2%}" for what, value in growth.items()))
+    start = shown[min(1, len(shown) - 1)] if kind == "jobs" else min(usages)
+    growth = grown(usages[start], usages[max(usages)])
+    print(", ".join(f"{name} {value:+.2%}" for name, value in growth.items()))
     sys.exit(any(value > LIMIT for value in growth.values()))
 
 

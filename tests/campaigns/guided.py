@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of everything that reads a file, with atheris (which isn't among the test requirements):
+"""Coverage-guided fuzzing of all readers of files, with atheris, which is not a test requirement.
 
     python -m pip install atheris && python -m tests.campaigns.guided data -max_total_time=120
 
-The kinds are `data` and `checkpoints`; what follows is for libFuzzer.
+The kinds are `data` and `checkpoints`. The further words are options of libFuzzer.
 """
 
 import sys
@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import atheris
-import lightning.pytorch  # noqa: F401 - and torch: not instrumented, that would take minutes
+import lightning.pytorch  # noqa: F401 - with torch, before the instrumentation, which would take minutes
 
 with atheris.instrument_imports(include=["energy_flow", "zipfile"]):
     from energy_flow.errors import EnergyFlowError
@@ -30,7 +30,7 @@ def main() -> None:
             (corpus / str(number)).write_bytes(bytes([number]) + seed.content)
 
         def once(content: bytes) -> None:
-            """The first byte says which kind of file the others are."""
+            """Load one file: the first byte selects its seed, the others are its content."""
             seed = seeds[content[0] % len(seeds)] if content else seeds[0]
             path = place / seed.name
             path.write_bytes(content[1:])

@@ -1,10 +1,10 @@
-"""Damaged and forged files by the thousand: each loads right or ends in an EnergyFlowError.
+"""Loads damaged and forged files by the thousand: each loads correctly or raises an EnergyFlowError.
 
     python -m tests.campaigns.mutated_files --data 20000 --checkpoints 5000
 
-In one process. Anything else is a failure: another exception, a hang, memory that grows, a file that loads and isn't
-right. File number i is the same in every run, but for the order of names in a header of safetensors, which that writes
-as it likes; `--only data:123` does one again.
+All in one process. Everything else is a failure: another exception, a hang, growing memory, wrong content. File number
+i is the same in every run, except for the order of names in safetensors headers, which the library chooses.
+`--only data:123` loads one file again.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from energy_flow.atomic import digest
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.data import PairDataset, read_data_settings
 from energy_flow.data.inspection import inspect
@@ -39,14 +40,13 @@ from energy_flow.training.module import EnergyFlowModule
 from tests.campaigns.mutations import MUTATIONS
 from tests.campaigns.seeds import Seed, data_seeds, model_seeds
 
-SECONDS = 5  # per file
-GROWTH = 1 << 30  # bytes of memory that all files together may take
+SECONDS = 5  # per file, at most
+GROWTH = 1 << 30  # bytes of memory for all files together, at most
 
-# What a value of a config or a card is replaced by.
+# Replacements of a value of a config or a card.
 VALUES = (None, -1, 0, 10**9, 2**62, 2**70, 1e308, float("nan"), "", "os.system", "${oc.env:HOME}", [], {}, [[]], True)
 
-
-# The settings of the data, but for the files.
+# Settings of the data without the files.
 DATA = {
     **{"name": "files", "test": None, "normalize": True, "dimension": None},
     **{"batch_size": 4, "eval_batch_size": 4, "num_workers": 0, "timeout": 60, "seed": 1},
@@ -54,22 +54,22 @@ DATA = {
 
 
 class HangError(BaseException):
-    """No Exception: nobody may swallow it."""
+    """A BaseException, so that no `except Exception` catches it."""
 
 
 @dataclass
 class Outcome:
-    """What became of the files of a campaign."""
+    """Results of a campaign."""
 
     loaded: int = 0
     refused: int = 0
     failures: list[str] = field(default_factory=list)
     slowest: float = 0.0
-    messages: Counter = field(default_factory=Counter)  # the errors' types
+    messages: Counter = field(default_factory=Counter)  # by type of error
 
 
 def forged(seed: Seed, rng: random.Random, seeds: Sequence[Seed]) -> bytes:
-    """A file of this kind, damaged once or a few times, or with other values and sums that are right."""
+    """Return a seed damaged one to three times, or with changed values under correct checksums."""
     if seed.name.startswith("model") and rng.random() < 0.3:
         return (_other_settings if seed.name.endswith(".ckpt") else _other_card)(seed.content, rng)
     content, others = seed.content, [other.content for other in seeds]
@@ -93,7 +93,7 @@ def _other_card(content: bytes, rng: random.Random) -> bytes:
         path = Path(folder, "x.safetensors")
         path.write_bytes(content)
         with safe_open(path, framework="pt") as file:
-            names = sorted(file.keys())  # theirs is another order in every process
+            names = sorted(file.keys())  # safetensors gives another order in every process
             card, weights = json.loads(file.metadata()["energy_flow"]), {name: file.get_tensor(name) for name in names}
         _change(card if rng.random() < 0.7 else weights, rng)
         weights = {
@@ -111,12 +111,12 @@ def _change(tree: dict, rng: random.Random) -> None:
             tree = tree[key]
             continue
         break
-    what = rng.random()
-    if what < 0.15:
+    kind = rng.random()
+    if kind < 0.15:
         del tree[key]
-    elif what < 0.3:
+    elif kind < 0.3:
         tree[rng.choice(("_target_", "_instantiator", "../x", "x"))] = rng.choice(VALUES)
-    elif isinstance(tree[key], torch.Tensor) and what < 0.8:
+    elif isinstance(tree[key], torch.Tensor) and kind < 0.8:
         tree[key] = rng.choice(
             (torch.zeros(3), torch.ones(2, dtype=torch.int8), torch.zeros(()).expand(1 << 40), torch.zeros(0))
         )
@@ -125,7 +125,7 @@ def _change(tree: dict, rng: random.Random) -> None:
 
 
 def load_data(path: Path) -> None:
-    """As training, `check` and `encode` read it; what loads must be finite, of length 1 and paired."""
+    """Read a file as training, `check` and `encode` do. Loaded rows must be finite, of length 1 and paired."""
     if path.name.startswith("texts"):
         pairs = read_texts(path, "source", "target")
         assert len(pairs.source) == len(pairs.target) > 0
@@ -143,25 +143,25 @@ def load_data(path: Path) -> None:
     source, target = dataset.all()
     assert source.shape == target.shape == (len(dataset), dataset.dim)
     for rows in (source, target):
-        assert bool(((rows.norm(dim=1) - 1).abs() < 1e-4).all()), "rows that aren't of length 1"
+        assert bool(((rows.norm(dim=1) - 1).abs() < 1e-4).all()), "rows must have length 1"
     assert dataset.names is None or len(dataset.names) == len(dataset)
 
 
 def _check_same(training: str, check: str) -> None:
-    # Addresses of objects, in numpy's messages; of two bad tensors safetensors names now one, now the other.
-    said = [re.sub("0x[0-9a-f]+|`[^`]*`", "", text) for text in (training, check)]
-    assert said[0] == said[1], f"training says {training[:200]!r}, check {check[:200]!r}"
+    # numpy's messages contain addresses of objects. Of two bad tensors, safetensors names either.
+    messages = [re.sub("0x[0-9a-f]+|`[^`]*`", "", text) for text in (training, check)]
+    assert messages[0] == messages[1], f"training: {training[:200]!r}, check: {check[:200]!r}"
 
 
 def load_model(path: Path) -> None:
-    """By every way in; what loads must have the weights of the file."""
+    """Load a model by every loader. It must have the weights of the file."""
     if path.suffix == ".safetensors":
         model = EnergyFlowModel.from_pretrained(path)
         with safe_open(path, framework="pt") as file:
             assert set(file.keys()) == set(model.processor.state_dict())
         return
     checkpoint = checkpoints.load(path)
-    module = checkpoints.restore(EnergyFlowModule, checkpoint, path)
+    module = compatibility.restore(EnergyFlowModule, checkpoint, path)
     for name, value in module.state_dict().items():
         assert torch.equal(value, checkpoint["state_dict"][name].to(value.dtype)) or not value.isfinite().all(), name
     EnergyFlowModel.from_checkpoint(path)
@@ -170,7 +170,7 @@ def load_model(path: Path) -> None:
 def campaign(
     kind: str, count: int, folder: Path, *, first: int = 0, report: Callable[[str], None] = lambda text: None
 ) -> Outcome:
-    """Damage and load `count` files of a kind, `data` or `checkpoints`, in a folder."""
+    """Damage and load `count` files of a kind (`data` or `checkpoints`) in a folder, from number `first`."""
     seeds, load = (data_seeds(), load_data) if kind == "data" else (model_seeds(folder), load_model)
     good = next((seed.content for seed in seeds if seed.name == "pairs.npz"), None)
     outcome, peak = Outcome(), _peak()
@@ -196,10 +196,10 @@ def campaign(
 
 
 def _attempt(load: Callable[[Path], None], path: Path, outcome: Outcome) -> str | None:
-    """What went wrong, if anything did."""
+    """Load a file; return the failure, or None."""
     started = time.perf_counter()
     signal.alarm(SECONDS)
-    faulthandler.dump_traceback_later(4 * SECONDS, exit=True)  # where no signal gets through
+    faulthandler.dump_traceback_later(4 * SECONDS, exit=True)  # for code that blocks signals
     try:
         load(path)
         outcome.loaded += 1
@@ -208,10 +208,10 @@ def _attempt(load: Callable[[Path], None], path: Path, outcome: Outcome) -> str 
         outcome.refused += 1
         outcome.messages[type(error).__name__] += 1
         text = str(error)
-        return None if str(path.parent) in text and len(text) < 5000 else f"a message that doesn't help: {text[:200]!r}"
+        return None if str(path.parent) in text and len(text) < 5000 else f"an unhelpful message: {text[:200]!r}"
     except HangError:
         return f"hung for {SECONDS} s"
-    except BaseException as error:  # noqa: BLE001 - finding these is what it is for
+    except BaseException as error:  # noqa: BLE001 - the campaign searches for these
         return f"{type(error).__name__}: {str(error)[:200]}"
     finally:
         signal.alarm(0)
@@ -228,7 +228,7 @@ def _alarm(*_: Any) -> None:
 
 
 def prepare() -> None:
-    """The watchdog; and warnings about damaged files, which are no finding."""
+    """Start the watchdog, and ignore warnings about damaged files."""
     signal.signal(signal.SIGALRM, _alarm)
     warnings.simplefilter("ignore")
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=int, default=0, help="data files")
     parser.add_argument("--checkpoints", type=int, default=0, help="checkpoints and pretrained models")
-    parser.add_argument("--only", help="one file again: data:NUMBER or checkpoints:NUMBER")
+    parser.add_argument("--only", help="load one file again: data:NUMBER or checkpoints:NUMBER")
     arguments = parser.parse_args()
     prepare()
     wanted = [("data", arguments.data, 0), ("checkpoints", arguments.checkpoints, 0)]

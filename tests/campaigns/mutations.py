@@ -1,4 +1,4 @@
-"""Ways to damage a file: blind ones, and ones that know what headers look like."""
+"""Mutations that damage a file: blind ones, and ones that know the structure of headers."""
 
 import io
 import random
@@ -8,53 +8,19 @@ from collections.abc import Callable, Sequence
 
 Mutation = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 
-# What stands in headers, and what to put there.
-NUMBERS = (
-    b"0",
-    b"-1",
-    b"1",
-    b"7",
-    b"255",
-    b"65536",
-    b"2147483648",
-    b"4294967295",
-    b"9223372036854775807",
-    b"1" + b"0" * 30,
-)
+# Replacements of numbers and words in headers.
+NUMBERS = (*b"0 -1 1 7 255 65536 2147483648 4294967295 9223372036854775807".split(), b"1" + b"0" * 30)
 WORDS = (
-    *(
-        b"<f4",
-        b"<f8",
-        b"|i1",
-        b"<i8",
-        b">f4",
-        b"|O",
-        b"<U5",
-        b"|V4",
-        b"F32",
-        b"F64",
-        b"BF16",
-        b"I8",
-        b"F8_E4M3",
-        b"BOOL",
-    ),
-    *(
-        b"source",
-        b"target",
-        b"source_scale",
-        b"target_scale",
-        b"../../etc/passwd",
-        b"/etc/passwd",
-        b"~",
-        b"\\\\host\\x",
-    ),
-    *(b"true", b"null", b"NaN", b"1e999", b"[]", b"{}", b'"', b"__import__('os').system('true')", b"\xff\xfe", b"\x00"),
+    *b"<f4 <f8 |i1 <i8 >f4 |O <U5 |V4 F32 F64 BF16 I8 F8_E4M3 BOOL".split(),
+    *b"source target source_scale target_scale ../../etc/passwd /etc/passwd ~ \\\\host\\x".split(),
+    *b"true null NaN 1e999 [] {} \" __import__('os').system('true')".split(),
+    *(b"\xff\xfe", b"\x00"),
 )
-HEAD = 600  # bytes where headers stand
+HEAD = 600  # bytes that contain the headers
 
 
 def flips(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A few bits are others, more often in the head."""
+    """Flip a few bits, more often in the head."""
     damaged = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         end = min(HEAD, len(damaged)) if rng.random() < 0.6 else len(damaged)
@@ -63,7 +29,7 @@ def flips(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
 
 
 def overwrites(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A length or an offset is something else: 1, 2, 4 or 8 bytes of all kinds."""
+    """Overwrite 1, 2, 4 or 8 bytes, such as a length or an offset."""
     damaged, size = bytearray(content), rng.choice((1, 2, 4, 8))
     start = rng.randrange(max(1, min(HEAD, len(damaged)) - size) if rng.random() < 0.6 else max(1, len(damaged) - size))
     values = (
@@ -78,11 +44,12 @@ def overwrites(content: bytes, rng: random.Random, others: Sequence[bytes]) -> b
 
 
 def truncations(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
+    """Cut off the end."""
     return content[: rng.randrange(len(content))]
 
 
 def blocks(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A block is left out, stands twice, or is filled with chance."""
+    """Remove a block, repeat it, or fill it with random bytes."""
     start = rng.randrange(len(content))
     end = min(len(content), start + rng.choice((1, 4, 16, 64, 256)))
     middle = rng.choice((b"", content[start:end] * 2, rng.randbytes(end - start)))
@@ -90,36 +57,36 @@ def blocks(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes
 
 
 def splices(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """The beginning of one file and the end of another."""
+    """Join the beginning of one file and the end of another."""
     other = rng.choice(others)
     return content[: rng.randrange(len(content) + 1)] + other[rng.randrange(len(other) + 1) :]
 
 
 def numbers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A number of a text header is another."""
+    """Replace a number of a text header."""
     return _replaced(content, rng, rb"-?\d+", NUMBERS)
 
 
 def words(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A word of a text header is another: a type, a name, a path."""
+    """Replace a word of a text header: a type, a name, a path."""
     return _replaced(content, rng, rb"[\w./<>|-]{2,}", WORDS)
 
 
 def records(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """A zip archive with one record damaged, under a checksum that is right; or renamed, packed, left out, twice."""
+    """Damage one record of a zip archive under a correct checksum; or rename, compress, remove or repeat one."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    except Exception:  # noqa: BLE001 - damaged before, or no archive
+    except Exception:  # noqa: BLE001 - damaged earlier, or no archive
         return headers(content, rng, others)
-    index = 0 if rng.random() < 0.5 else rng.randrange(len(parts))  # the first one is the pickle of a checkpoint
+    index = 0 if rng.random() < 0.5 else rng.randrange(len(parts))  # the first record is the pickle of a checkpoint
     name, record = parts[index]
-    what = rng.random()
-    if what < 0.75 and record:
+    kind = rng.random()
+    if kind < 0.75 and record:
         parts[index] = name, rng.choice((flips, overwrites, truncations, blocks, numbers, words))(record, rng, others)
-    elif what < 0.85:
+    elif kind < 0.85:
         parts[index] = rng.choice((f"../{name}", f"/{name}", name.upper(), f"{name}.npy", "source.npy", "x\0y")), record
-    elif what < 0.92:
+    elif kind < 0.92:
         parts.append((name, record[: len(record) // 2]))
     else:
         del parts[index]
@@ -133,7 +100,7 @@ def records(content: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def headers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """The length of a safetensors header, or its text with a length that is right again."""
+    """Change the length of a safetensors header, or its text under a correct length."""
     if len(content) < 8 or content[8:9] != b"{":
         return flips(content, rng, others)
     length = int.from_bytes(content[:8], "little")
@@ -145,7 +112,7 @@ def headers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def nested(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Brackets without end somewhere."""
+    """Insert thousands of open brackets somewhere."""
     start, bracket = rng.randrange(len(content)), rng.choice((b"[", b"(", b'{"a":', b'"', b"-"))
     return content[:start] + bracket * rng.choice((10, 1_000, 50_000)) + content[start:]
 

@@ -1,4 +1,4 @@
-"""The good files that a campaign damages, each small."""
+"""The good files that a campaign damages; all are small."""
 
 import io
 import json
@@ -21,14 +21,14 @@ N, D = 6, 4
 
 @dataclass(frozen=True)
 class Seed:
-    """A good file: what it is called, and what stands in it."""
+    """A good file: name and content."""
 
     name: str
     content: bytes
 
 
 def data_seeds() -> list[Seed]:
-    """Every format of embeddings, of their names and of text pairs."""
+    """Return a file of every format of embeddings, of their names and of text pairs."""
     random = np.random.default_rng(0)
     floats: dict[str, Any] = {side: random.normal(size=(N, D)).astype(np.float32) for side in ("source", "target")}
     small = {side: np.rint(rows * 30).astype(np.int8) for side, rows in floats.items()}
@@ -51,7 +51,7 @@ def data_seeds() -> list[Seed]:
 
 
 def model_seeds(folder: Path) -> list[Seed]:
-    """A checkpoint of training, without a run, and the file of a pretrained model; `folder` is written to."""
+    """Write a training checkpoint (made without a run) and a pretrained model into `folder`, and return both."""
     config = compose("lattice.width=3", "lattice.height=3", "model.hidden_size=4", "model.features=4")
     module = EnergyFlowModule.from_config(config, D)
     contents = {

@@ -1,4 +1,4 @@
-"""The campaign of flat memory measures and judges; how much is for a long run of it to say."""
+"""The campaign of flat memory measures and compares. Only a long run shows whether memory is flat."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from tests.campaigns.flat_memory import grown
 from tests.cli.helpers import ROOT, environment
 
 
-def test_growth_is_judged() -> None:
+def test_growth_is_relative() -> None:
     seen = {0: (100, 10, 1), 1: (200, 10, 1), 2: (202, 10, 1), 3: (203, 10, 1)}
     assert grown(seen[1], seen[3]) == {"resident memory": pytest.approx(0.015), "open files": 0, "threads": 0}
     assert max(grown(seen[0], seen[3]).values()) > 1

@@ -1,4 +1,4 @@
-"""The campaigns in short, what they would find, and headers of any structure."""
+"""The campaigns in their short form, the failures that they find, and headers of any structure."""
 
 import json
 import signal
@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.errors import EnergyFlowError
 from energy_flow.training.module import EnergyFlowModule
@@ -31,11 +32,11 @@ def _watched() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("kind", "count"), [("data", 1000), ("checkpoints", 150)])
-def test_files_load_right_or_are_refused(tmp_path: Path, kind: str, count: int) -> None:
+def test_files_load_correctly_or_are_refused(tmp_path: Path, kind: str, count: int) -> None:
     found = campaign(kind, count, tmp_path)
     assert found.failures == []
     assert found.loaded + found.refused == count
-    assert found.loaded > count // 30  # or nothing but the first look at a file is tested
+    assert found.loaded > count // 30  # otherwise the test reaches only the first checks of a file
     assert found.refused > count // 2
 
 
@@ -48,15 +49,15 @@ def raises(error: BaseException) -> Any:
 
 FAILURES = {
     "another error": (raises(KeyError("x")), "KeyError"),
-    "a message of a megabyte": (raises(EnergyFlowError("x" * 2**20)), "a message that doesn't help"),
-    "a message without the file": (raises(EnergyFlowError("bad")), "a message that doesn't help"),
+    "a message of a megabyte": (raises(EnergyFlowError("x" * 2**20)), "an unhelpful message"),
+    "a message without the file": (raises(EnergyFlowError("bad")), "an unhelpful message"),
     "a hang": (lambda path: time.sleep(30), "hung for 1 s"),
     "memory": (lambda path: torch.ones(1 << 24).sum(), "memory grew"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_campaign_finds_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_a_campaign_finds_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     load, part = FAILURES[case]
     monkeypatch.setattr(mutated_files, "load_data", load)
     monkeypatch.setattr(mutated_files, "SECONDS", 1)
@@ -70,11 +71,11 @@ def test_a_campaign_finds_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_same_number_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, bytes]] = []
-    monkeypatch.setattr(mutated_files, "load_data", lambda path: seen.append((path.name, path.read_bytes())))
+    loaded: list[tuple[str, bytes]] = []
+    monkeypatch.setattr(mutated_files, "load_data", lambda path: loaded.append((path.name, path.read_bytes())))
     campaign("data", 12, tmp_path)
     campaign("data", 1, tmp_path, first=11)
-    assert seen[11] == seen[12]
+    assert loaded[11] == loaded[12]
 
 
 def check_brief(error: EnergyFlowError) -> None:
@@ -125,7 +126,7 @@ def test_settings_of_any_structure(tmp_path: Path, section: str, value: Any) -> 
     changed = tmp_path / "changed.ckpt"
     torch.save(whole, changed)
     try:
-        module = checkpoints.restore(EnergyFlowModule, checkpoints.load(changed), changed)
+        module = compatibility.restore(EnergyFlowModule, checkpoints.load(changed), changed)
     except EnergyFlowError as error:
         check_brief(error)
     else:

@@ -1,16 +1,16 @@
-"""The campaign's short form."""
+"""The campaign in its short form."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.campaigns.endings import Findings
-from tests.campaigns.unwritable import AS_OTHERS, campaign
+from tests.campaigns.interrupted_runs import Findings
+from tests.campaigns.unwritable import UNPRIVILEGED, campaign
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(AS_OTHERS) and not shutil.which(AS_OTHERS[0]), reason="nothing is read-only to the superuser")
+@pytest.mark.skipif(bool(UNPRIVILEGED) and not shutil.which(UNPRIVILEGED[0]), reason="the superuser may write anywhere")
 def test_a_read_only_folder(tmp_path: Path) -> None:
     _check(campaign("read-only", tmp_path, runs=2, seed=0))
 

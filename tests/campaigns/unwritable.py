@@ -1,54 +1,61 @@
-"""Takes the disk away from runs at random moments, gives it back, and compares with a run that always had it.
+"""Takes the disk from runs at random moments, gives it back, and compares them with an uninterrupted run.
 
-    python -m tests.campaigns.unwritable full --runs 30         # a small tmpfs; needs the right to mount one
-    python -m tests.campaigns.unwritable read-only --runs 30    # a folder that can't be written
+    python -m tests.campaigns.unwritable full --runs 30         # a small tmpfs; needs the right to mount it
+    python -m tests.campaigns.unwritable read-only --runs 30    # a folder without write permission
 
-A disk is too small from the beginning, or becomes full (read-only) at some moment, for good or for a while. A run must
-end with exit code 1 and say why in a few lines, or with 0 and everything written; checkpoints that were whole stay
-whole. With the disk given back the same command, which has resume=auto, must end like the run that always had it.
+A disk is too small from the beginning, or becomes full (or read-only) at a random moment, for good or for a while. A
+run must end with exit code 1 and a short message, or with code 0 and all its files. Whole checkpoints stay whole. After
+the disk is back, the same command, with resume=auto, must end like the uninterrupted run.
 """
 
-import argparse
-import logging
 import os
 import random
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.campaigns.endings import Findings, begin, finish_and_compare, is_finished, overrides, seconds_of
+from tests.campaigns.interrupted_runs import (
+    Findings,
+    begin,
+    campaign_parser,
+    finish_and_compare,
+    is_finished,
+    overrides,
+    run_campaign,
+    seconds_of,
+)
 from tests.cli.helpers import check_message, spawn, write_pairs
 
-ROOM = 64 << 20  # bytes of the small disk
-# To the superuser nothing is read-only, unless it gives up that right.
-AS_OTHERS = ("setpriv", "--bounding-set", "-dac_override", "--inh-caps", "-dac_override") if os.geteuid() == 0 else ()
+DISK_BYTES = 64 << 20
+# The superuser may write anywhere, unless it gives up that right.
+UNPRIVILEGED = (
+    ("setpriv", "--bounding-set", "-dac_override", "--inh-caps", "-dac_override") if os.geteuid() == 0 else ()
+)
 REASONS = {"full": ("No space left on device",), "read-only": ("Permission denied",)}
 
 
 @dataclass
 class Disk:
-    """A place for a run, and how to take it away and give it back."""
+    """A place for a run. `take` makes it unwritable, `give` makes it writable again."""
 
     place: Path
-    take: Callable[[int], None]  # leaves so many bytes, if the disk is of that kind
+    take: Callable[[int], None]  # a tmpfs keeps this number of free bytes
     give: Callable[[], None]
 
 
 @contextmanager
 def small_disk(place: Path) -> Iterator[Disk]:
-    """A tmpfs.
+    """Mount a tmpfs.
 
     Raises:
-        PermissionError: mounting isn't allowed here.
+        PermissionError: this process may not mount.
     """
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", place], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", place], capture_output=True)
     if mounted.returncode:
         raise PermissionError(f"can't mount a tmpfs: {mounted.stderr.decode().strip()}")
     ballast = place / "ballast"
@@ -57,7 +64,7 @@ def small_disk(place: Path) -> Iterator[Disk]:
         state = os.statvfs(place)
         free = state.f_bavail * state.f_frsize - left
         if free > 0:
-            with ballast.open("wb") as file, suppress(OSError):  # the run writes, too
+            with ballast.open("wb") as file, suppress(OSError):  # the run writes too
                 os.posix_fallocate(file.fileno(), 0, free)
 
     try:
@@ -68,7 +75,7 @@ def small_disk(place: Path) -> Iterator[Disk]:
 
 @contextmanager
 def locked_folder(place: Path) -> Iterator[Disk]:
-    """A folder whose files and folders lose their right to be written."""
+    """Make a folder whose files and folders lose and regain their write permission."""
     place.mkdir()
 
     def change(writable: bool) -> None:
@@ -83,10 +90,10 @@ KINDS = {"full": small_disk, "read-only": locked_folder}
 
 
 def campaign(kind: str, folder: Path, runs: int, seed: int) -> Findings:
-    """Run it in a folder; the same seed draws the same moments, as far as a machine repeats itself."""
+    """Run the campaign in a folder. The seed sets the moments, as far as the machine repeats itself."""
     rng, findings = random.Random(seed), Findings()
     write_pairs(folder, seed=1)
-    outcome = spawn("train", folder, *overrides(folder / "through"), check=True)
+    outcome = spawn("train", folder, *overrides(folder / "uninterrupted"), check=True)
     size = sum(path.stat().st_size for path in outcome.folder.rglob("*") if path.is_file())
     span = seconds_of(outcome.folder)
     for number in range(runs):
@@ -99,48 +106,42 @@ def campaign(kind: str, folder: Path, runs: int, seed: int) -> Findings:
 
 
 def _run(kind: str, folder: Path, disk: Disk, size: int, span: float, rng: random.Random, findings: Findings) -> None:
-    """One run that the disk is taken from; `size` bytes and `span` seconds are those of the whole run."""
+    """Take the disk from one run. An uninterrupted run has `size` bytes and takes `span` seconds."""
     small = kind == "full" and rng.random() < 0.4
     if small:
         disk.take(int(rng.uniform(0, 1.3) * size))
-    process, stage = begin(folder, disk.place, AS_OTHERS if kind == "read-only" else ())
-    what = "too small from the beginning"
+    process, stage = begin(folder, disk.place, UNPRIVILEGED if kind == "read-only" else ())
+    event = "too small from the beginning"
     if not small:
         time.sleep(rng.uniform(0, span))
         disk.take(0)
-        what = f"taken in {stage.read_text() if stage.is_file() else 'the beginning'}"
+        event = f"taken in {stage.read_text() if stage.is_file() else 'the beginning'}"
         if rng.random() < 0.3:
             time.sleep(rng.uniform(0, span / 4))
             disk.give()
-            what += " for a while"
+            event += " for a while"
     _, err = process.communicate(timeout=300)
-    findings.events[f"{what}: exit code {process.returncode}"] += 1
-    findings.look_at_checkpoints(disk.place)
+    findings.events[f"{event}: exit code {process.returncode}"] += 1
+    findings.check_checkpoints(disk.place)
     if process.returncode == 0:
         if not is_finished(disk.place):
-            findings.failed.append(f"{disk.place.name}: {what}: exit code 0, and not finished")
+            findings.failed.append(f"{disk.place.name}: {event}: exit code 0, but not finished")
         return
     try:
         check_message(err)
         assert any(reason in err for reason in REASONS[kind]), err
         assert process.returncode == 1, process.returncode
     except AssertionError as error:
-        findings.failed.append(f"{disk.place.name}: {what}: {error}")
+        findings.failed.append(f"{disk.place.name}: {event}: {error}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = campaign_parser(__doc__)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells what it leaves out: that is what is tested
-    if AS_OTHERS and not shutil.which(AS_OTHERS[0]):
-        parser.error(f"as the superuser it needs {AS_OTHERS[0]}")
-    with tempfile.TemporaryDirectory() as folder:
-        findings = campaign(arguments.kind, Path(folder), arguments.runs, arguments.seed)
-    print(findings.report())
-    sys.exit(0 if findings.clean else 1)
+    own = parser.parse_args()
+    if UNPRIVILEGED and not shutil.which(UNPRIVILEGED[0]):
+        parser.error(f"the superuser needs {UNPRIVILEGED[0]} to give up its right to write anywhere")
+    run_campaign(lambda folder: campaign(own.kind, folder, own.runs, own.seed))
 
 
 if __name__ == "__main__":

@@ -31,5 +31,7 @@ def test_random_streams(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("every_seconds", [0.0, -1.0, float("nan")])
 def test_an_interval_that_can_not_be(every_seconds: float) -> None:
-    with pytest.raises(ConfigError, match=r"callbacks.last_checkpoint.every_seconds = .*: must be greater than 0"):
+    with pytest.raises(
+        ConfigError, match=r"callbacks.last_checkpoint.every_seconds = .*: should be greater than 0; inf saves"
+    ):
         LastCheckpoint("here", every_seconds)

@@ -4,12 +4,15 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from energy_flow.checkpoints.io import AtomicCheckpointIO
-from energy_flow.runs.folder import held
+from energy_flow.checkpoints.io import AtomicCheckpointIO, LoadedCheckpoint
+from energy_flow.errors import CheckpointError
+from energy_flow.runs.folder import locked
+from tests.checkpoints.test_strangers import saved
 
 SMALL = {"global_step": 1, "weights": torch.ones(10)}
 LARGE = {"global_step": 2, "weights": torch.ones(10_000)}
@@ -64,5 +67,42 @@ def test_leftovers_go_when_a_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for name in ("metrics.json.unfinished", "checkpoints/last.ckpt.unfinished", "checkpoints/last.ckpt"):
         (tmp_path / name).write_bytes(b"")
-    with held(tmp_path):
+    with locked(tmp_path):
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["last.ckpt"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, valid: dict[str, Any]) -> Path:
+    path = tmp_path / "it.ckpt"
+    path.write_bytes(saved({**valid, "global_step": 3}))
+    return path
+
+
+def test_a_loaded_checkpoint_is_handed_on_once(checkpoint: Path) -> None:
+    loaded = LoadedCheckpoint(checkpoint)
+    contents, io = loaded.contents, AtomicCheckpointIO(loaded)
+    assert (loaded.path, loaded.step) == (checkpoint, 3)
+    assert io.load_checkpoint(str(checkpoint)) is contents
+    assert loaded.contents is None, "memory is free as soon as Lightning has used it"
+    again = io.load_checkpoint(str(checkpoint))
+    assert again is not contents
+    assert again["global_step"] == 3
+
+
+def test_a_loaded_checkpoint_whose_file_has_changed_is_read_again(checkpoint: Path) -> None:
+    valid = torch.load(checkpoint, weights_only=True)
+    io = AtomicCheckpointIO(LoadedCheckpoint(checkpoint))
+    io.save_checkpoint({**valid, "global_step": 4}, checkpoint)
+    assert io.load_checkpoint(checkpoint)["global_step"] == 4
+    io = AtomicCheckpointIO(LoadedCheckpoint(checkpoint))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="corrupt"):
+        io.load_checkpoint(checkpoint)
+
+
+def test_a_loaded_checkpoint_is_not_taken_for_another_file(checkpoint: Path) -> None:
+    other, loaded = checkpoint.with_name("other.ckpt"), LoadedCheckpoint(checkpoint)
+    AtomicCheckpointIO().save_checkpoint({**torch.load(checkpoint, weights_only=True), "global_step": 5}, other)
+    io = AtomicCheckpointIO(loaded)
+    assert io.load_checkpoint(other)["global_step"] == 5
+    assert loaded.contents is None

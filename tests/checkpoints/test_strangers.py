@@ -12,34 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.comparison.jobs import read_jobs
-from energy_flow.config import compose
 from energy_flow.errors import CheckpointError, ConfigError
 from energy_flow.pretrained import EnergyFlowModel
 from energy_flow.runs.instantiate import TRUST, build_all
 from energy_flow.training.callbacks.best_checkpoint import BestCheckpoint
 from energy_flow.training.module import EnergyFlowModule
+from tests.checkpoints.conftest import DIM
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:TypedStorage is deprecated")
-DIM = 8
-
-
-@pytest.fixture(scope="module")
-def whole() -> dict[str, Any]:
-    """What a checkpoint of a tiny model holds."""
-    config = compose("lattice.width=3", "lattice.height=3", "model.hidden_size=4", "model.features=4")
-    module = EnergyFlowModule.from_config(config, DIM)
-    return {
-        "pytorch-lightning_version": "2.6.0",
-        checkpoints.KEY: checkpoints.provenance({"data": {"normalize": True}}, DIM, {}),
-        "hyper_parameters": dict(module.hparams),
-        "state_dict": dict(module.state_dict()),
-        "optimizer_states": [],
-        "lr_schedulers": [],
-        "loops": {},
-        "callbacks": {},
-    }
 
 
 def saved(contents: Any, **options: Any) -> bytes:
@@ -107,16 +90,16 @@ GADGETS = list(trap(Path()))
 
 @pytest.mark.parametrize("place", ["alone", "beside", "hyper_parameters", "config", "callbacks", "state_dict"])
 @pytest.mark.parametrize("name", GADGETS)
-def test_gadgets_in_a_checkpoint(tmp_path: Path, whole: dict[str, Any], name: str, place: str) -> None:
+def test_gadgets_in_a_checkpoint(tmp_path: Path, valid: dict[str, Any], name: str, place: str) -> None:
     path = tmp_path / "trap"
     gadget = trap(path)[name]
     contents = {
         "alone": gadget,
-        "beside": {**whole, "more": gadget},
-        "config": {**whole, checkpoints.KEY: {**whole[checkpoints.KEY], "config": {"data": gadget}}},
+        "beside": {**valid, "more": gadget},
+        "config": {**valid, checkpoints.KEY: {**valid[checkpoints.KEY], "config": {"data": gadget}}},
     }
     refused(
-        saved(contents.get(place) or {**whole, place: {**whole[place], "more": gadget}}), tmp_path, "damaged, or no"
+        saved(contents.get(place) or {**valid, place: {**valid[place], "more": gadget}}), tmp_path, "corrupt, or no"
     )
     assert not path.exists()
 
@@ -124,17 +107,17 @@ def test_gadgets_in_a_checkpoint(tmp_path: Path, whole: dict[str, Any], name: st
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_pickles(tmp_path: Path, protocol: int) -> None:
     path = tmp_path / "trap"
-    refused(pickle.dumps(Calls(os.mkdir, str(path)), protocol), tmp_path, "damaged, or no checkpoint")
-    refused(saved(Calls(os.mkdir, str(path)), _use_new_zipfile_serialization=False), tmp_path, "damaged")
+    refused(pickle.dumps(Calls(os.mkdir, str(path)), protocol), tmp_path, "corrupt, or no checkpoint")
+    refused(saved(Calls(os.mkdir, str(path)), _use_new_zipfile_serialization=False), tmp_path, "corrupt")
     assert not path.exists()
 
 
-def test_an_honest_checkpoint_is_read(tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_an_honest_checkpoint_is_read(tmp_path: Path, valid: dict[str, Any]) -> None:
     path = tmp_path / "honest.ckpt"
-    path.write_bytes(repacked(saved(whole)))  # the refusals below aren't of what `repacked` does anyway
+    path.write_bytes(repacked(saved(valid)))  # the refusals below aren't of what `repacked` does anyway
     for load in (EnergyFlowModel.from_checkpoint, EnergyFlowModule.load_from_checkpoint):
         model = load(path)
-        assert torch.equal(model.processor.state_dict()["skip_gain"], whole["state_dict"]["processor.skip_gain"])
+        assert torch.equal(model.processor.state_dict()["skip_gain"], valid["state_dict"]["processor.skip_gain"])
 
 
 def bomb(levels: int) -> list:
@@ -144,10 +127,10 @@ def bomb(levels: int) -> list:
     return found
 
 
-def wider(whole: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+def wider(valid: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
     """Every weight claims places that it has no numbers for."""
-    weights = {name: torch.zeros(()).expand(shape) for name in whole["state_dict"]}
-    return {**whole, "state_dict": weights}
+    weights = {name: torch.zeros(()).expand(shape) for name in valid["state_dict"]}
+    return {**valid, "state_dict": weights}
 
 
 def deep(levels: int) -> list:
@@ -198,13 +181,13 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CONTENTS)
-def test_contents_that_are_endless_huge_or_name_code(tmp_path: Path, whole: dict[str, Any], case: str) -> None:
+def test_contents_that_are_endless_huge_or_name_code(tmp_path: Path, valid: dict[str, Any], case: str) -> None:
     change, part = CONTENTS[case]
     path = tmp_path / "stranger.ckpt"
-    path.write_bytes(saved(change(whole)))
+    path.write_bytes(saved(change(valid)))
     assert path.stat().st_size < 200_000
     with pytest.raises(CheckpointError, match=part):
-        checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+        compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
     with pytest.raises(CheckpointError, match=part):
         EnergyFlowModule.load_from_checkpoint(path)
 
@@ -233,7 +216,7 @@ ARCHIVES = {
     ),
     "an offset behind its storage": (repacked(FOUR, pickled(SHARED, LONG + b"K\x04\x85")), "larger than their"),
     "a record that isn't there": (repacked(FOUR, pickled(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x009")), "holds None"),
-    "packed records": (repacked(FOUR, compression=zipfile.ZIP_DEFLATED), "packed or encrypted"),
+    "packed records": (repacked(FOUR, compression=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
     "the same name": (repacked(FOUR, more=(("VERSION", b"3\n"),)), "records of the same name"),
     "something in front": (b"#!/bin/sh\n" + FOUR, "in front of its records"),
     "no pickle": (repacked(FOUR).replace(b"data.pkl", b"data.pkx"), "has no data.pkl"),
@@ -270,7 +253,7 @@ def test_overlapping_records(tmp_path: Path) -> None:
     refused(file.getvalue(), tmp_path, "claims more bytes than it has")
 
 
-def test_a_config_in_a_checkpoint_stays_text(tmp_path: Path, whole: dict[str, Any], monkeypatch: Any) -> None:
+def test_a_config_in_a_checkpoint_stays_text(tmp_path: Path, valid: dict[str, Any], monkeypatch: Any) -> None:
     monkeypatch.setenv("SECRET", "not-to-be-read")
     config = {
         "data": {"normalize": True, "name": "${oc.env:SECRET}", "_target_": "os.system"},
@@ -278,8 +261,8 @@ def test_a_config_in_a_checkpoint_stays_text(tmp_path: Path, whole: dict[str, An
         "seed": "${oc.decode:${oc.env:SECRET}}",
     }
     path = tmp_path / "stranger.ckpt"
-    path.write_bytes(saved({**whole, checkpoints.KEY: checkpoints.provenance(config, DIM, {})}))
-    module = checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+    path.write_bytes(saved({**valid, checkpoints.KEY: checkpoints.provenance(config, DIM, {})}))
+    module = compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
     assert module.run_config == config
     model = EnergyFlowModel.from_checkpoint(path)
     model.save_pretrained(tmp_path / "model.safetensors")

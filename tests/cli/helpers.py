@@ -1,4 +1,4 @@
-"""Starting the programs as a user does: in this process with their own command line, or as a subprocess."""
+"""Start the programs as a user does: in this process with their own command line, or as a subprocess."""
 
 import json
 import logging
@@ -122,7 +122,7 @@ class Program:
         return self._run("check", overrides)
 
     def refused(self, *overrides: str, program: str = "train") -> str:
-        """Must end before any training with a short message; returns it."""
+        """Check that a program ends before any training with a short message; returns the message."""
         before = files_of_runs(self.folder)
         outcome = self._run(program, overrides)
         assert outcome.code == 1, outcome
@@ -156,7 +156,7 @@ def check_message(err: str) -> None:
 
 
 def files_of_runs(folder: Path) -> set[Path]:
-    """Everything below logs/ but what Hydra writes before a run begins: its config and an empty or short log."""
+    """All files below logs/, without the config and the log that Hydra writes before a run begins."""
     found = {path for path in (folder / "logs").rglob("*") if path.is_file()}
     return {path for path in found if path.parent.name != ".hydra" and path.suffix != ".log"}
 
@@ -175,7 +175,7 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of a program that is started; its configs may name callbacks of the tests."""
+    """The environment of a subprocess; its configs may name callbacks of the tests."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "ENERGY_FLOW_TRUST": "tests"}
     return {**os.environ, **own, **changes}
@@ -201,7 +201,7 @@ def run_alone(program: str, cwd: Path, arguments: Sequence[str], *, check: bool 
 
 
 def start(program: str, folder: Path, *overrides: str, prefix: Sequence[str] = ()) -> subprocess.Popen:
-    """Start it, by the command `prefix` if there is one, and go on."""
+    """Start a program, with the command `prefix` before it, and don't wait for it."""
     return subprocess.Popen(
         [*prefix, sys.executable, "-m", f"energy_flow.{program}", *words(program, folder, overrides)],
         cwd=folder,
@@ -213,7 +213,7 @@ def start(program: str, folder: Path, *overrides: str, prefix: Sequence[str] = (
 
 
 def wait_for(process: subprocess.Popen, condition: Any, seconds: float = 120) -> None:
-    """Until `condition()` holds; an early end of the process or the time limit fails the test."""
+    """Wait until `condition()` holds; fail if the process ends before, or after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended early: {process.communicate()}"
@@ -222,7 +222,7 @@ def wait_for(process: subprocess.Popen, condition: Any, seconds: float = 120) ->
 
 
 def interrupt(process: subprocess.Popen) -> tuple[int, str, str]:
-    """What Ctrl-C does; returns exit code, stdout and stderr."""
+    """Press Ctrl-C; returns exit code, stdout and stderr."""
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err

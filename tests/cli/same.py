@@ -1,4 +1,4 @@
-"""Whether two runs left the same behind: checkpoints, results, curves."""
+"""Compare the files of two runs: checkpoints, results, curves."""
 
 import csv
 from pathlib import Path
@@ -7,16 +7,16 @@ from tests.cli.helpers import read_metrics
 from tests.cli.test_resume import checkpoint, differences
 from tests.training.runs import scalars
 
-_MEASURED = ("time/", "memory/", "cleanup/", "result/fit_seconds")  # of the machine
+_MEASURED = ("time/", "memory/", "cleanup/", "result/fit_seconds")  # depend on the machine
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All of TensorBoard's scalars but what is measured of the machine."""
+    """TensorBoard's scalars that don't depend on the machine."""
     return {tag: points for tag, points in scalars(folder / "tensorboard").items() if not tag.startswith(_MEASURED)}
 
 
 def rows(folder: Path) -> dict[str, list[tuple[int, str]]]:
-    """The same of metrics.csv."""
+    """The same scalars of metrics.csv."""
     found: dict[str, list[tuple[int, str]]] = {}
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -27,7 +27,7 @@ def rows(folder: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def unlike(one: Path, other: Path) -> list[str]:
-    """What differs between two run folders, bit for bit; times apart."""
+    """Names of the values that differ between two run folders, bit for bit; without times."""
     found = []
     for name in ("last", "best"):
         found += [f"{name}.ckpt{path}" for path in differences(checkpoint(one, name), checkpoint(other, name))]

@@ -1,4 +1,4 @@
-"""A config that can't work ends before any training, with a message that names value, limit, key and remedy."""
+"""A config that can't work is refused before any training, with value, limit, key and remedy in the message."""
 
 import pytest
 import torch
@@ -84,8 +84,8 @@ VALUES = [
     ("callbacks.memory_cleanup.threshold=2", "callbacks.memory_cleanup.threshold = 2", "(0, 2/3]"),
     ("callbacks.early_stopping.patience=abc", "callbacks.early_stopping.patience = 'abc'", "integer"),
     ("+callbacks.checkpoint.save_top_k=no", "callbacks.checkpoint.save_top_k = 'no'", "integer"),
-    ("callbacks.early_stopping.patience=-1", "patience = -1", "greater than or equal to 1"),
-    ("callbacks.early_stopping.patience=0", "patience = 0", "greater than or equal to 1"),
+    ("callbacks.early_stopping.patience=-1", "patience = -1", "must be at least 1"),
+    ("callbacks.early_stopping.patience=0", "patience = 0", "must be at least 1"),
     ("callbacks.early_stopping.mode=foo", "callbacks.early_stopping", "min, max"),
     ("callbacks.early_stopping.monitor=val/mr", "callbacks.early_stopping.monitor = 'val/mr'", "did you mean val/mrr?"),
     ("optimized_metric=val/nope", "optimized_metric = 'val/nope'", "val/mrr"),
@@ -113,7 +113,7 @@ def test_rules_over_several_keys(program: Program) -> None:
 
 
 def test_the_remedy_for_a_metric_that_is_never_measured(program: Program) -> None:
-    """It names all that watches it: what is named is all that has to go."""
+    """It names every callback that monitors the metric."""
     unmeasured = "+trainer.limit_val_batches=0"
     message = program.refused(unmeasured)
     assert "val/mrr would never be measured" in message
@@ -137,7 +137,7 @@ FOLDERS = [
 
 @pytest.mark.parametrize(("override", "key", "reason"), FOLDERS, ids=[row[0] for row in FOLDERS])
 def test_folders_that_can_not_be_written(program: Program, override: str, key: str, reason: str) -> None:
-    """A file is in the way: no rights help there."""
+    """A file is in the way: no permissions help there."""
     way = program.folder / "file"
     way.write_text("")
     message = program.refused(override.format(way))
@@ -186,6 +186,13 @@ def test_the_reason_stands_in_the_log_too(program: Program) -> None:
     program.refused("lattice.depth=0")
     (log,) = (program.folder / "logs").rglob("train.log")
     assert "lattice.depth = 0" in log.read_text()
+
+
+def test_training_needs_a_posix_system(program: Program) -> None:
+    program.patch.setattr("energy_flow.runs.folder.fcntl", None)  # as on Windows
+    message = program.refused()
+    assert "training runs on Linux and macOS only" in message
+    assert "On Windows use WSL" in message
 
 
 def test_a_fault_of_the_program_is_not_dressed_up(program: Program) -> None:

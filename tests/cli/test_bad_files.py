@@ -1,4 +1,4 @@
-"""Data files and checkpoints that can't be used end before any training, with a message that says which and why."""
+"""Unusable data files and checkpoints are refused before any training, with the file and the reason."""
 
 import io
 import os
@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.errors import CheckpointError
 from energy_flow.training.module import EnergyFlowModule
@@ -76,7 +77,7 @@ def test_objects_instead_of_numbers(program: Program) -> None:
 
 
 class Gadget:
-    """Unpickled, it would leave a file behind."""
+    """Unpickled, it would make a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,28 +92,28 @@ def checkpoint(trained: Outcome) -> Path:
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
-def test_damaged_checkpoints(program: Program, checkpoint: Path, name: str) -> None:
+def test_corrupt_checkpoints(program: Program, checkpoint: Path, name: str) -> None:
     whole = checkpoint.read_bytes()
-    damaged = program.folder / "damaged.ckpt"
+    corrupt = program.folder / "corrupt.ckpt"
     for content in (b"", b"not a checkpoint\n" * 9, whole[:100], whole[: len(whole) // 2], whole[:-30]):
-        damaged.write_bytes(content)
-        message = program.refused(f"ckpt_path={damaged}", program=name)
-        assert f"ckpt_path = {damaged}" in message
-        assert "damaged, or no checkpoint" in message
+        corrupt.write_bytes(content)
+        message = program.refused(f"ckpt_path={corrupt}", program=name)
+        assert f"ckpt_path = {corrupt}" in message
+        assert "corrupt, or no checkpoint" in message
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
-    """One bit is another."""
-    damaged = bytearray(content)
-    damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
-    return bytes(damaged)
+    """Flip one bit."""
+    corrupt = bytearray(content)
+    corrupt[rng.randrange(len(corrupt))] ^= 1 << rng.randrange(8)
+    return bytes(corrupt)
 
 
 def restored(content: bytes, path: Path) -> EnergyFlowModule | None:
-    """What a checkpoint's bytes give; None where it is refused."""
+    """The module of a checkpoint's bytes; None where it is refused."""
     path.write_bytes(content)
     try:
-        return checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+        return compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
     except CheckpointError:
         return None
 
@@ -121,20 +122,20 @@ def same_weights(module: EnergyFlowModule, whole: dict[str, Any]) -> bool:
     return all(torch.equal(value, whole["state_dict"][name]) for name, value in module.state_dict().items())
 
 
-def test_damaged_bytes_are_found(checkpoint: Path, tmp_path: Path) -> None:
-    """Anywhere in the file: in the weights, too, which torch loads as other weights."""
+def test_corrupt_bytes_are_found(checkpoint: Path, tmp_path: Path) -> None:
+    """Anywhere in the file, also in the weights, which torch alone would load as other weights."""
     rng, whole = random.Random(0), checkpoint.read_bytes()
     loaded = torch.load(checkpoint, weights_only=True)
-    found = [restored(flipped(whole, rng), tmp_path / "damaged.ckpt") for _ in range(150)]
+    found = [restored(flipped(whole, rng), tmp_path / "corrupt.ckpt") for _ in range(150)]
     assert all(module is None or same_weights(module, loaded) for module in found), "other weights were loaded"
     assert sum(module is None for module in found) > 100
     for length in rng.sample(range(len(whole)), 30):
-        assert restored(whole[:length], tmp_path / "damaged.ckpt") is None
+        assert restored(whole[:length], tmp_path / "corrupt.ckpt") is None
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_whatever_the_pickle_holds(checkpoint: Path, tmp_path: Path) -> None:
-    """Its bytes are damaged, its checksum is right: what can be read is checked before it is used."""
+    """Corrupt bytes under a valid checksum: contents that can be read are checked before they are used."""
     rng, archive = random.Random(0), zipfile.ZipFile(checkpoint)
     (pickled,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
     outcomes = []
@@ -144,7 +145,7 @@ def test_whatever_the_pickle_holds(checkpoint: Path, tmp_path: Path) -> None:
             for name in archive.namelist():
                 content = archive.read(name)
                 target.writestr(name, flipped(content, rng) if name == pickled else content)
-        outcomes.append(restored(repacked.getvalue(), tmp_path / "damaged.ckpt"))
+        outcomes.append(restored(repacked.getvalue(), tmp_path / "corrupt.ckpt"))
     assert 10 < sum(module is None for module in outcomes) < 140
 
 
@@ -195,7 +196,7 @@ def test_settings_of_a_checkpoint_that_can_not_be(checkpoint: Path, tmp_path: Pa
         lattice = {**whole["hyper_parameters"]["lattice"], key: value}
         torch.save({**whole, "hyper_parameters": {**whole["hyper_parameters"], "lattice": lattice}}, path)
         with pytest.raises(CheckpointError, match=f"describe no model: {part}"):
-            checkpoints.restore(EnergyFlowModule, checkpoints.load(path), path)
+            compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
@@ -204,9 +205,9 @@ def test_a_checkpoint_runs_no_code(program: Program, checkpoint: Path, name: str
     gadget, trap = program.folder / "gadget.ckpt", program.folder / "trap"
     for write in (lambda: gadget.write_bytes(pickle.dumps(Gadget(trap))), lambda: torch.save(Gadget(trap), gadget)):
         write()
-        assert "damaged, or no checkpoint" in program.refused(f"ckpt_path={gadget}", program=name)
+        assert "corrupt, or no checkpoint" in program.refused(f"ckpt_path={gadget}", program=name)
     torch.save({**torch.load(checkpoint, weights_only=True), "extra": Gadget(trap)}, gadget)
-    assert "damaged, or no checkpoint" in program.refused(f"ckpt_path={gadget}", program=name)
+    assert "corrupt, or no checkpoint" in program.refused(f"ckpt_path={gadget}", program=name)
     assert not trap.exists()
 
 

@@ -1,4 +1,4 @@
-"""Whatever breaks a training off, between two steps or in the middle of one, it goes on as if nothing had happened."""
+"""However training is interrupted, between two steps or within one, it resumes as if nothing had happened."""
 
 import signal
 from collections.abc import Callable
@@ -18,7 +18,7 @@ RUN = (*BUSY, "data.batch_size=8", "trainer.accumulate_grad_batches=2", "data.ev
 
 
 class At(Callback):
-    """Does something in a hook, once, after so many optimiser steps and in the last batch that meets them."""
+    """Do something once in a hook, after `step` optimiser steps, in their batch number `batch`."""
 
     def __init__(self, hook: str, step: int, do: Callable[[], Any], batch: int = 0) -> None:
         self.left = batch
@@ -40,7 +40,7 @@ def signalled(signum: signal.Signals) -> Callable[[], None]:
 
 
 def broken_off(program: Program, *callbacks: Callback, overrides: tuple[str, ...] = ()) -> Outcome:
-    """The run with callbacks that break it off; in the folder "broken"."""
+    """The run with callbacks that interrupt it; in the folder "broken"."""
     build = train.build_trainer
 
     def build_and_break(*args: Any, callbacks: list[Callback], own: Any = callbacks, **kwargs: Any) -> Any:
@@ -53,22 +53,22 @@ def broken_off(program: Program, *callbacks: Callback, overrides: tuple[str, ...
 
 @pytest.fixture(scope="module")
 def straight() -> dict[str, dict[str, Any]]:
-    """What a run that nothing broke off leaves, once it has run."""
+    """The checkpoints of a run that was never interrupted, once it has run."""
     return {}
 
 
-def goes_on_exactly(program: Program, straight: dict[str, dict[str, Any]]) -> None:
+def resumes_exactly(program: Program, straight: dict[str, dict[str, Any]]) -> None:
     if not straight:
         outcome = program.train(*RUN)
         assert outcome.code == 0, outcome.err
         straight |= {name: checkpoint(outcome.folder, name) for name in ("last", "best")}
     folder = program.folder / "broken"
-    torch.manual_seed(5)  # a run that goes on must not live on the state of the process
+    torch.manual_seed(5)  # a resumed run must not depend on the state of the process
     outcome = program.train(*RUN, f"hydra.run.dir={folder}", f"ckpt_path={folder}/checkpoints/last.ckpt")
     assert (outcome.code, outcome.err) == (0, "")
     for name, expected in straight.items():
         found = differences(expected, checkpoint(folder, name))
-        # How often batches of an evaluation were begun; that of the step of logs alone has meaning here.
+        # The number of validation batches that were begun has no meaning.
         assert [path for path in found if "val_loop.batch_progress/total" not in path] == []
 
 
@@ -92,10 +92,10 @@ def test_a_signal(program: Program, straight: Any, hook: str, step: int, batch: 
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     outcome = broken_off(program, At(hook, step, signalled(signal.SIGTERM), batch))
     assert outcome.code == 143
-    assert "terminated: ending after this batch; again to end at once" in outcome.err
-    assert f"terminated at step {saved}\nto go on from step {saved}:\npython -m energy_flow.train" in outcome.err
+    assert "terminated: ending after this batch; send the signal again to end at once" in outcome.err
+    assert f"terminated at step {saved}\nto resume from step {saved}:\npython -m energy_flow.train" in outcome.err
     assert saved_step(program.folder) == saved
-    goes_on_exactly(program, straight)
+    resumes_exactly(program, straight)
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -113,13 +113,13 @@ def test_an_error(program: Program, straight: Any, hook: str, step: int, batch: 
     with pytest.raises(RuntimeError, match="stone") as caught:
         broken_off(program, At(hook, step, fail, batch))
     [note] = caught.value.__notes__
-    assert f"to go on from step {saved}:\npython -m energy_flow.train" in note
+    assert f"to resume from step {saved}:\npython -m energy_flow.train" in note
     assert saved_step(program.folder) == saved
-    goes_on_exactly(program, straight)
+    resumes_exactly(program, straight)
 
 
 def test_an_error_while_the_optimiser_writes(program: Program, straight: Any) -> None:
-    """Weights of half a step are worth nothing: the last checkpoint stands."""
+    """Half-written weights are worthless: the last checkpoint stays."""
     step = SkippingAdamW.step
 
     def broken(self: Any, closure: Any = None) -> Any:
@@ -134,19 +134,19 @@ def test_an_error_while_the_optimiser_writes(program: Program, straight: Any) ->
         patch.setattr(SkippingAdamW, "step", broken)
         with pytest.raises(RuntimeError, match="stone") as caught:
             broken_off(program)
-    assert "to go on from step 4:" in caught.value.__notes__[0]
-    goes_on_exactly(program, straight)
+    assert "to resume from step 4:" in caught.value.__notes__[0]
+    resumes_exactly(program, straight)
 
 
 def test_a_second_signal_does_not_wait(program: Program, straight: Any) -> None:
     twice = At("on_before_backward", 5, lambda: [signalled(signal.SIGINT)() for _ in range(2)])
     outcome = broken_off(program, twice)
     assert outcome.code == 130
-    assert "interrupted at step 5\nto go on from step 5:" in outcome.err
-    goes_on_exactly(program, straight)
+    assert "interrupted at step 5\nto resume from step 5:" in outcome.err
+    resumes_exactly(program, straight)
 
 
 def test_before_the_first_step(program: Program) -> None:
     outcome = broken_off(program, At("on_train_batch_start", 0, lambda: [signalled(signal.SIGINT)() for _ in range(2)]))
     assert outcome.code == 130
-    assert "interrupted\nthere is no checkpoint yet to go on from" in outcome.err
+    assert "interrupted\nthere is no checkpoint yet to resume from" in outcome.err

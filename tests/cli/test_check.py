@@ -74,11 +74,15 @@ def test_unknown_keys_are_named(program: Program) -> None:
     assert "data.trian" in program.refused("data.trian=x", program="check")
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [("--experimental-rerun", "config.pickle"), ("--experimental-rerun=config.pickle",), ("--e", "config.pickle")],
+)
 def test_pickles_of_hydra_are_refused(
-    program: Program, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    program: Program, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, flag: tuple[str, ...]
 ) -> None:
     torch.save([], program.folder / "config.pickle")
-    monkeypatch.setattr(sys, "argv", ["check", "--experimental-rerun", "config.pickle"])
+    monkeypatch.setattr(sys, "argv", ["check", *flag])
     with pytest.raises(SystemExit, match="1"):
         main()
     assert "reads a pickle, which could run code" in capfd.readouterr().err

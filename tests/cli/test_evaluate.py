@@ -163,5 +163,5 @@ def test_models_of_other_sizes_and_losses(program: Program, best: Path) -> None:
     found, name = outcome.metrics(), best.parents[1].name
     assert found[f"model/{name}/params"] != found["model/wide/params"] == run.metrics()["params"]
     assert found["model/wide/mrr"] == pytest.approx(run.metrics()["test/mrr"])
-    assert f"other data than those that {name} was trained with: train, val, test" in outcome.out
-    assert "other data than those that wide" not in outcome.out
+    assert f"not the data that {name} was trained with: train, val, test" in outcome.out
+    assert "not the data that wide" not in outcome.out

@@ -1,4 +1,4 @@
-"""A run that died anywhere goes on with resume=auto as if nothing had been: weights, counters, curves, results."""
+"""A run killed anywhere resumes with resume=auto as if nothing had happened: weights, counters, curves, results."""
 
 import errno
 import re
@@ -30,7 +30,7 @@ EMA = ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging",
 
 
 def died(program: Program, callback: Callback, *overrides: str) -> None:
-    """A run that a callback ends by an error, in a folder of its own below the place of runs."""
+    """A run that a callback ends with an error."""
     build = train.build_trainer
 
     def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def died(program: Program, callback: Callback, *overrides: str) -> None:
         patch.setattr(train, "build_trainer", build_and_stop)
         with pytest.raises(RuntimeError, match="power cut"):
             program.train(*overrides)
-    # Readers go by the second in the name, and two runs of one process can begin in the same.
+    # TensorBoard sorts files by the second in their name, and two runs of one process can begin in the same second.
     for count, file in enumerate(sorted(program.folder.rglob("tensorboard/events*"))):
         file.rename(file.with_name(re.sub(r"\d{10}", f"{1000000000 + count}", file.name, count=1)))
 
@@ -73,7 +73,7 @@ def test_from_any_batch(program: Program, overrides: tuple[str, ...]) -> None:
         torch.manual_seed(step)  # a resumed run must not live on the state of the process
         program.patch.setattr(
             event_file_writer, "_global_uid", AtomicCounter(0)
-        )  # the process's first file, as after a kill
+        )  # the first file of a process, as after a kill
         outcome = program.train(*run, "resume=auto", here)
         assert (outcome.code, outcome.err) == (0, "")
         assert unlike(through.folder, outcome.folder) == []
@@ -94,7 +94,7 @@ def test_the_newest_unfinished_run_of_the_config(program: Program) -> None:
     before = described.stat().st_mtime_ns
     outcome = program.train(*BUSY, "resume=auto")
     assert (outcome.code, outcome.err) == (0, "")
-    assert f"resume = auto: going on with {newer}, the newest of 2 unfinished ones" in outcome.out.replace("\n", "")
+    assert f"resume = auto: resuming {newer}, the newest of 2 unfinished runs" in outcome.out.replace("\n", "")
     assert "from step 9" in outcome.out
     assert outcome.folder == newer
     assert differences(checkpoint(finished), checkpoint(newer)) == []
@@ -118,46 +118,46 @@ def test_a_folder_with_a_run_is_not_overwritten(program: Program) -> None:
     died(program, StopAt(9, CUT), *BUSY, here)
     config = (program.folder / "run" / ".hydra" / "config.yaml").read_text()
     message = program.refused("seed=5", here)
-    assert "holds a run, which would be overwritten. Go on with it by resume=auto" in message
+    assert "holds a run, which would be overwritten. Continue it with resume=auto" in message
     message = program.refused(*BUSY, "seed=5", here, "resume=auto")
-    assert "its run has another config: seed, data.seed differ" in message
+    assert "its run has another config, these keys differ: seed, data.seed" in message
     assert (program.folder / "run" / ".hydra" / "config.yaml").read_text() == config
 
 
 def test_two_at_once(program: Program) -> None:
     here = f"hydra.run.dir={program.folder}/run"
     died(program, StopAt(9, CUT), *BUSY, here)
-    with run_folder.held(program.folder / "run"):
+    with run_folder.locked(program.folder / "run"):
         assert "another process trains in it" in program.refused(*BUSY, here, "resume=auto")
     assert program.train(*BUSY, here, "resume=auto").code == 0
 
 
-def test_one_way_to_go_on(program: Program) -> None:
+def test_one_way_to_resume(program: Program) -> None:
     assert "resume = auto and ckpt_path = a.ckpt: give one of them" in program.refused(
         "resume=auto", "ckpt_path=a.ckpt"
     )
     assert "resume = 'yes'" in program.refused("resume=yes")
 
 
-def test_damaged_checkpoints(program: Program) -> None:
+def test_a_corrupt_last_checkpoint(program: Program) -> None:
     here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
     died(program, StopAt(10, CUT), *OFTEN, here)
     last, before = folder / "last.ckpt", folder / "last-1.ckpt"
     assert [torch.load(path, weights_only=True)["global_step"] for path in (before, last)] == [10, 10], "the error, too"
     last.write_bytes(last.read_bytes()[:-1000])
     message = program.refused(*OFTEN, here, f"ckpt_path={last}")
-    assert "damaged, or no checkpoint" in message
-    assert "Whole ones beside it: last-1.ckpt, best.ckpt" in message
+    assert "corrupt, or no checkpoint" in message
+    assert "Valid ones in its folder: last-1.ckpt, best.ckpt" in message
     (folder / "last.ckpt.unfinished").write_bytes(b"half")
     outcome = program.train(*OFTEN, here, "resume=auto")
     assert outcome.code == 0
-    assert "last.ckpt: damaged" in outcome.out
+    assert "last.ckpt: corrupt" in outcome.out
     assert "from step 10" in outcome.out
     assert not list(program.folder.rglob("*.unfinished"))
     assert unlike(program.train(*OFTEN).folder, outcome.folder) == []
 
 
-def test_all_checkpoints_damaged(program: Program) -> None:
+def test_all_checkpoints_corrupt(program: Program) -> None:
     here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
     died(program, StopAt(9, CUT), *BUSY, here)
     for path in folder.glob("*.ckpt"):
@@ -165,11 +165,11 @@ def test_all_checkpoints_damaged(program: Program) -> None:
     outcome = program.train(*BUSY, here, "resume=auto")
     assert outcome.code == 1
     assert "error: resume = auto: all checkpoints in" in outcome.err
-    assert "Remove them to begin anew" in outcome.err
+    assert "Remove them to start anew" in outcome.err
 
 
 class NoFolder(Callback):
-    """The checkpoints' folder can't be written from one step to another."""
+    """Make the folder of checkpoints unwritable between two steps."""
 
     def __init__(self, folder: Path, steps: tuple[int, int]) -> None:
         self.folder, self.steps = folder, steps
@@ -188,7 +188,7 @@ class NoFolder(Callback):
 
 
 @pytest.mark.parametrize("until", [14, 99])
-def test_what_can_not_be_written(program: Program, until: int) -> None:
+def test_a_last_checkpoint_that_can_not_be_written(program: Program, until: int) -> None:
     build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
     fault = NoFolder(program.folder / "run" / "checkpoints", (10, until))
 
@@ -215,7 +215,7 @@ def test_what_can_not_be_written(program: Program, until: int) -> None:
 
 
 def test_a_best_one_that_can_not_be_written(program: Program) -> None:
-    """The state must not say of the file that is there what the lost one had reached."""
+    """The saved state must not give the old file the score of the lost one."""
     build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
     fault = NoFolder(program.folder / "run" / "checkpoints", (6, 10))
 
@@ -244,7 +244,7 @@ def test_no_room_for_curves(program: Program) -> None:
     assert outcome.code == 1
     check_message(outcome.err)
     assert "No space left on device. Make room and repeat the command with resume=auto" in outcome.err
-    assert f"it goes on from step {checkpoint(outcome.folder)['global_step']}" in outcome.err
+    assert f"it resumes from step {checkpoint(outcome.folder)['global_step']}" in outcome.err
 
 
 def test_half_a_row_of_csv(program: Program) -> None:
@@ -257,12 +257,12 @@ def test_half_a_row_of_csv(program: Program) -> None:
     assert rows(outcome.folder) == rows(program.train(*OFTEN).folder)
 
 
-def test_what_counts_as_a_disk_that_can_not_be_written() -> None:
+def test_errors_of_a_disk_that_can_not_be_written() -> None:
     assert unwritable(OSError(errno.ENOSPC, "No space left on device")) == (
         "the disk: No space left on device. Make room and repeat the command"
     )
     wrapped = ValueError("by a library")
     wrapped.__cause__ = PermissionError(errno.EACCES, "Permission denied", "a.csv")
-    assert unwritable(wrapped) == "a.csv: Permission denied. Change its rights and repeat the command"
+    assert unwritable(wrapped) == "a.csv: Permission denied. Change its permissions and repeat the command"
     assert unwritable(PermissionError(errno.EPERM, "Operation not permitted")) is None  # of a process, say
     assert unwritable(FileNotFoundError(errno.ENOENT, "No such file", "a.csv")) is None

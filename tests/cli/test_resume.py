@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on ends where one that ran through ends, bit for bit."""
+"""A run that was stopped and resumed ends like one that was never stopped, bit for bit."""
 
 import shlex
 import signal
@@ -24,7 +24,7 @@ from tests.cli.helpers import (
     write_pairs,
 )
 
-# All that has state: noise by optimiser step and row, spawn, a schedule of the movement, warm-up and decay.
+# Everything that has state: noise by optimiser step and row, spawn, a schedule of the movement, warm-up and decay.
 BUSY = (
     "trainer.max_epochs=4",
     "lattice.max_steps=3",
@@ -53,7 +53,7 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
-    """What a run left behind, without what says where it lies."""
+    """A checkpoint of a run, without its paths and without the way it was started."""
     saved = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
     saved = {key: value for key, value in saved.items() if key not in NOT_COMPARED}
     for state in saved["callbacks"].values():
@@ -72,7 +72,7 @@ def test_differences_are_found() -> None:
 
 
 class StopAt(Callback):
-    """Breaks off a run before a batch."""
+    """Raise an error before a batch."""
 
     def __init__(self, step: int, error: BaseException) -> None:
         self.step = step
@@ -85,14 +85,14 @@ class StopAt(Callback):
 
 @pytest.fixture
 def through(program: Program) -> Path:
-    """The folder of a run that nothing stopped."""
+    """The folder of a run that was never stopped."""
     outcome = program.train(*BUSY)
     assert outcome.code == 0, outcome.err
     return outcome.folder
 
 
 def stopped(program: Program, step: int, error: BaseException) -> Outcome:
-    """The same run, broken off; in the folder "broken"."""
+    """The same run, interrupted; in the folder "broken"."""
     build = train.build_trainer
 
     def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
@@ -123,12 +123,12 @@ def test_the_printed_command_survives_special_characters(program: Program) -> No
 
 
 def test_noise_and_seed_change_the_result(program: Program, through: Path) -> None:
-    """The comparison above would be worth nothing if every run ended the same."""
+    """The comparison would be worthless if every run ended the same."""
     other = program.train(*BUSY, "lattice.noise.std=0.11").folder
     assert any(path.startswith("/state_dict") for path in differences(checkpoint(through), checkpoint(other)))
 
 
-def test_going_on_from_a_finished_run(program: Program, through: Path) -> None:
+def test_resuming_a_finished_run(program: Program, through: Path) -> None:
     last, here = through / "checkpoints" / "last.ckpt", f"hydra.run.dir={through}"
     longer = program.train(*BUSY, "trainer.max_epochs=6", f"ckpt_path={last}", here)
     assert (longer.code, longer.err) == (0, "")
@@ -140,7 +140,7 @@ def test_going_on_from_a_finished_run(program: Program, through: Path) -> None:
 
 
 def test_the_last_checkpoint_is_of_the_last_epoch(program: Program) -> None:
-    """Also where the best one is of an earlier epoch: a killed run must lose one epoch at most."""
+    """Also if the best one is of an earlier epoch: a killed run loses at most one epoch."""
     folder = program.train("trainer.max_epochs=3", "+callbacks.checkpoint.every_n_epochs=2").folder
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
     assert torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 1
@@ -171,7 +171,7 @@ def test_interrupted_and_resumed_by_the_printed_command(tmp_path: Path) -> None:
     assert "run folder: " in out
     (last,) = tmp_path.rglob("last.ckpt")
     step = torch.load(last, weights_only=True)["global_step"]
-    assert f"interrupted at step {step}\nto go on from step {step}:\n" in err
+    assert f"interrupted at step {step}\nto resume from step {step}:\n" in err
     command = shlex.split(err.strip().splitlines()[-1])
     assert command[:3] == ["python", "-m", "energy_flow.train"]
     words = [word for word in command[1:] if not word.startswith("trainer.max_epochs")]

@@ -131,7 +131,7 @@ def test_evaluation_finds_the_same(program: Program, trained: Outcome, trained_f
     assert {name: found[name] for name in same} == pytest.approx({name: best[name] for name in same})
     assert "not the data" not in outcome.out
     other = program.evaluate(ckpt, f"data.test={path}")
-    assert "other data than those that the checkpoint was trained with: train, val" in other.out
+    assert "not the data that the checkpoint was trained with: train, val" in other.out
 
 
 def test_the_best_value_is_returned(program: Program) -> None:

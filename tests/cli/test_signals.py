@@ -1,4 +1,4 @@
-"""Signals and data workers that end: what a program says, what it leaves, its exit code."""
+"""Signals and data workers that end: message, checkpoint, exit code."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ from energy_flow.data.pairs import PairDataset
 from energy_flow.runs import results
 from energy_flow.runs.sweep import SweepSummary
 from tests.cli.helpers import Program, start, wait_for, write_pairs
-from tests.cli.test_broken_off import At, broken_off, goes_on_exactly, saved_step, signalled
+from tests.cli.test_broken_off import At, broken_off, resumes_exactly, saved_step, signalled
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def straight() -> dict[str, dict[str, Any]]:
 def test_while_a_checkpoint_is_written(program: Program, straight: Any) -> None:
     outcome = broken_off(program, At("on_save_checkpoint", 4, signalled(signal.SIGTERM)))
     assert outcome.code == 143
-    assert "terminated at step 4\nto go on from step 4:" in outcome.err
+    assert "terminated at step 4\nto resume from step 4:" in outcome.err
     there = {path.name for path in (program.folder / "broken" / "checkpoints").iterdir()}
     assert there == {"last.ckpt", "last-1.ckpt", "best.ckpt"}
-    goes_on_exactly(program, straight)
+    resumes_exactly(program, straight)
 
 
 def test_in_the_test_and_at_the_baselines(program: Program) -> None:
@@ -45,14 +45,14 @@ def test_in_the_test_and_at_the_baselines(program: Program) -> None:
         patch.setattr(results, "run_baselines", lambda *_, **__: signalled(signal.SIGTERM)())
         outcome = program.train("baselines.enabled=true")
     assert outcome.code == 143
-    assert "terminated at step 4\nto go on from step 4:" in outcome.err
+    assert "terminated at step 4\nto resume from step 4:" in outcome.err
     assert "ending after this batch" not in outcome.err
     assert outcome.metrics()["test/mrr"] > 0, "the model's own results are there"
     with program.patch.context() as patch:
         patch.setattr(PairDataset, "__getitems__", lambda *_: signalled(signal.SIGINT)())
         again = program.train(f"ckpt_path={outcome.folder}/checkpoints/last.ckpt", "data=files")
     assert again.code == 130, "training is over: its test reads rows"
-    assert "interrupted at step 4\nto go on from" in again.err
+    assert "interrupted at step 4\nto resume from" in again.err
     last = f"ckpt_path={outcome.folder}/checkpoints/last.ckpt"
     assert program.train(last, f"hydra.run.dir={outcome.folder}").metrics()["test/mrr"] > 0
     with program.patch.context() as patch:
@@ -62,7 +62,7 @@ def test_in_the_test_and_at_the_baselines(program: Program) -> None:
 
 
 def test_slurm_requeues(program: Program, straight: Any) -> None:
-    """Lightning's own handlers run: a checkpoint that the next start finds by itself, then `scontrol requeue`."""
+    """Lightning's own handlers run: they save a checkpoint that the next start finds, then `scontrol requeue`."""
     scontrol = program.folder / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {program.folder}/asked\n')
@@ -80,11 +80,11 @@ def test_slurm_requeues(program: Program, straight: Any) -> None:
     for name in names:
         program.patch.delenv(f"SLURM_{name}")
     saved.rename(program.folder / "broken" / "checkpoints" / "last.ckpt")
-    goes_on_exactly(program, straight)
+    resumes_exactly(program, straight)
 
 
 def in_worker(batch: int, do: Callable[[], Any]) -> Callable[..., Any]:
-    """Instead of reading a batch of rows: the worker does something at its n-th."""
+    """A replacement for reading a batch: the worker does something at its n-th."""
     read, seen = PairDataset.__getitems__, []
 
     def broken(self: PairDataset, rows: list[int]) -> Any:
@@ -124,10 +124,10 @@ def test_a_worker_fails(program: Program, straight: Any, do: Callable[[], Any], 
     told = "\n".join([str(caught.value), *caught.value.__notes__])
     step = saved_step(program.folder)
     assert said in told
-    assert f"to go on from step {step}:\npython -m energy_flow.train" in told
+    assert f"to resume from step {step}:\npython -m energy_flow.train" in told
     assert 1 <= step <= 8, "after the first batches of an epoch, the workers being a few ahead"
     assert set(psutil.Process().children()) <= before, "a worker is left behind"
-    goes_on_exactly(program, straight)
+    resumes_exactly(program, straight)
 
 
 def test_while_a_config_is_composed(program: Program) -> None:
@@ -143,7 +143,7 @@ def test_while_a_config_is_composed(program: Program) -> None:
 
 
 def test_a_run_leaves_nothing_open(program: Program) -> None:
-    """Hundreds of them share the process of a multirun."""
+    """Hundreds of runs share the process of a multirun."""
     process, used = psutil.Process(), []
     for _ in range(2):
         assert program.train("baselines.enabled=true", "baselines.training.epochs=1").code == 0
@@ -162,7 +162,7 @@ def test_a_sweep_does_not_keep_configs(program: Program) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_job(tmp_path: Path) -> None:
-    """The workers end first; that is no error then. And a failed worker in a process of its own: exit code 1."""
+    """The workers end first, which is no error then. A worker that fails alone gives exit code 1."""
     write_pairs(tmp_path, {"train": 1600, "val": 32, "test": 32})
     process = start("train", tmp_path, "trainer.max_epochs=60", "data.batch_size=4", "data.num_workers=2")
     wait_for(process, lambda: list(tmp_path.rglob("last.ckpt")))
@@ -181,7 +181,7 @@ def test_a_signal_to_all_processes_of_a_job(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "data.num_workers = 2: one of them was ended from outside" in err
-    assert err.strip().splitlines()[-2].startswith("to go on from step")
+    assert err.strip().splitlines()[-2].startswith("to resume from step")
 
 
 @pytest.mark.slow
@@ -196,7 +196,7 @@ def test_several_processes(tmp_path: Path, strategy: str) -> None:
     _, err = process.communicate(timeout=100)
     assert process.returncode == 143, err
     [last] = tmp_path.rglob("last.ckpt")
-    assert f"to go on from step {torch.load(last, weights_only=True)['global_step']}:\n" in err
+    assert f"to resume from step {torch.load(last, weights_only=True)['global_step']}:\n" in err
     _, alive = psutil.wait_procs(children, timeout=20)
     assert alive == []
 

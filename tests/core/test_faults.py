@@ -1,4 +1,4 @@
-"""No silent zeros: what can't be collected is said, and settings that can't work are refused by key."""
+"""No silent zeros: a sample without a landing is an error, and wrong settings are refused with their key."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from energy_flow.errors import ConfigError, NoLandingError
 from energy_flow.settings import read
 from tests.helpers import DIM, Case, lattice_settings, model_settings
 
-# Weak flows and a filter that nobody passes: all are removed in the first step.
+# Weak flows and a strict filter: all flows are removed in the first step.
 ALL_REMOVED = Case({"filter.enabled": True, "filter.min_displacement": 50.0}, displacement=0.1)
 
 
@@ -62,7 +62,7 @@ def test_collection_equals_forward() -> None:
 
 @pytest.mark.parametrize(("residual_energy", "energy", "steps"), [(False, 1.0, 3), (True, 1e3, 99)])
 def test_slots_that_did_not_land_are_not_collected(residual_energy: bool, energy: float, steps: int) -> None:
-    """Whatever they hold; energies that come of a tanh are no larger than 1."""
+    """Whatever values they have. With tanh, energies are at most 1."""
     case = Case(
         {"filter.enabled": True, "filter.min_displacement": 0.45},
         {"residual_energy": residual_energy},
@@ -116,7 +116,7 @@ def test_noise_needs_rows() -> None:
 
 @pytest.mark.parametrize("shape", [(3, DIM + 1), (DIM,), (2, 3, DIM), (0, DIM), (0, DIM + 1)])
 def test_embeddings_of_another_shape(shape: tuple[int, ...]) -> None:
-    """An empty batch is one of them: it has no flows to speak of."""
+    """An empty batch is refused too: it has no flows."""
     with pytest.raises(ConfigError, match=rf"shape {re.escape(str(list(shape)))}: .*\[batch, {DIM}\]"):
         Case().processor()(torch.zeros(shape, dtype=torch.float64))
 
@@ -184,13 +184,13 @@ def test_capacity_and_steps_have_their_defaults() -> None:
 
 def test_filter_below_the_spawn_threshold_is_fine() -> None:
     lattice_settings(spawn__enabled=True, filter__enabled=True, filter__min_displacement=0.29)
-    lattice_settings(filter__enabled=True, filter__min_displacement=5.0)  # nobody spawns
+    lattice_settings(filter__enabled=True, filter__min_displacement=5.0)  # no flow spawns
 
 
 @pytest.mark.parametrize(
     "changes", [{"chunk": 2}, {"recompute": True}, {"compaction": True}, {"cuda_graph": True}], ids=str
 )
-def test_ways_of_the_tape_are_refused_for_plain_autograd(changes: dict[str, Any]) -> None:
+def test_settings_of_the_tape_are_refused_for_plain_autograd(changes: dict[str, Any]) -> None:
     plain = RolloutSettings.automatic().model_dump() | {"engine": "autograd", "compile": False, "chunk": None}
     assert read(RolloutSettings, plain, "rollout").engine == "autograd"
     ((key, value),) = changes.items()

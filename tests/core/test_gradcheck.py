@@ -1,7 +1,7 @@
 """Gradients against central differences (float64): the reflection, the deposit, one step, the collection.
 
-And the hand-written ways back of the tape against autograd, one by one. Inputs keep a
-distance from kinks, where a function has no derivative to compare with.
+The hand-written backward passes of the tape are compared with autograd, one by one. Inputs keep a distance from kinks,
+where a function has no derivative.
 """
 
 import pytest
@@ -76,7 +76,7 @@ class Step:
         return [self.position, self.energy, *self.hidden, *self.neuron.parameters(), *self.carrier.parameters()]
 
     def run(self, *_: Tensor) -> tuple[Tensor, ...]:
-        """Position, energy and memory after the step; it reads `leaves`, which are changed in place."""
+        """Position, energy and hidden states after the step. `gradcheck` changes `leaves` in place."""
         result, hidden = self.result()
         return result.position, result.energy, *hidden
 
@@ -108,7 +108,7 @@ class Step:
     [(1, 1, False, False), (2, 1, True, True), (3, 2, False, True)],
 )
 def test_flow_step(energy_dim: int, num_layers: int, residual_energy: bool, noisy: bool) -> None:
-    """With respect to position, energy, memory and every parameter of neuron and carrier."""
+    """With respect to position, energy, hidden states and every parameter of neuron and carrier."""
     torch.manual_seed(0)
     step = Step(energy_dim, num_layers, residual_energy, noisy)
     step.check_events()
@@ -116,7 +116,7 @@ def test_flow_step(energy_dim: int, num_layers: int, residual_energy: bool, nois
 
 
 def some_landings(xy: Tensor, distance: Tensor, energy: Tensor) -> Landings:
-    """Landings on both planes after different numbers of steps; every fourth slot didn't land."""
+    """Landings on both planes after different numbers of steps; every fourth slot has none."""
     batch, capacity = distance.shape
     slot = torch.arange(capacity).expand(batch, -1)
     landed = slot % 4 != 3
@@ -149,8 +149,8 @@ def test_collection(width: int, height: int, deposit: str, energy_dim: int) -> N
     assert gradcheck(surface, leaves)
 
 
-def test_what_the_collection_depends_on() -> None:
-    """Every landing learns its place, its distance and its energy; what didn't land learns nothing."""
+def test_the_collection_depends_on_landings_alone() -> None:
+    """Every landing gets a gradient for place, distance and energy; slots without a landing get none."""
     lattice = Case({"width": 4, "height": 3}, {"energy_dim": 2}).processor().lattice
     leaves = [leaf.requires_grad_() for leaf in (uniform(2, 9, 2), uniform(2, 9, low=0.05), uniform(2, 9, 2))]
     landings = some_landings(*leaves)
@@ -161,7 +161,7 @@ def test_what_the_collection_depends_on() -> None:
         assert torch.equal(nonzero.any(-1), landings.landed)
 
 
-def assert_ways_back_agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def assert_gradients_agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     assert len(actual) == len(expected)
     for found, wanted in zip(actual, expected, strict=True):
         assert wanted.abs().max() > 0
@@ -198,10 +198,10 @@ def test_move_backward(residual_energy: bool, noisy: bool) -> None:
     after, next_energy, length, reached = move(position, energy, active, decision, noise, *rule)
     assert not length.requires_grad
     assert reached.any()
-    on_position, on_energy = like(after, next_energy)
-    expected = autograd((after, next_energy), (on_position, on_energy), [position, energy, decision])
+    grad_position, grad_energy = like(after, next_energy)
+    expected = autograd((after, next_energy), (grad_position, grad_energy), [position, energy, decision])
     with torch.no_grad():
-        actual = move_backward(position, next_energy, active, decision, noise, *rule, on_position, on_energy)
+        actual = move_backward(position, next_energy, active, decision, noise, *rule, grad_position, grad_energy)
     for found, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
     assert (actual[2][reached, 4] == 0).all(), "on a plane z is what it is"
@@ -214,65 +214,65 @@ def test_neuron_features_backward() -> None:
     position, energy = uniform(30, 3).requires_grad_(), uniform(30, 2).requires_grad_()
     weight1, bias1, weight2, bias2 = neuron.network.parameters()
     features = neuron_features(position, energy, weight1, bias1, weight2, bias2)
-    (on_features,) = like(features)
-    expected = autograd((features,), (on_features,), [position, energy, weight1, bias1, weight2, bias2])
+    (grad_features,) = like(features)
+    expected = autograd((features,), (grad_features,), [position, energy, weight1, bias1, weight2, bias2])
     with torch.no_grad():
-        actual = neuron_features_backward(position, energy, weight1, bias1, weight2, on_features)
-    assert_ways_back_agree(actual, expected)
+        actual = neuron_features_backward(position, energy, weight1, bias1, weight2, grad_features)
+    assert_gradients_agree(actual, expected)
 
 
 def test_scatter_to_parents() -> None:
     born = torch.rand(3, 8) > 0.5
     births = Births(born, torch.randint(0, 4, (3, 8)))
     own, parents = uniform(3, 8, 2).requires_grad_(), uniform(3, 8, 2).requires_grad_()
-    inherited = births.gather_from_parents(own, parents)
-    (cotangent,) = like(inherited)
-    expected = autograd((inherited,), (cotangent,), [own, parents])
-    assert_ways_back_agree(births.scatter_to_parents(cotangent), expected)
+    gathered = births.gather_from_parents(own, parents)
+    (cotangent,) = like(gathered)
+    expected = autograd((gathered,), (cotangent,), [own, parents])
+    assert_gradients_agree(births.scatter_to_parents(cotangent), expected)
 
 
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_layer_of_the_tape(padding: int, empty: bool) -> None:
-    """Products, gates and back through both, against PyTorch's own cell."""
+    """Products, gates and backward through both, against PyTorch's own cell."""
     num_rows, inputs, size = 11, 5, 4
     cell = nn.GRUCell(inputs, size).double()
-    read, memory = uniform(num_rows, inputs).requires_grad_(), uniform(num_rows, size)
-    memory = (memory * (not empty)).requires_grad_()
-    following = cell(read, memory)
-    (on_following,) = like(following)
+    layer_input, hidden = uniform(num_rows, inputs).requires_grad_(), uniform(num_rows, size)
+    hidden = (hidden * (not empty)).requires_grad_()
+    next_hidden = cell(layer_input, hidden)
+    (grad_next,) = like(next_hidden)
     weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    expected_read, expected_memory, *expected_weights = autograd(
-        (following,), (on_following,), [read, memory, *weights]
+    expected_input, expected_hidden, *expected_weights = autograd(
+        (next_hidden,), (grad_next,), [layer_input, hidden, *weights]
     )
     with torch.no_grad():
         layer = PackedLayer.pack(cell, inputs + padding, DTYPE)
-        both = torch.cat([nn.functional.pad(read, (0, padding)), memory], dim=1)
-        gates, out = torch.full((num_rows, 4 * size), torch.nan, dtype=DTYPE), torch.empty_like(memory)
-        layer.products(both, gates, empty)
-        gates_forward(gates, memory, layer.bias, out)
-        assert_ways_back_agree((out,), (following,))
+        xh = torch.cat([nn.functional.pad(layer_input, (0, padding)), hidden], dim=1)
+        gates, out = torch.full((num_rows, 4 * size), torch.nan, dtype=DTYPE), torch.empty_like(hidden)
+        layer.products(xh, gates, empty)
+        gates_forward(gates, hidden, layer.bias, out)
+        assert_gradients_agree((out,), (next_hidden,))
         sums = LayerGradients(layer)
-        on_gates, on_memory = gates_backward(gates, memory, on_following.clone(), layer.bias, sums.bias)
-        layer.add_memory_gradient(on_gates, on_memory)
-        sums.add(on_gates, both, num_rows if empty else 0)
-        on_read = layer.input_gradient(on_gates)
-        below = torch.ones_like(on_read)
-        layer.add_input_gradient(on_gates, below)
-        torch.testing.assert_close(below, on_read + 1)
-        assert (on_read[:, inputs:] == 0).all()
-        assert_ways_back_agree((on_read[:, :inputs], on_memory), (expected_read, expected_memory))
+        grad_gates, grad_hidden = gates_backward(gates, hidden, grad_next.clone(), layer.bias, sums.bias)
+        layer.add_memory_gradient(grad_gates, grad_hidden)
+        sums.add(grad_gates, xh, num_rows if empty else 0)
+        grad_input = layer.input_gradient(grad_gates)
+        below = torch.ones_like(grad_input)
+        layer.add_input_gradient(grad_gates, below)
+        torch.testing.assert_close(below, grad_input + 1)
+        assert (grad_input[:, inputs:] == 0).all()
+        assert_gradients_agree((grad_input[:, :inputs], grad_hidden), (expected_input, expected_hidden))
         for found, wanted in zip(sums.unpack(cell), expected_weights, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
 
 
 def test_weight_gradients_add_up() -> None:
-    """Row by row, in parts, with rows at the start whose memory is empty."""
+    """Row by row, in parts, with rows at the start whose hidden state is 0."""
     cell = nn.GRUCell(5, 4).double()
-    layer, both, gates = PackedLayer.pack(cell, 8, DTYPE), uniform(9, 12), uniform(9, 16)
-    both[:3, 8:] = 0
+    layer, xh, gates = PackedLayer.pack(cell, 8, DTYPE), uniform(9, 12), uniform(9, 16)
+    xh[:3, 8:] = 0
     whole, parts = LayerGradients(layer), LayerGradients(layer)
-    whole.add(gates, both, 3)
-    parts.add(gates[:5], both[:5], 0)
-    parts.add(gates[5:], both[5:], 0)
-    assert_ways_back_agree(parts.unpack(cell)[:2], whole.unpack(cell)[:2])
+    whole.add(gates, xh, 3)
+    parts.add(gates[:5], xh[:5], 0)
+    parts.add(gates[5:], xh[5:], 0)
+    assert_gradients_agree(parts.unpack(cell)[:2], whole.unpack(cell)[:2])

@@ -75,8 +75,8 @@ def test_the_graph_of_a_batch_can_be_differentiated_in_parts() -> None:
     case = Case()
     processor, embedding = case.processor(), case.embedding()
     output = processor(embedding)
-    (on_input,) = torch.autograd.grad(output.input_surface.sum(), processor.map_in.cell_value, retain_graph=True)
-    assert torch.equal(on_input, torch.full_like(on_input, 3.0))
+    (gradient,) = torch.autograd.grad(output.input_surface.sum(), processor.map_in.cell_value, retain_graph=True)
+    assert torch.equal(gradient, torch.full_like(gradient, 3.0))
     output.surface.sum().backward()
     assert processor.carrier.energy_head.weight.grad is not None
 

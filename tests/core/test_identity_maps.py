@@ -27,7 +27,7 @@ def test_the_embedding_is_the_surface() -> None:
 
 
 def test_flows_that_stay_give_the_surface_back() -> None:
-    """Without a decision every flow lands, with its own energy, on its own cell."""
+    """With weights 0 every flow lands on its own cell, with its own energy."""
     processor = make_processor(4, 3)
     for parameter in processor.carrier.parameters():
         torch.nn.init.zeros_(parameter)
@@ -40,7 +40,7 @@ def test_no_parameter_belongs_to_a_cell() -> None:
     fill_parameters(small, 3, 1.0)
     large.load_state_dict(small.state_dict())
     assert {name.split(".")[0] for name, _ in small.named_parameters()} == {"neuron", "carrier"}
-    # The corners of both lattices are the same places: flows that start there with the same energy go the same way.
+    # The corners of both lattices are at the same positions: flows with the same energy take the same path from there.
     source_small, source_large = torch.full((1, 12), 0.4), torch.full((1, 48), 0.4)
     with torch.no_grad():
         ends_small, ends_large = small(source_small).landings.xy, large(source_large).landings.xy
@@ -50,18 +50,15 @@ def test_no_parameter_belongs_to_a_cell() -> None:
 @pytest.mark.parametrize(
     ("dim", "settings", "model", "message"),
     [
-        (
-            7,
-            {},
-            {},
-            r"dimension 7 must be surfaces of .* 3 x 2 x 1 = 6 numbers\. Set lattice\.width and lattice\.height",
-        ),
+        (7, {}, {}, r"dimension 7 must be surfaces of .* 3 x 2 x 1 = 6 numbers\. Set lattice\.width and"),
         (6, {}, {"energy_dim": 2}, r"dimension 6 must be .* 3 x 2 x 2 = 12 numbers.* model\.maps=learned"),
         (6, {"max_steps": 0}, {}, r"lattice\.max_steps = 0 .*Set lattice\.max_steps=1"),
         (6, {}, {"map_hidden": 4}, r"model\.map_hidden = 4: .*Set model\.map_hidden=null"),
         (6, {}, {"maps": "linear"}, r"model\.maps = 'linear': .*'learned' or 'identity'"),
     ],
 )
-def test_what_does_not_fit(dim: int, settings: dict[str, Any], model: dict[str, Any], message: str) -> None:
+def test_data_and_settings_that_do_not_fit(
+    dim: int, settings: dict[str, Any], model: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         FlowProcessor(dim, lattice_settings(**settings), model_settings(**{"maps": "identity", **model}), seed=1)

@@ -1,4 +1,4 @@
-"""What must always hold, whatever the settings: conservation, places, independence of samples, the deposit."""
+"""Invariants under all settings: conservation, positions, independence of samples, the deposit."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from energy_flow.core.flow_processor import FlowOutput
 from tests.helpers import DIM, Case, tensors_of
 
 SURFACE_TOLERANCE = 1e-12  # float64; products of other shapes sum in another order
-PARTS = ("active", "reached", "projected", "removed")  # what has become of the created flows
+PARTS = ("active", "reached", "projected", "removed")  # the states of created flows
 EARLY_ENDS = Case(
     {
         "spawn.enabled": True,
@@ -101,7 +101,7 @@ def test_conservation_at_every_step(case: Case) -> None:
 
 
 def test_early_ends_are_among_the_cases() -> None:
-    """Flows projected early, beside active, reached and removed ones: no part of the sum is always 0."""
+    """Some flows are projected early while others are active, reached or removed: no part of the sum is always 0."""
     counts = run(EARLY_ENDS).by_step
     together = torch.stack([counts[part] for part in PARTS]) > 0
     assert together.all(0).any(), "all four at once"
@@ -163,7 +163,7 @@ def test_noise_follows_rows_not_places() -> None:
 @given(cases(filtered=False))
 @settings(max_examples=20)
 def test_constant_energies_stay_constant_under_nearest(case: Case) -> None:
-    """A group's weights sum to one where its members are whole."""
+    """With whole weights, the average of a constant is the constant."""
     case = dataclasses.replace(case, lattice={**case.lattice, "deposit": "nearest"})
     processor, landings = case.processor(), run(case).landings
     same = dataclasses.replace(landings, energy=torch.full_like(landings.energy, 0.7))
@@ -184,7 +184,7 @@ def landings_at(xy: Tensor, energy: Tensor) -> Landings:
 
 
 def surfaces_along_a_line(deposit: str) -> Tensor:
-    """The surface for 4,001 places of one of three landings, on a line right through the plane and along its border."""
+    """The surface for 4,001 positions of one of three landings, on a line through the plane."""
     case = Case({"width": 4, "height": 3, "deposit": deposit})
     lattice = case.processor().lattice
     start, end = torch.tensor([-1.0, -0.7], dtype=torch.float64), torch.tensor([1.0, 1.0], dtype=torch.float64)
@@ -209,7 +209,7 @@ def test_surface_moves_continuously_with_bilinear_landings() -> None:
 
 
 def test_both_planes_share_a_group() -> None:
-    """Landings of one cell meet whichever plane they reached: same place, two planes, one average."""
+    """Landings in one cell are averaged together, also when they are on different planes."""
     lattice = Case().processor().lattice
     xy = torch.tensor([[0.0, 1.0]] * 2, dtype=torch.float64)
     landings = landings_at(xy, torch.tensor([[0.5], [-0.5]], dtype=torch.float64))
@@ -219,7 +219,7 @@ def test_both_planes_share_a_group() -> None:
 
 
 def test_autocast_leaves_the_geometry_alone() -> None:
-    """bfloat16 has 8 bits: positions that went through it would be multiples of 2^-9 near the border."""
+    """bfloat16 has 8 bits: near the border, positions rounded to it would be multiples of 2^-9."""
     case = Case({"width": 4, "height": 4})
     processor = case.processor().float()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Nothing survives the batch: pools, outputs of earlier batches, graphs, growth."""
+"""Nothing survives the batch: no pooled buffer in outputs, no graph, no growth."""
 
 import copy
 import dataclasses
@@ -71,7 +71,7 @@ class TestTensorPool:
         assert pool.trim() == 240
         assert pool.nbytes == 0
 
-    def test_clear_lets_go_of_all(self) -> None:
+    def test_clear_frees_all_buffers(self) -> None:
         pool = TensorPool()
         first = pool.take("a", (100,), torch.int64, CPU)
         pool.clear()
@@ -79,7 +79,7 @@ class TestTensorPool:
         assert pool.take("a", (50,), torch.int64, CPU).data_ptr() != first.data_ptr()
         assert pool.nbytes == 400
 
-    def test_who_relies_on_addresses_is_cleared_before_a_release(self) -> None:
+    def test_dependants_are_cleared_before_a_buffer_is_freed(self) -> None:
         pool = TensorPool()
         held: list[int] = []
 
@@ -113,7 +113,7 @@ class TestTensorPool:
 
 
 def test_outputs_are_never_overwritten() -> None:
-    """Everything a caller got from a batch is the same after later batches and a clean-up."""
+    """The output of a batch is the same after later batches and a clean-up."""
     processor = CASE.processor()
     output = run(processor, 0)
     before = {name: tensor.detach().clone() for name, tensor in tensors_of(output).items()}
@@ -132,11 +132,11 @@ def test_outputs_of_one_batch_do_not_share_memory_with_the_next() -> None:
     processor = CASE.processor()
     first, second = run(processor, 0), run(processor, 1)
 
-    def memory(output: FlowOutput) -> dict[int, str]:
+    def addresses(output: FlowOutput) -> dict[int, str]:
         return {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors_of(output).items()}
 
-    shared = memory(first).keys() & memory(second).keys()
-    assert {memory(first)[address] for address in shared} == set()
+    shared = addresses(first).keys() & addresses(second).keys()
+    assert {addresses(first)[address] for address in shared} == set()
 
 
 def test_successive_training_steps_with_the_earlier_graph_alive() -> None:
@@ -175,7 +175,7 @@ def test_inference_between_training_steps() -> None:
 
 
 class Mark:
-    """Something a graph holds on to, that a weak reference can follow."""
+    """An object that a graph holds, and that a weak reference can follow."""
 
 
 class Marked(torch.autograd.Function):
@@ -223,7 +223,7 @@ def test_nothing_grows() -> None:
 
 
 def blocks(value: Any) -> dict[int, int]:
-    """Bytes of every block of memory that tensors hold on to, by address; views of one block count once."""
+    """Bytes of every block of memory that tensors hold, by address; views of one block count once."""
     storages = [tensor.untyped_storage() for tensor in tensors_of(value).values()]
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 
@@ -261,8 +261,8 @@ def test_clean_up_gives_back_the_buffers_of_a_larger_batch() -> None:
     assert torch.equal(run(processor, 1).surface, run(CASE.processor(), 1).surface)
 
 
-def test_clean_up_lets_go_of_the_memory() -> None:
-    """What it counts as freed is held by no other tensor: not by the pool, nor by a view of it."""
+def test_clean_up_frees_the_memory_that_it_counts() -> None:
+    """No other tensor holds the blocks that it counts: neither the pool nor a view."""
     processor = CASE.processor()
     run(processor)
     counted = blocks(processor.last_output).keys()
@@ -278,7 +278,7 @@ def plain_tensors() -> list[Tensor]:
 
 
 def test_a_copy_of_a_model_is_a_model_of_its_own() -> None:
-    """As averages of weights make them, in the middle of a step: its own weights, no buffers of the other's."""
+    """Weight averaging copies a model in the middle of a step. The copy has its own weights and no buffers."""
     processor = CASE.processor()
     output = run(processor, 0)
     copied = copy.deepcopy(processor)

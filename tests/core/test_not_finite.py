@@ -1,4 +1,4 @@
-"""A sample that is not finite (NaN, Inf) stays by itself: it is named, and the rest of the batch doesn't notice."""
+"""A sample with NaN or Inf is named, and changes no other sample of the batch."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def run(case: Case, embedding: Tensor) -> FlowOutput:
 
 
 def of_samples(output: FlowOutput, samples: list[int]) -> dict[str, Tensor]:
-    """All that belongs to these samples; entries of slots where nobody landed mean nothing, and are left out."""
+    """All values of these samples, without slots that have no landing: their entries are meaningless."""
     landings = {name: value[samples] for name, value in tensors_of(output.landings).items()}
     landed = landings[".landed"]
     paths = {name: value[:, samples] for name, value in tensors_of(output.trajectories).items()}
@@ -53,13 +53,13 @@ def of_samples(output: FlowOutput, samples: list[int]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("deposit", ["bilinear", "nearest"])
 @pytest.mark.parametrize("entries", [slice(None), slice(2, 3)], ids=["a row", "one number"])
-def test_the_other_samples_do_not_notice(rules: str, deposit: str, entries: slice) -> None:
+def test_the_other_samples_do_not_change(rules: str, deposit: str, entries: slice) -> None:
     case = case_with(rules, deposit)
     embedding = case.embedding().detach()
     expected = run(case, embedding)
-    sick = embedding.clone()
-    sick[1, entries] = NAN
-    output = run(case, sick)
+    nonfinite = embedding.clone()
+    nonfinite[1, entries] = NAN
+    output = run(case, nonfinite)
     assert expected.faults.not_finite.tolist() == [False] * 4
     assert output.faults.not_finite.tolist() == [False, True, False, False]
     others = [0, 2, 3]
@@ -73,14 +73,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             assert torch.equal(actual[name], value), name
             continue
         assert torch.isfinite(value).all(), name
-        # Not to the last bit: where flows that have ended aren't computed, products have other shapes.
+        # Not bit for bit: without ended flows, products have other shapes.
         torch.testing.assert_close(actual[name], value, rtol=0, atol=ROUNDING, msg=name)
 
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("deposit", ["bilinear", "nearest"])
 def test_no_flow_of_the_sample_is_lost(rules: str, deposit: str) -> None:
-    """It is said what is wrong: not finite, and neither a flow lost nor a cell that doesn't exist."""
+    """The only fault is a nonfinite sample: no flow is lost, and every cell exists."""
     case = case_with(rules, deposit)
     embedding = case.embedding().detach()
     embedding[1] = NAN
@@ -96,7 +96,7 @@ def test_no_flow_of_the_sample_is_lost(rules: str, deposit: str) -> None:
 
 @pytest.mark.parametrize("deposit", ["bilinear", "nearest"])
 def test_gradients_of_the_other_samples(deposit: str) -> None:
-    """What the others pass back to their own embeddings is what they pass back without the sick one."""
+    """Gradients of the other samples are the same with and without the nonfinite one."""
     case = case_with("spawn", deposit)
     cotangent = torch.randn(4, DIM, dtype=torch.float64)
     cotangent[1] = 0

@@ -60,7 +60,7 @@ def test_flows_stand_still_after_they_ended() -> None:
 
 @pytest.mark.parametrize("way", ENGINES.values(), ids=ENGINES.keys())
 def test_a_changed_cell_changes_its_own_flow_only(way: dict[str, Any]) -> None:
-    """One mask that was an index would show here."""
+    """Fails if a mask is used as an index."""
     case = dataclasses.replace(CASE, rollout=way)
     _, before = run(case)
     processor = case.processor()
@@ -93,7 +93,7 @@ def test_children_begin_where_their_parents_were() -> None:
             assert birth in (1, 2)
             place = trajectories.position[birth, sample, slot]
             parents = (trajectories.position[birth - 1, sample, :slot] == place).all(-1)
-            assert parents.any(), "nobody was there"
+            assert parents.any(), "no parent was there"
             assert int(output.landings.steps[sample, slot]) == birth + int(active[:-1].sum()), (
                 "it has its parent's steps"
             )

@@ -66,9 +66,9 @@ def test_several_records_are_mapped_tensor_by_tensor() -> None:
     summed = map_tensors(lambda *tensors: sum(tensors), record(1.0), record(10.0), record(100.0))
     assert values(summed) == [111.0, 114.0, 117.0, 120.0, 123.0]
     assert map_tensors(torch.add, None, None) is None
-    both = map_tensors(torch.add, (torch.ones(2), 3), (torch.nn.Parameter(torch.ones(2)), 3))
-    assert isinstance(both, tuple)
-    assert values(both) == [2.0]
+    mapped = map_tensors(torch.add, (torch.ones(2), 3), (torch.nn.Parameter(torch.ones(2)), 3))
+    assert isinstance(mapped, tuple)
+    assert values(mapped) == [2.0]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""Times of phases, with a clock of the test's own."""
+
 from collections.abc import Callable
 
 import pytest

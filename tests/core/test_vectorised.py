@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import DIM, Case
 
-# Who has ended is asked for on CPUs, for compaction: a GPU's rollout never does.
+# On a CPU, compaction waits for the number of active flows. A rollout on a GPU never waits.
 ENGINES: dict[str, dict[str, Any]] = {
     name: {"engine": name, "compaction": False, "compile": False} for name in ("tape", "autograd")
 }
@@ -64,7 +64,7 @@ def test_no_loop_over_flows_cells_or_samples(deposit: str, engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.skipif(TORCH < (2, 12), reason="a fake searchsorted of torch < 2.12 takes no batch of sequences")
 def test_no_wait_inside_a_rollout(engine: str) -> None:
-    """Tensors without values: whatever asked for one (`item`, `nonzero`, a bool index) would raise."""
+    """Tensors without values: `item`, `nonzero` or a bool index would raise."""
     case = Case(EVERYTHING, training=True, rollout=ENGINES[engine])
     processor, embedding, rows = case.processor(), case.embedding(), case.rows()
     processor(embedding, rows)  # the table of quantiles is made once, outside
@@ -74,7 +74,7 @@ def test_no_wait_inside_a_rollout(engine: str) -> None:
     assert output.embedding.shape == (3, DIM)
 
 
-def test_the_test_would_see_a_wait() -> None:
+def test_a_wait_is_found() -> None:
     with FakeTensorMode() as mode:
         value = mode.from_tensor(torch.ones(3))
         for wait in (lambda: value.sum().item(), lambda: bool(value.any())):

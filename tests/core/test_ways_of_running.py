@@ -1,4 +1,4 @@
-"""How a rollout was computed doesn't show: a tape, in chunks, compacted, recomputed or compiled, is plain autograd."""
+"""Every way of computing a rollout agrees with plain autograd: tape, chunks, compaction, recompute, compiled."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from tests.core.ways import ENGINES, PLAIN, assert_identical, assert_same, every
 from tests.helpers import SMALLEST_MARGIN, Case, reference_of
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
-MARGIN_OF_FLOAT32 = 1e-4  # from the nearest decision: a hundred times float32's rounding of a few steps
+MARGIN_OF_FLOAT32 = 1e-4  # from the nearest threshold: a hundred times the rounding of a few steps in float32
 NO_COMPILER = shutil.which("g++") is None
 
 SPAWN = {"spawn.enabled": True, "spawn.threshold": 0.3, "max_steps": 4}
@@ -51,7 +51,7 @@ CASES = {
     "features and energy a multiple of eight": Case(
         {"deposit": "nearest"}, {"features": 7}, batch=5, expect=("reached_z0", "reached_zdepth", "projected")
     ),
-    "one step, and slots that nobody takes": Case(
+    "one step, and unused slots": Case(
         {**SPAWN, "max_steps": 1},
         {"num_layers": 2},
         seed=8,
@@ -97,7 +97,7 @@ def expected_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_cases_are_about_what_they_say(name: str) -> None:
+def test_the_cases_have_their_events(name: str) -> None:
     case = CASES[name]
     reference = reference_of(case, case.processor(), case.embedding(), case.rows())
     for event in case.expect:
@@ -108,13 +108,13 @@ def test_the_cases_are_about_what_they_say(name: str) -> None:
     assert margins.smallest > MARGIN_OF_FLOAT32 > SMALLEST_MARGIN, (margins.name, margins.smallest)
 
 
-def test_nobody_is_left_before_the_last_step() -> None:
+def test_all_flows_end_before_the_last_step() -> None:
     active = expected_of("all flows end early", torch.float64)[".by_step.active"].tolist()
     assert 0 in active[:-2]
     assert 0 < active[1] < active[0], "they end one after the other"
 
 
-def test_some_samples_are_through_while_others_go_on() -> None:
+def test_some_samples_end_before_others() -> None:
     active = expected_of("a sample ends early", torch.float64)[".trajectories.active"].any(-1)  # [T + 1, B]
     assert (active.any(1) & ~active.all(1)).any()
 
@@ -126,7 +126,7 @@ def test_the_tape_is_plain_autograd(name: str, way: str, dtype: torch.dtype) -> 
     assert_same(everything(CASES[name], WAYS[way], dtype), expected_of(name, dtype), TOLERANCES[dtype])
 
 
-def test_what_is_chosen_by_itself_is_plain_autograd() -> None:
+def test_the_automatic_choice_is_plain_autograd() -> None:
     for name in CASES:
         assert_same(everything(CASES[name], {}), expected_of(name, torch.float64), TOLERANCES[torch.float64])
 
@@ -155,7 +155,7 @@ def test_compiled(name: str, dtype: torch.dtype, way: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("way", ["chunk None", "chunk 3, recompute, compaction"])
 def test_products_in_bf16(way: str) -> None:
-    """Under autocast both engines round where they like: outputs and gradients agree to bf16's three digits."""
+    """Under autocast the engines round at different places: outputs and gradients agree to bf16's three digits."""
     # Weak heads: no flow comes near a decision.
     case = Case({"width": 4}, {"num_layers": 2, "energy_dim": 3, "hidden_size": 16}, displacement=0.02, batch=5)
     found = []

@@ -1,4 +1,4 @@
-"""Ways of running a rollout, and what must be the same in all of them."""
+"""Ways of running a rollout, and comparisons of their outputs and gradients."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ PLAIN: dict[str, Any] = {"engine": "autograd"}
 
 
 def tape(*, recompute: bool = False, chunk: Any = None, compaction: bool = False, compile: bool = False) -> dict:
-    """A choice of rollout settings; nothing is left to the size or the machine."""
+    """Rollout settings that don't depend on size or machine."""
     return {
         "engine": "tape",
         "recompute": recompute,
@@ -25,7 +25,7 @@ def tape(*, recompute: bool = False, chunk: Any = None, compaction: bool = False
     }
 
 
-# Of both engines, one of each kind.
+# One of each kind, for both engines.
 ENGINES: dict[str, dict[str, Any]] = {
     "autograd": PLAIN,
     "tape": tape(),
@@ -36,7 +36,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-SMALLEST = 1e-4  # entries that ought to be 0 are what rounding leaves of terms of order 1
+SMALLEST = 1e-4  # an entry that should be 0 is the rounding of terms of order 1
 
 
 def processor_of(case: Case, way: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> FlowProcessor:

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="would call itself")
-@pytest.mark.parametrize("file", ["test_group_softmax.py", "test_group_softmax_fused.py"])
+@pytest.mark.parametrize(
+    "file", ["test_group_softmax.py", pytest.param("test_group_softmax_fused.py", marks=pytest.mark.slow)]
+)
 def test_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", f"tests/ops/{file}"]

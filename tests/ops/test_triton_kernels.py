@@ -17,11 +17,11 @@ from tests.ops.kernels import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 BOTH_WAYS = [
-    "ops/test_gru_gates.py",
+    pytest.param("ops/test_gru_gates.py", marks=pytest.mark.slow),
     "ops/test_narrow_linear.py",
     "ops/test_prefix_matmul.py",
     "ops/test_triton_kernels.py",
-    "core/engine/test_compaction_in_halves.py",
+    pytest.param("core/engine/test_compaction_in_halves.py", marks=pytest.mark.slow),
 ]
 
 

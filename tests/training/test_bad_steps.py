@@ -103,7 +103,9 @@ def test_also_at_the_end_of_training(steps: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0, -1])
 def test_no_step_at_all_is_refused(value: int, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"callbacks\.bad_steps\.max_bad_steps = {value}: must be at least 1"):
+    with pytest.raises(
+        ConfigError, match=rf"callbacks\.bad_steps\.max_bad_steps = {value}: should be greater than or equal to 1; null"
+    ):
         StopOnBadSteps(tmp_path, value)
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.errors import CheckpointError, ConfigError
 from energy_flow.training.module import EnergyFlowModule
@@ -66,7 +67,7 @@ def test_a_resumed_run_keeps_them(tmp_path: Path) -> None:
     carrier = {name for name in before if name.startswith("processor.carrier.")}
     assert changed(other, before) == set(before) - carrier
     with pytest.raises(CheckpointError, match=r"optimizer.freeze: \['carrier'\] in the checkpoint, \[\] here"):
-        checkpoints.check_resume(checkpoints.load(path), make_module().hparams, path)
+        compatibility.check_resume(checkpoints.load(path), make_module().hparams, path)
 
 
 @pytest.mark.slow
@@ -91,6 +92,6 @@ def test_several_processes_train_what_is_not_frozen() -> None:
 def test_going_on_from_before_there_was_such_a_key() -> None:
     saved = {"dim": 4, "lattice": {}, "model": {}, "optimizer": {"lr": 0.1}}
     checkpoint = {"optimizer_states": [], "hyper_parameters": saved}
-    checkpoints.check_resume(checkpoint, {**saved, "optimizer": {"lr": 0.1, "freeze": []}}, "old.ckpt")
+    compatibility.check_resume(checkpoint, {**saved, "optimizer": {"lr": 0.1, "freeze": []}}, "old.ckpt")
     with pytest.raises(CheckpointError, match=r"optimizer\.freeze: None in the checkpoint, \['carrier'\] here"):
-        checkpoints.check_resume(checkpoint, {**saved, "optimizer": {"lr": 0.1, "freeze": ["carrier"]}}, "old.ckpt")
+        compatibility.check_resume(checkpoint, {**saved, "optimizer": {"lr": 0.1, "freeze": ["carrier"]}}, "old.ckpt")

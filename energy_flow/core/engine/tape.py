@@ -120,7 +120,9 @@ class Tape:
         self._kernels.write_features(position, energy, *self.weights.neuron, self._hidden.input())
         hidden = self._hidden.forward(self._count)
         decision = self._kernels.heads_forward(hidden, self.weights.head_weight, self.weights.head_bias)
-        result = StepResult(*self._kernels.move(position, energy, moves, decision, own_noise, *self._rule), decision)
+        new_position, new_energy, length, reached = self._kernels.move(
+            position, energy, moves, decision, own_noise, *self._rule
+        )
         if self._keep:
             record = StepRecord(
                 segment=segment,
@@ -135,16 +137,16 @@ class Tape:
                 active=moves,
                 noise=own_noise,
                 decision=decision,
-                next_energy=result.energy,
+                next_energy=new_energy,
             )
             self._records.append(record)
         self._num_steps += 1
         num_slots = len(all_positions)
         return StepResult(
-            position=_put(all_positions, slots, result.position).view_as(state.position),
-            energy=_put(all_energies, slots, result.energy).view_as(state.energy),
-            length=_spread(result.length, slots, num_slots).view_as(active),
-            reached=_spread(result.reached, slots, num_slots).view_as(active),
+            position=_put(all_positions, slots, new_position).view_as(state.position),
+            energy=_put(all_energies, slots, new_energy).view_as(state.energy),
+            length=_spread(length, slots, num_slots).view_as(active),
+            reached=_spread(reached, slots, num_slots).view_as(active),
             decision=decision,
         )
 

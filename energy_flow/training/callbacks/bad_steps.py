@@ -1,33 +1,38 @@
-"""A run whose numbers stay wrong ends, with what is needed to see why."""
+"""End a run after several bad steps in a row, and save everything that is needed to find the cause."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch import Callback, Trainer
+from pydantic import Field
 
 from energy_flow.core.faults import REMEDY
-from energy_flow.errors import ConfigError, NotFiniteError
+from energy_flow.errors import NotFiniteError
+from energy_flow.settings import Remedy, checked_arguments
 from energy_flow.training.callbacks.scalars import log_scalars
 from energy_flow.training.step_guard import BadStep, StepGuard
 
 
 class StopOnBadSteps(Callback):
-    """Ends training after so many skipped steps in a row.
+    """End training after `max_bad_steps` skipped steps in a row.
 
-    What the module had before the first of them is saved as `checkpoints/before_fault.ckpt`, the batch of the first of
-    them as `bad_batch.safetensors` (with several processes one for each, its rank in the name).
+    It saves the state before the first of them as `checkpoints/before_fault.ckpt`, and the batch of the first of them
+    as `bad_batch.safetensors`. With several processes, each saves its own batch with its rank in the file name.
 
     Args:
-        dirpath: the folder of both.
-        max_bad_steps: in a row.
+        dirpath: the folder of both files.
+        max_bad_steps: at least 1.
 
     Raises:
-        ConfigError: no step at all.
+        ConfigError: a value is out of range; names its key.
     """
 
-    def __init__(self, dirpath: str | Path, max_bad_steps: int) -> None:
-        if max_bad_steps < 1:
-            raise ConfigError(f"callbacks.bad_steps.max_bad_steps = {max_bad_steps}: must be at least 1")
+    @checked_arguments("callbacks.bad_steps")
+    def __init__(
+        self,
+        dirpath: str | Path,
+        max_bad_steps: Annotated[int, Field(ge=1), Remedy("null instead of the section removes the callback")],
+    ) -> None:
         self.dirpath = Path(dirpath)
         self.max_bad_steps = max_bad_steps
         self._guard: StepGuard | None = None
@@ -38,7 +43,7 @@ class StopOnBadSteps(Callback):
             self._guard.limit = self.max_bad_steps
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        pl_module.guard.limit = None  # it holds only while somebody ends the run there
+        pl_module.guard.limit = None  # nobody else would end the run at the limit
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._stop_if_due(trainer)
@@ -53,7 +58,7 @@ class StopOnBadSteps(Callback):
         return {"skipped": self._guard.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        assert self._guard is not None  # set up before
+        assert self._guard is not None  # by `setup`, which Lightning calls first
         self._guard.skipped = state_dict["skipped"]
 
     def _stop_if_due(self, trainer: Trainer) -> None:

@@ -1,23 +1,23 @@
-"""TensorBoard's view of the flows: histograms and pictures of a few samples, always the same ones."""
+"""Histograms and figures of the flows of a few samples, always the same ones, for TensorBoard."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
-from pydantic import field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.core.geometry import Deposit
 from energy_flow.data import TransportSettings
-from energy_flow.settings import Settings, read
+from energy_flow.settings import Remedy, checked_arguments
 from energy_flow.viz import (
     field_figure,
     group_figure,
@@ -30,44 +30,32 @@ from energy_flow.viz import (
 
 log = logging.getLogger(__name__)
 
-
-class FlowMonitorSettings(Settings):
-    """Config section `callbacks.flow_monitor`."""
-
-    every_n_epochs: int
-    samples: int
-    max_flows: int
-
-    @field_validator("every_n_epochs", "samples", "max_flows")
-    @classmethod
-    def _at_least_one(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("must be at least 1; null instead of the section removes the callback")
-        return value
+Count = Annotated[int, Field(ge=1), Remedy("null instead of the section removes the callback")]
 
 
 class FlowMonitor(Callback):
-    """Draws what the flows of the first validation samples do.
+    """Draw the flows of the first validation samples.
 
-    At the end of a validation, in every `every_n_epochs`-th epoch, and once more at the end of training, the processor
-    runs the first `samples` rows of the first validation batch in evaluation mode, without gradient. Every TensorBoard
-    logger gets histograms (`flow_values/*`) and pictures (`surfaces/*`, `landings/*`, `groups/*`, `trajectories/*`,
-    `population`, and `field/*` where the data know where energies should go) at the step just done, like the metrics of
-    the validation. Without a TensorBoard logger, in the sanity check and on processes other than the first it does
-    nothing.
+    It runs after the validation of every `every_n_epochs`-th epoch, and once more at the end of training. The processor
+    gets the first `samples` rows of the first validation batch, in evaluation mode and without gradients.
+
+    Every TensorBoard logger gets histograms (`flow_values/*`) and figures: `surfaces/*`, `landings/*`, `groups/*`,
+    `trajectories/*`, `population`, and `field/*` if the true landings are known. Their step is that of the validation
+    metrics.
+
+    It does nothing without a TensorBoard logger, in the sanity check, and on processes other than the first.
 
     Args:
         every_n_epochs: at least 1.
-        samples: rows to look at, at least 1; fewer if the batch has fewer.
+        samples: rows to draw, at least 1; fewer if the batch has fewer.
         max_flows: paths to draw per sample, at least 1.
 
     Raises:
-        ConfigError: a value out of its range, with its key.
+        ConfigError: a value is out of range; names its key.
     """
 
-    def __init__(self, every_n_epochs: int, samples: int, max_flows: int) -> None:
-        values = {"every_n_epochs": every_n_epochs, "samples": samples, "max_flows": max_flows}
-        read(FlowMonitorSettings, values, "callbacks.flow_monitor")
+    @checked_arguments("callbacks.flow_monitor")
+    def __init__(self, every_n_epochs: Count, samples: Count, max_flows: Count) -> None:
         self._every_n_epochs, self._samples, self._max_flows = every_n_epochs, samples, max_flows
         self._batch: tuple[Tensor, Tensor | None] | None = None
         self._drawn_epoch: int | None = None
@@ -102,7 +90,7 @@ class FlowMonitor(Callback):
         if not writers:
             return
         if self._batch is None:
-            log.info("no validation batch was seen: there are no flows to draw")
+            log.info("there was no validation batch, so there are no flows to draw")
             return
         self._drawn_step = trainer.global_step
         source, rows = self._batch
@@ -114,7 +102,7 @@ class FlowMonitor(Callback):
         figures = _figures(output, lattice.width, lattice.height, lattice.deposit, self._max_flows)
         images = {tag: render(figure) for tag, figure in figures}
         images |= {tag: render(figure) for tag, figure in self._fields(trainer, processor, output)}
-        step = max(0, trainer.global_step - 1)  # the one just done, as of all that a validation logs
+        step = max(0, trainer.global_step - 1)  # the step just done, as for the validation metrics
         for writer in writers:
             for tag, values in histograms.items():
                 writer.add_histogram(tag, values, step)
@@ -122,7 +110,7 @@ class FlowMonitor(Callback):
                 writer.add_image(tag, image, step, dataformats="HWC")
 
     def _fields(self, trainer: Trainer, processor: FlowProcessor, output: FlowOutput) -> Iterator[tuple[str, Figure]]:
-        """Where the energies of cells should have gone, where the data know it and every flow is that of a cell."""
+        """Figures of the true landings, if the data know them and every flow belongs to one cell."""
         data = getattr(trainer.datamodule, "settings", None)  # type: ignore[attr-defined]
         if not isinstance(data, TransportSettings) or processor.model.maps != "identity":
             return
@@ -140,16 +128,16 @@ def _writers(trainer: Trainer) -> list[SummaryWriter]:
 
 
 def _first_rows(batch: Any, samples: int) -> tuple[Tensor, Tensor | None]:
-    """Copies of the first rows of `source` and, where the batch has it, `row`."""
+    """Copy the first rows of `source` and, if the batch has it, `row`."""
     source, rows = (batch["source"], batch.get("row")) if isinstance(batch, dict) else (batch[0], None)
-    # Validation runs in inference mode; a copy made in it could not be used outside.
+    # Validation runs in inference mode. A copy made in that mode can't be used outside of it.
     with torch.inference_mode(False):
         return source[:samples].clone(), None if rows is None else rows[:samples].clone()
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each submodule is back in its own mode (some may be frozen in evaluation)."""
+    """Switch to evaluation mode, then restore the mode of every submodule: some may stay in evaluation mode."""
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -160,7 +148,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _histograms(output: FlowOutput) -> dict[str, Tensor]:
-    """Values of all flows that landed (or moved) as finite floats; empty ones are left out: they have no range."""
+    """Finite values of all flows that landed (or moved). Empty histograms are left out, because they have no range."""
     landings, landed = output.landings, output.landings.landed
     towards = landings.plane * 2 - 1  # -1 for z0, +1 for zdepth
     values = {
@@ -182,7 +170,7 @@ def _histograms(output: FlowOutput) -> dict[str, Tensor]:
 def _figures(
     output: FlowOutput, width: int, height: int, deposit: Deposit, max_flows: int
 ) -> Iterator[tuple[str, Figure]]:
-    """One figure at a time: drawn, rendered and dropped."""
+    """Yield one figure at a time, so that each can be freed before the next one is drawn."""
     yield "surfaces/input", surface_figure(output.input_surface, width, height, "Input surface")
     yield "surfaces/output", surface_figure(output.surface, width, height, "Output surface")
     yield "population", population_figure(output.by_step)

@@ -1,52 +1,48 @@
-"""The checkpoint that a killed run goes on from."""
+"""Save the checkpoint from which a killed run resumes."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from pydantic import field_validator
+from pydantic import Field
 
 from energy_flow.checkpoints.io import LAST
-from energy_flow.settings import Settings, read
+from energy_flow.checkpoints.lightning_loops import has_stepped, is_last_batch, validates_next
+from energy_flow.settings import Remedy, checked_arguments
 from energy_flow.training.callbacks.scalars import is_logging_batch
 
 
-class LastCheckpointSettings(Settings):
-    """Config section `callbacks.last_checkpoint`."""
-
-    dirpath: str
-    every_seconds: float
-
-    @field_validator("every_seconds")
-    @classmethod
-    def _positive(cls, value: float) -> float:
-        if not value > 0:
-            raise ValueError("must be greater than 0; inf saves after every epoch and not in between")
-        return value
-
-
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` after every epoch, and within an epoch when the last one is older than `every_seconds`.
+    """Save `last.ckpt` after every epoch, and within an epoch if the last one is older than `every_seconds`.
 
-    Only after an optimiser step, because gradients are not saved. Where a validation follows, it is saved after that;
-    where an epoch ends, after its end: Lightning would leave out a validation that had not run. With several processes
-    the first one's clock counts and is asked at logging batches only, because the others wait for its answer.
+    Within an epoch it saves only after an optimiser step, because checkpoints contain no gradients. If a validation
+    follows the step, it saves after the validation: a resumed run would skip a validation that had not run. For the
+    same reason it saves the last step of an epoch after the end of the epoch.
+
+    With several processes, the clock of the first one decides. The others wait for its answer, so it is asked in
+    logging batches only.
 
     Args:
         dirpath: the folder.
         every_seconds: greater than 0.
-        clock: seconds.
+        clock: returns seconds.
 
     Raises:
-        ConfigError: a value out of its range, with its key.
+        ConfigError: a value is out of range; names its key.
     """
 
-    def __init__(self, dirpath: str, every_seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        read(LastCheckpointSettings, {"dirpath": dirpath, "every_seconds": every_seconds}, "callbacks.last_checkpoint")
+    @checked_arguments("callbacks.last_checkpoint")
+    def __init__(
+        self,
+        dirpath: str,
+        every_seconds: Annotated[float, Field(gt=0), Remedy("inf saves after every epoch only")],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.dirpath = dirpath
         self._every_seconds, self._clock = every_seconds, clock
         self._saved_at = clock()
@@ -55,19 +51,15 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = self._clock()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate() or loop._is_training_done:
+        if not has_stepped(trainer) or is_last_batch(trainer):
             return
-        data_fetcher = trainer.fit_loop._data_fetcher
-        assert data_fetcher is not None
-        if not loop._should_check_val_fx(data_fetcher) and self._is_due(trainer):
+        if not validates_next(trainer) and self._is_due(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        loop = trainer.fit_loop.epoch_loop
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        if loop._should_accumulate() or loop._is_training_done:
+        if not has_stepped(trainer) or is_last_batch(trainer):
             return
         if self._is_due(trainer):
             self._save(trainer)
@@ -82,7 +74,7 @@ class LastCheckpoint(Checkpoint):
         return due
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # leaves nothing behind
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # a debug run writes no files
             return
         trainer.save_checkpoint(Path(self.dirpath, LAST), weights_only=False)
         self._saved_at = self._clock()

@@ -1,4 +1,4 @@
-"""Memory hygiene: rare, conditional, off the critical path where possible."""
+"""Free unused memory: rarely, only if there is something to free, and in the background if possible."""
 
 import ctypes
 import functools
@@ -8,27 +8,27 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
 from lightning.pytorch import Callback, Trainer
-from pydantic import field_validator
+from pydantic import Field
 
-from energy_flow.settings import Settings, read
+from energy_flow.settings import Remedy, checked_arguments
 from energy_flow.training.callbacks.scalars import log_scalars, logging_step
 
 log = logging.getLogger(__name__)
 
 REMOVE_EVERY = 2  # intervals between two removals
-LOOK_EVERY = 4  # intervals between two looks at device memory
-RAISE = 1.5  # the threshold is raised by this before the allocator's cache is emptied
+CHECK_EVERY = 4  # intervals between two checks of device memory
+RAISE = 1.5  # the allocator's cache is emptied above `threshold` times this
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of one device: held by tensors, held by the allocator, there at all."""
+    """Bytes of one device: held by tensors, held by the allocator, and in total."""
 
     allocated: int
     reserved: int
@@ -36,7 +36,7 @@ class DeviceMemory:
 
 
 def read_device_memory(device: torch.device) -> DeviceMemory | None:
-    """The allocator's counters on the host, read without a sync; None for a device without an allocator cache."""
+    """Read the allocator's counters on the host, without a sync. None: the device has no allocator cache."""
     if device.type != "cuda":
         return None
     total = torch.cuda.get_device_properties(device).total_memory
@@ -44,10 +44,10 @@ def read_device_memory(device: torch.device) -> DeviceMemory | None:
 
 
 def trim_host() -> int:
-    """Give free heap pages back to the system (glibc's `malloc_trim`; a no-op elsewhere).
+    """Return free heap pages to the system (glibc's `malloc_trim`; does nothing with another libc).
 
     Returns:
-        By how many bytes the resident memory of the process shrank meanwhile.
+        The decrease of the process's resident memory in bytes.
     """
     libc = _glibc()
     if libc is None:
@@ -63,30 +63,6 @@ def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
-class MemoryCleanupSettings(Settings):
-    """Config section `callbacks.memory_cleanup`."""
-
-    interval: int
-    threshold: float
-
-    @field_validator("interval")
-    @classmethod
-    def _at_least_one(cls, interval: int) -> int:
-        if interval < 1:
-            raise ValueError("must be at least 1 training batch; 50 is a good start, null removes the callback")
-        return interval
-
-    @field_validator("threshold")
-    @classmethod
-    def _share(cls, threshold: float) -> float:
-        if not 0 < threshold <= 1 / RAISE:
-            raise ValueError(
-                f"must be a share of the device's memory in (0, 2/3]: the cache is emptied above {RAISE} times it; "
-                "lower it, or remove the callback to keep the cache"
-            )
-        return threshold
-
-
 @dataclass
 class _Totals:
     removals: int = 0
@@ -98,41 +74,58 @@ class _Totals:
 
 
 class MemoryCleanup(Callback):
-    """Frees what is no longer needed, at the end of every few training batches.
+    """Free unused memory at the end of every few training batches.
 
-    Every `interval` x 2 batches it removes what ended flows still hold (`processor.cleanup_memory_safe()`) and starts
-    trimming the heap in a background thread. Every `interval` x 4 it also reads the device's memory and empties the
-    allocator's cache, if more than `threshold` x 1.5 of the device is reserved and not all of that is in use. In all
-    other batches it compares one integer. The allocator's peak counters are left alone: others report them.
+    - Every `interval` x 2 batches it frees the tensors of ended flows (`processor.cleanup_memory_safe()`), and starts
+      to trim the heap in a background thread.
+    - Every `interval` x 4 batches it also checks the device's memory. It empties the allocator's cache if more than
+      `threshold` x 1.5 of the device is reserved and a part of that is unused.
+    - In all other batches it compares one integer.
 
-    Logged where it acts: `cleanup/removed_bytes`, `cleanup/cache_freed_bytes` (if it looked),
-    `cleanup/host_freed_bytes` (of the trimming that has ended since; the change of the resident memory, so an estimate)
-    and `time/cleanup`, the seconds it held up training. Totals go to the log at the end.
+    It never resets the allocator's peak counters, because other callbacks report them.
+
+    It logs, in the batches above:
+
+    - `cleanup/removed_bytes`: bytes freed by `cleanup_memory_safe`.
+    - `cleanup/cache_freed_bytes`: bytes freed by emptying the cache, if the device's memory was checked.
+    - `cleanup/host_freed_bytes`: decrease of the resident memory in the last finished trimming, so an estimate.
+    - `time/cleanup`: seconds that training waited.
+
+    The totals go to the log at the end.
 
     Args:
         interval: training batches, at least 1.
         threshold: share of the device's memory, in (0, 2/3].
-        clock: seconds.
-        memory_reader: memory of a device, None where there is no cache to empty.
+        clock: returns seconds.
+        memory_reader: returns the memory of a device; None if it has no cache to empty.
         release: empties the allocator's cache.
-        trim_host: trims the heap, returns bytes freed; called in a background thread.
+        trim_host: trims the heap and returns the freed bytes; called in a background thread.
 
     Raises:
-        ConfigError: a value out of its range, with its key.
+        ConfigError: a value is out of range; names its key.
     """
 
+    @checked_arguments("callbacks.memory_cleanup")
     def __init__(
         self,
-        interval: int,
-        threshold: float,
+        interval: Annotated[
+            int, Field(ge=1), Remedy("50 training batches are a good start, null removes the callback")
+        ],
+        threshold: Annotated[
+            float,
+            Field(gt=0, le=1 / RAISE),
+            Remedy(
+                "it is a share of the device's memory in (0, 2/3], and the cache is emptied above 1.5 times it. "
+                "Lower it, or remove the callback to keep the cache"
+            ),
+        ],
         *,
         clock: Callable[[], float] = time.perf_counter,
         memory_reader: Callable[[torch.device], DeviceMemory | None] = read_device_memory,
         release: Callable[[], None] = torch.cuda.empty_cache,
         trim_host: Callable[[], int] = trim_host,
     ) -> None:
-        read(MemoryCleanupSettings, {"interval": interval, "threshold": threshold}, "callbacks.memory_cleanup")
-        self._remove_every, self._look_every = interval * REMOVE_EVERY, interval * LOOK_EVERY
+        self._remove_every, self._check_every = interval * REMOVE_EVERY, interval * CHECK_EVERY
         self._raised_threshold = threshold * RAISE
         self._clock, self._memory_reader = clock, memory_reader
         self._release, self._trim_host = release, trim_host
@@ -176,7 +169,7 @@ class MemoryCleanup(Callback):
         )
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        # Lightning calls no teardown after an exception.
+        # After an exception Lightning doesn't call `teardown`.
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
             self._executor = self._trimming = None
@@ -186,7 +179,7 @@ class MemoryCleanup(Callback):
         self._totals.removals += 1
         self._totals.removed_bytes += removed
         scalars = {"cleanup/removed_bytes": float(removed)}
-        if self._batches % self._look_every == 0:
+        if self._batches % self._check_every == 0:
             scalars["cleanup/cache_freed_bytes"] = float(self._release_cache(pl_module.device))
         if self._trimming is None or self._trimming.done():
             freed = self._trimmed()
@@ -200,7 +193,7 @@ class MemoryCleanup(Callback):
         before = self._memory_reader(device)
         if before is None or before.reserved <= self._raised_threshold * before.total:
             return 0
-        if before.reserved <= before.allocated:  # all of it is in use: nothing to give back
+        if before.reserved <= before.allocated:  # all of it is in use
             return 0
         self._release()
         after = self._memory_reader(device)
@@ -210,7 +203,7 @@ class MemoryCleanup(Callback):
         return freed
 
     def _trimmed(self) -> int | None:
-        """Bytes freed by the trimming that was started last, None if none was."""
+        """Wait for the last trimming; return the freed bytes, or None if there was no trimming."""
         if self._trimming is None:
             return None
         freed = self._trimming.result()

@@ -1,4 +1,4 @@
-"""Memory of the process and of the device, as scalars."""
+"""Log the memory of the process and of the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,13 @@ from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars
 
 
 def read_memory(device: torch.device) -> dict[str, float]:
-    """Bytes in use: resident memory of this process and, on CUDA, the allocator's counters on the host (no sync).
+    """Read the bytes in use, without a sync.
 
-    `peak` is the most that was allocated since the process began (or since someone reset it); `inactive_split` lies
-    in blocks that are partly in use, so it can neither be given back nor, often, be used: fragmentation.
+    Returns:
+        - `memory/host_rss`: resident memory of this process.
+        - On CUDA, `memory/allocated`, `memory/reserved`, `memory/peak` and `memory/inactive_split`: the allocator's
+          counters. `peak` is the most that was allocated since the process started, or since the last reset.
+          `inactive_split` measures fragmentation: unused memory in blocks that are partly in use.
     """
     memory = {"memory/host_rss": float(psutil.Process().memory_info().rss)}
     if device.type == "cuda":
@@ -27,7 +30,7 @@ def read_memory(device: torch.device) -> dict[str, float]:
 
 
 class MemoryMonitor(Callback):
-    """Logs `read_memory` at every `trainer.log_every_n_steps`-th training batch."""
+    """Log `read_memory` in every `trainer.log_every_n_steps`-th training batch."""
 
     def __init__(self, reader: Callable[[torch.device], dict[str, float]] = read_memory) -> None:
         self._reader = reader

@@ -1,4 +1,4 @@
-"""Time of placing, propagating, collecting, aggregating and backward."""
+"""Log the time of the phases of a training batch."""
 
 from collections import deque
 from typing import Any
@@ -11,11 +11,11 @@ from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars
 
 
 class PhaseTimes(Callback):
-    """Logs `time/place`, `time/propagate`, `time/collect`, `time/aggregate` and `time/backward` in seconds.
+    """Log `time/place`, `time/propagate`, `time/collect`, `time/aggregate` and `time/backward` in seconds.
 
-    One batch of every `trainer.log_every_n_steps` is timed: its `pl_module.phase_timer` is a `PhaseTimer`, which the
-    module hands to the processor; in all other batches it is None. Times of a CUDA device are read a batch later,
-    so that nobody waits for the device, and logged at the step they belong to.
+    It times one batch of every `trainer.log_every_n_steps`. For that batch it sets `pl_module.phase_timer`, which the
+    module passes to the processor; in all other batches the timer is None. The times of a CUDA device are read one
+    batch later, so that training doesn't wait for the device. They are logged at their own step.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A progress bar that doesn't make the device wait."""
+"""A progress bar that doesn't wait for the device."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with the training loss as it arrives from the device, a few steps late."""
+    """Lightning's progress bar with the latest training loss that the device has sent, a few steps old."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)

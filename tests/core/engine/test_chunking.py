@@ -1,4 +1,4 @@
-"""How many samples run at a time: what fits, and what happens when it didn't."""
+"""The number of samples that run at a time, and its halving when memory runs out."""
 
 import dataclasses
 import logging
@@ -33,7 +33,7 @@ CASE = Case(
 
 
 class Memory:
-    """Stands for a device's: passes over more than `limit` samples fail, and every chunk is written down."""
+    """Stands in for a device's memory: passes over more than `limit` samples fail, and every chunk is recorded."""
 
     def __init__(self) -> None:
         self.limit = {"forward": PLENTY, "backward": PLENTY}
@@ -43,7 +43,7 @@ class Memory:
 
     def use(self, kind: str, samples: int) -> None:
         self.seen[kind].append(samples)
-        assert len(self.seen[kind]) < 300, "it tries again and again"
+        assert len(self.seen[kind]) < 300, "it repeats without end"
         if samples > self.limit[kind] or len(self.seen[kind]) == self.fail_at.get(kind):
             raise self.error
 
@@ -71,11 +71,11 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 @contextmanager
 def warnings_of(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    said: list[str] = []
+    messages: list[str] = []
     caplog.clear()
     with caplog.at_level(logging.INFO, "energy_flow"):
-        yield said
-    said += [record.getMessage() for record in caplog.records]
+        yield messages
+    messages += [record.getMessage() for record in caplog.records]
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
@@ -109,24 +109,24 @@ def test_out_of_memory_halves_the_chunk_and_repeats(
     expected = everything(CASE, tape(**changes))
     processor = processor_of(CASE, auto(**changes))
     memory.limit = {"forward": forward, "backward": backward}
-    with warnings_of(caplog) as said:
+    with warnings_of(caplog) as messages:
         assert_same(train(processor), expected, TOLERANCE)
-    assert len(said) == len(halvings)
-    for message, (before, after) in zip(said, halvings, strict=True):
+    assert len(messages) == len(halvings)
+    for message, (before, after) in zip(messages, halvings, strict=True):
         for part in ("out of memory on cpu", f"{before} samples", f"with {after} ", "rollout.chunk=auto"):
             assert part in message, message
     memory.seen = {"forward": [], "backward": []}
-    with warnings_of(caplog) as said:
+    with warnings_of(caplog) as messages:
         for _ in range(2):
             assert_same(train(processor), expected, TOLERANCE)
-    assert said == [], "it is remembered"
+    assert messages == [], "it is remembered"
     assert max(memory.seen["forward"]) <= forward
     assert max(memory.seen["backward"]) <= min(forward, backward)
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 @pytest.mark.parametrize("number", [2, 3])
-def test_what_was_done_before_the_failure_counts_once(
+def test_work_before_a_failure_counts_once(
     memory: Memory, monkeypatch: pytest.MonkeyPatch, kind: str, number: int
 ) -> None:
     expected = everything(CASE, tape())
@@ -141,8 +141,8 @@ def test_what_was_done_before_the_failure_counts_once(
     assert set(memory.seen["backward"]) <= {1, 2}
 
 
-def test_what_failed_is_let_go_of_before_the_next_attempt(memory: Memory) -> None:
-    """The buffers of the chunk that didn't fit must not stand beside those of the one that may."""
+def test_a_failed_attempt_is_freed_before_the_next(memory: Memory) -> None:
+    """The buffers of the chunk that didn't fit must not stay beside those of the next."""
     processor = processor_of(CASE, auto())
     memory.limit["forward"] = 2
     train(processor)
@@ -153,14 +153,14 @@ def test_what_failed_is_let_go_of_before_the_next_attempt(memory: Memory) -> Non
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 @pytest.mark.parametrize(("chunk", "shown", "size"), [(4, "4", 4), (None, "null", 7)])
-def test_a_chunk_of_ones_own_choice_is_not_changed(
+def test_a_chosen_chunk_is_not_changed(
     memory: Memory, caplog: pytest.LogCaptureFixture, kind: str, chunk: int | None, shown: str, size: int
 ) -> None:
     processor = processor_of(CASE, tape(chunk=chunk))
     memory.limit[kind] = 2
-    with warnings_of(caplog) as said, pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as caught:
+    with warnings_of(caplog) as messages, pytest.raises(torch.OutOfMemoryError, match="Tried to allocate") as caught:
         train(processor)
-    assert said == []
+    assert messages == []
     assert len([samples for samples in memory.seen[kind] if samples > 2]) == 1, "no second attempt"
     [note] = caught.value.__notes__
     assert f"rollout.chunk = {shown}: set rollout.chunk=auto or a number below {size}" in note
@@ -168,14 +168,14 @@ def test_a_chunk_of_ones_own_choice_is_not_changed(
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 @pytest.mark.parametrize("chunk", ["auto", 1])
-def test_less_than_one_sample_there_is_not(
+def test_one_sample_is_the_smallest_chunk(
     memory: Memory, caplog: pytest.LogCaptureFixture, kind: str, chunk: Any
 ) -> None:
     processor = processor_of(CASE, tape(chunk=chunk))
     memory.limit[kind] = 0
-    with warnings_of(caplog) as said, pytest.raises(torch.OutOfMemoryError) as caught:
+    with warnings_of(caplog) as messages, pytest.raises(torch.OutOfMemoryError) as caught:
         train(processor)
-    assert len(said) == (3 if chunk == "auto" else 0)  # 7, 4, 2
+    assert len(messages) == (3 if chunk == "auto" else 0)  # 7, 4, 2
     [note] = caught.value.__notes__
     assert "one sample at a time doesn't fit" in note
     assert "rollout.recompute=true" in note
@@ -189,10 +189,10 @@ def test_other_errors_pass_through(
 ) -> None:
     processor = processor_of(CASE, tape(chunk=chunk))
     memory.limit[kind], memory.error = 3, error
-    with warnings_of(caplog) as said, pytest.raises(type(error)) as caught:
+    with warnings_of(caplog) as messages, pytest.raises(type(error)) as caught:
         train(processor)
     assert caught.value is error
-    assert said == []
+    assert messages == []
     assert not hasattr(error, "__notes__")
     assert len([samples for samples in memory.seen[kind] if samples > 3]) == 1
 
@@ -208,17 +208,17 @@ def test_after_an_error_the_next_batch_is_right(memory: Memory) -> None:
         assert_same(train(processor), expected, TOLERANCE)
 
 
-def test_what_torch_says_when_a_cpu_has_no_memory_left() -> None:
+def test_errors_of_failed_allocations_are_recognised() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    for said in (
+    for messages in (
         "CUDA error: out of memory",
         "Triton Error [CUDA]: out of memory",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ):
-        assert is_out_of_memory(RuntimeError(said))
+        assert is_out_of_memory(RuntimeError(messages))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -227,7 +227,7 @@ def test_what_torch_says_when_a_cpu_has_no_memory_left() -> None:
 def test_auto_starts_from_a_size_that_fits(
     memory: Memory, monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool], fitting: int
 ) -> None:
-    """The share of the free memory that it takes is enough for the buffers, and isn't left unused."""
+    """The buffers fit into the share of the free memory, and use more than half of it."""
     case = dataclasses.replace(CASE, batch=16, model={"num_layers": 2, "hidden_size": 32})
     processor = processor_of(case, tape(chunk=1, **changes))
     everything(case, {}, processor=processor)
@@ -262,8 +262,8 @@ def everything_held(way: dict[str, Any]) -> int:
     return processor._pool.nbytes
 
 
-def test_buffers_that_are_there_can_be_used(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the pool holds isn't free, and is there for the rollout all the same."""
+def test_buffers_of_the_pool_count_as_available(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's buffers aren't free memory, but the rollout can use them."""
     monkeypatch.setattr(chunks, "free_bytes", lambda device: 0)
     for held, chunk in ((0, 1), (2**26, 7)):
         processor = processor_of(CASE, auto())
@@ -275,7 +275,7 @@ def test_buffers_that_are_there_can_be_used(memory: Memory, monkeypatch: pytest.
 @given(st.integers(1, 70), st.integers(1, 70))
 def test_chunks_are_even(batch: int, fitting: int) -> None:
     tried: list[int] = []
-    size = 2**60  # of a sample: next to it the machine's free memory is nothing
+    size = 2**60  # of a sample: far more than the machine's free memory
     ChunkSizes("auto").within_memory(
         batch,
         CPU,

@@ -1,4 +1,4 @@
-"""Compaction with counts that only the device knows: on a CPU here, where the other rows are computed for nothing."""
+"""Compaction with counts that only the device knows. On a CPU, the other slots are computed for nothing."""
 
 import dataclasses
 import functools
@@ -50,8 +50,8 @@ def test_any_lattice(case: Any, recompute: bool, num_layers: int) -> None:
     assert_same(everything(case, way), everything(case, PLAIN), TOLERANCES[torch.float64])
 
 
-def rows_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, int]]:
-    """Rows counted, and flows active, in every step of a case."""
+def slots_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, int]]:
+    """Slots counted and flows active in every step of a case."""
     seen = []
     step = tapes.Tape.step
 
@@ -59,7 +59,7 @@ def rows_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, i
         result = step(self, state, active, noise)
         assert self._count is not None
         assert self._slots is not None
-        assert self._slots.sort().values.equal(torch.arange(active.numel())), "every slot has a row"
+        assert self._slots.sort().values.equal(torch.arange(active.numel())), "every slot is in the list once"
         used = self._slots[: self._count]
         assert active.flatten()[self._slots[self._count :]].sum() == 0, "an active flow isn't counted"
         seen.append((len(used), int(active.sum())))
@@ -72,7 +72,7 @@ def rows_in_use(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[int, i
 
 @pytest.mark.parametrize("name", ["everything", "all flows end early"])
 def test_flows_that_have_ended_drop_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = rows_in_use(monkeypatch, name)
+    steps = slots_in_use(monkeypatch, name)
     assert len(steps) >= 5
     for number, (used, active) in enumerate(steps):
         assert used == active if number % tapes._PERIOD == 0 else used >= active
@@ -80,7 +80,7 @@ def test_flows_that_have_ended_drop_out(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def activity(*shares: float) -> list[bool]:
-    """Whether it is low after each batch of 2 steps and 100 slots with such a share."""
+    """Whether activity is low after each of some batches with these shares; 2 steps, 100 slots."""
     watched, found = Activity(), []
     for share in shares:
         moves = int(200 * share)
@@ -91,13 +91,13 @@ def activity(*shares: float) -> list[bool]:
     return found
 
 
-def test_what_is_low_once_must_rise_to_be_high() -> None:
+def test_a_low_activity_must_rise_above_the_higher_limit() -> None:
     assert not Activity().is_low()
     assert activity(1.0, 0.55, 0.49, 0.55, 0.61, 0.55, 0.1) == [False, False, True, True, False, False, True]
 
 
-def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU by itself only once few are active, in products of two bytes, and never where bits must be the same."""
+def test_the_choice_of_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With "auto" on a GPU: only with low activity, in two-byte products, and without deterministic algorithms."""
     on_gpu, on_cpu = SimpleNamespace(device=torch.device("cuda")), SimpleNamespace(device=torch.device("cpu"))
     half, single = torch.bfloat16, torch.float32
     monkeypatch.setattr(tape_engine, "use_triton", lambda tensor: True)

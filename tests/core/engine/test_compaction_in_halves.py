@@ -1,6 +1,6 @@
-"""Compaction by counts where kernels leave rows out: products in float16, in Triton's interpreter on a CPU.
+"""Compaction by counts with kernels that skip slots: products in float16, in Triton's interpreter on a CPU.
 
-tests/ops/test_triton_kernels.py runs it there; without the interpreter the other rows are computed for nothing.
+tests/ops/test_triton_kernels.py runs it there. Without the interpreter the other slots are computed for nothing.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from energy_flow.core.engine.engine import TapeEngine
 from tests.core.ways import assert_same, everything, tape
 from tests.helpers import Case
 
-# Flows end one after the other, children are born in between, and no rounding changes who does.
+# Flows end one after the other, children are born in between, and rounding changes none of it.
 CASE = Case(
     {"width": 4, "spawn.enabled": True, "spawn.threshold": 0.3, "max_steps": 5, "movement.max_displacement": 0.83},
     {"num_layers": 2, "energy_dim": 2, "hidden_size": 16, "features": 14},
@@ -31,8 +31,8 @@ def in_halves(way: dict[str, object], monkeypatch: pytest.MonkeyPatch, compactio
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("period", [1, 2])
-def test_rows_left_out_are_missed_by_nobody(recompute: bool, period: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers hold NaN at first: what nobody computes, nobody may read."""
+def test_skipped_slots_are_never_read(recompute: bool, period: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers start as NaN: values that no kernel writes must not be read."""
     empty = tensor_pool._plain_buffer
 
     def poisoned(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,14 +11,14 @@ from energy_flow.core.engine.compiled import _compile
 
 
 def test_many_forms_compile_in_any_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU autograd walks back in a thread of its own, with a limit on forms of its own."""
+    """On a GPU, autograd runs the backward pass in a thread of its own, which has a limit of its own."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
     def double(value: Tensor) -> Tensor:
         return 2 * value
 
     compiled = _compile(double)
-    values = [torch.ones((1,) * rank) for rank in range(20)]  # dynamo would go on with 8 of them
+    values = [torch.ones((1,) * rank) for rank in range(20)]  # dynamo stops at 8 of them by default
     for value in values:
         assert compiled(value) == 2
     torch.compiler.reset()

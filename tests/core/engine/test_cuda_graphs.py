@@ -85,8 +85,8 @@ def test_graphs_are_recorded_again_after_their_buffers_moved(monkeypatch: pytest
         if epoch == 2:
             processor.cleanup_memory_safe()  # drops all graphs: the stand-ins say that they were unused
             processor.cleanup_memory_safe()  # frees all buffers: no batch needed one since
-    # Epoch 0: training and the larger evaluation. Epoch 1: training again, since the buffers moved. Epoch 2: the smaller
-    # evaluation, which has run twice by then. Epoch 3, after the clean-up: the first two again.
+    # Epoch 0: training and the larger evaluation. Epoch 1: training again, since the buffers moved. Epoch 2: the
+    # smaller evaluation, which has run twice by then. Epoch 3, after the clean-up: the first two again.
     assert recorded == [2, 3, 4, 6]
 
 

@@ -1,4 +1,4 @@
-"""Tells from outside what a run is doing."""
+"""Shows other processes the stage of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 
-class Where(Callback):
+class StageFile(Callback):
     """Writes the stage of the run into a file."""
 
     def __init__(self, file: str) -> None:

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint in a new folder, with other settings or other data."""
+"""Resuming from a checkpoint in a new folder, with other settings or other data."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def best_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def go_on(program: Program, first: Outcome, *overrides: str) -> Outcome:
+def resume(program: Program, first: Outcome, *overrides: str) -> Outcome:
     last = first.folder / "checkpoints" / "last.ckpt"
     return program.train("trainer.max_epochs=4", "optimizer.lr=0.02", f"ckpt_path={last}", *overrides)
 
@@ -37,7 +37,7 @@ def test_in_a_new_folder_the_best_so_far_moves_along(program: Program, first: Ou
     checkpoint = load(first.folder, "last")
     best_state(checkpoint)["best_model_score"] = torch.tensor(2.0)
     torch.save(checkpoint, path)
-    second = go_on(program, first)
+    second = resume(program, first)
     assert (second.code, second.err) == (0, "")
     assert second.folder != first.folder
     assert load(second.folder, "best")["epoch"] == load(first.folder, "best")["epoch"]
@@ -47,14 +47,14 @@ def test_in_a_new_folder_the_best_so_far_moves_along(program: Program, first: Ou
 
 
 def test_checkpoints_carry_the_config_of_their_own_run(program: Program, first: Outcome) -> None:
-    second = go_on(program, first, "trainer.gradient_clip_val=0.5")
+    second = resume(program, first, "trainer.gradient_clip_val=0.5")
     config = load(second.folder, "last")["energy_flow"]["config"]
     assert config["trainer"]["gradient_clip_val"] == 0.5
     assert config["trainer"]["max_epochs"] == 4
 
 
 def test_another_optimiser_is_refused(program: Program, first: Outcome) -> None:
-    outcome = go_on(program, first, "optimizer.lr=0.5", "optimizer.weight_decay=0.2")
+    outcome = resume(program, first, "optimizer.lr=0.5", "optimizer.weight_decay=0.2")
     assert outcome.code == 1
     check_message(outcome.err)
     assert "optimizer.lr: 0.02 in the checkpoint, 0.5 here" in outcome.err
@@ -62,9 +62,9 @@ def test_another_optimiser_is_refused(program: Program, first: Outcome) -> None:
 
 
 def test_other_data_are_named(program: Program, first: Outcome) -> None:
-    assert "not the data" not in go_on(program, first).out
+    assert "not the data" not in resume(program, first).out
     write_pairs(program.folder, seed=99)
-    assert "other data than those that the checkpoint was trained with: train, val, test" in go_on(program, first).out
+    assert "not the data that the checkpoint was trained with: train, val, test" in resume(program, first).out
 
 
 def test_evaluation_with_another_normalisation_is_refused(program: Program, first: Outcome) -> None:

@@ -1,0 +1,166 @@
+"""Check that a loaded checkpoint fits: its weights a model, its settings a run, its model a lattice."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from energy_flow.checkpoints.format import KEY, HyperParameters
+from energy_flow.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:  # a checkpoint can be used without Lightning
+    import lightning.pytorch as pl
+
+Module = TypeVar("Module", bound="pl.LightningModule")
+_LISTED = 3  # weights that a message names
+_FEW_LAYERS = 100  # that are built in no time
+_LATTICE_SIZE = ("width", "height", "depth")  # all other keys of `lattice`, noise say, may change on resume
+
+
+def check_model(
+    module_class: type[Module],
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    changes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Check that the hyper-parameters of a loaded checkpoint describe the module of its weights, without memory for it.
+
+    Args:
+        changes: hyper-parameters that replace those of the checkpoint.
+
+    Returns:
+        The arguments of `module_class`.
+
+    Raises:
+        CheckpointError: they describe no module, or another one.
+    """
+    given = {**checkpoint["hyper_parameters"], **(changes or {})}
+    described = {name: given[name] for name in HyperParameters.model_fields}
+    check_depth(described["model"].get("num_layers"), checkpoint["state_dict"], path)
+    try:
+        with torch.device("meta"):  # without memory: wrong sizes may be huge
+            check_weights(checkpoint["state_dict"], module_class(**described), path)
+    except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
+    return described
+
+
+def restore(
+    module_class: type[Module],
+    checkpoint: Mapping[str, Any],
+    path: str | Path,
+    rollout: Mapping[str, Any] | None = None,
+) -> Module:
+    """Build the module of a loaded checkpoint on the CPU, as `module_class.load_from_checkpoint` does.
+
+    Args:
+        rollout: the config section of this name, which isn't saved with a model.
+
+    Raises:
+        CheckpointError: its hyper-parameters describe no module, or another one than its weights.
+    """
+    described = check_model(module_class, checkpoint, path)
+    module = module_class(**described, rollout=rollout)
+    module.on_load_checkpoint(dict(checkpoint))
+    module.load_state_dict(checkpoint["state_dict"])
+    return module
+
+
+def on_lattice(
+    checkpoint: Mapping[str, Any], width: int | None, height: int | None, dim: int, path: str | Path
+) -> dict[str, Any]:
+    """Move a loaded checkpoint to a lattice of another width or height, for embeddings of dimension `dim`.
+
+    Args:
+        width, height: of the new lattice; None: as in the checkpoint.
+
+    Raises:
+        CheckpointError: embeddings of another dimension, or maps that belong to the cells they were trained on.
+    """
+    size = {name: value for name, value in (("width", width), ("height", height)) if value is not None}
+    parameters, info = checkpoint["hyper_parameters"], checkpoint[KEY]
+    identity = parameters["model"].get("maps") == "identity"
+    if size and not identity:
+        named = ", ".join(f"lattice.{name} = {value}" for name, value in size.items())
+        raise CheckpointError(
+            f"{named}: ckpt_path = {path} has learned maps, which belong to their cells. Only a model "
+            "trained with model.maps=identity runs on another lattice; leave lattice.width and lattice.height null"
+        )
+    if not size and dim != info["embedding_dim"]:
+        remedy = "Give data made with the same encoder as the training data"
+        if identity:
+            remedy = "Give data of that size, or a lattice of theirs: lattice.width=W lattice.height=H"
+        raise CheckpointError(
+            f"ckpt_path = {path}: takes embeddings of dimension {info['embedding_dim']}, the data have {dim}. {remedy}"
+        )
+    parameters = {**parameters, "dim": dim, "lattice": {**parameters["lattice"], **size}}
+    return {**checkpoint, "hyper_parameters": parameters, KEY: {**info, "embedding_dim": dim}}
+
+
+def check_weights(state_dict: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
+    """Check that weights are those of a module: the same names, every shape the same.
+
+    Raises:
+        CheckpointError: names the first ones that differ.
+    """
+    ours = module.state_dict()
+    shapes = [{name: list(value.shape) for name, value in weights.items()} for weights in (state_dict, ours)]
+    lines = list(_differences(*shapes))
+    if lines:
+        more = [f"  and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        listed = "\n".join([*(f"  {line}" for line in lines[:_LISTED]), *more])
+        raise CheckpointError(f"ckpt_path = {path}: its weights are not those of the model:\n{listed}")
+
+
+def check_depth(num_layers: Any, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse a model of more layers than there are weights: building layers takes time.
+
+    Raises:
+        CheckpointError: there are more.
+    """
+    if isinstance(num_layers, int) and num_layers > max(len(state_dict), _FEW_LAYERS):
+        raise CheckpointError(f"ckpt_path = {path}: model.num_layers = {num_layers}, but {len(state_dict)} weights")
+
+
+def check_resume(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:
+    """Check that training can resume from a checkpoint: the same architecture, the same optimiser settings.
+
+    Raises:
+        CheckpointError: names every key that differs.
+    """
+    if "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"ckpt_path = {path}: holds weights only, training can't resume from it. Write checkpoints with "
+            "callbacks.checkpoint.save_weights_only=false"
+        )
+    saved = checkpoint["hyper_parameters"]
+    _refuse(path, "belongs to another architecture", _architecture(saved), _architecture(hyper_parameters))
+    # Lightning restores the optimiser with its old values: new ones would be shown, but not used.
+    before, now = _prefixed("optimizer", saved), _prefixed("optimizer", hyper_parameters)
+    now = {key: value for key, value in now.items() if key in before or value}  # a newer key that is off is no change
+    _refuse(path, "its optimiser keeps its settings", before, now)
+
+
+def _refuse(path: str | Path, why: str, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    lines = list(_differences(saved, ours))
+    if lines:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise CheckpointError(f"ckpt_path = {path}: {why}:\n{listed}\nSet them as in the checkpoint, or train anew")
+
+
+def _prefixed(section: str, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for name, value in hyper_parameters[section].items()}
+
+
+def _architecture(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    lattice = {f"lattice.{name}": hyper_parameters["lattice"].get(name) for name in _LATTICE_SIZE}
+    return {"embedding dimension": hyper_parameters["dim"], **lattice, **_prefixed("model", hyper_parameters)}
+
+
+def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
+    for key in dict.fromkeys([*saved, *ours]):
+        if saved.get(key) != ours.get(key):
+            yield f"{key}: {saved.get(key)} in the checkpoint, {ours.get(key)} here"

@@ -1,0 +1,69 @@
+"""One schema: a module's arguments, the provenance that is written and a whole checkpoint agree with it."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from energy_flow.checkpoints import format as checkpoints
+from energy_flow.checkpoints.archive import read_archive, read_outline
+from energy_flow.checkpoints.format import Contents, HyperParameters, Provenance
+from energy_flow.errors import CheckpointError
+from energy_flow.training.module import EnergyFlowModule
+from tests.checkpoints.test_strangers import ARCHIVES, saved
+
+
+def test_hyper_parameters_are_the_arguments_of_the_module() -> None:
+    arguments = set(inspect.signature(EnergyFlowModule.__init__).parameters) - {"self", "rollout"}
+    assert set(HyperParameters.model_fields) == arguments
+
+
+def test_what_is_written_is_the_schema(valid: dict[str, Any]) -> None:
+    assert set(valid["hyper_parameters"]) == set(HyperParameters.model_fields)
+    assert set(checkpoints.provenance({"data": {}, "more": 1}, 4, {})) == set(Provenance.model_fields)
+    assert checkpoints.provenance({"data": {}, "more": 1}, 4, {})["config"] == {"data": {}, "more": 1}
+    names = {field.alias or name for name, field in Contents.model_fields.items()}
+    assert set(valid) | {"global_step"} == names
+
+
+def test_an_outline_has_everything_but_the_numbers(tmp_path: Path, valid: dict[str, Any]) -> None:
+    path = tmp_path / "it.ckpt"
+    path.write_bytes(saved({**valid, "global_step": 12}))
+    outline, contents = read_outline(path), read_archive(path)
+    weights = outline.pop("state_dict")
+    assert {name: value.shape for name, value in weights.items()} == {
+        name: value.shape for name, value in contents.pop("state_dict").items()
+    }
+    assert {value.device.type for value in weights.values()} == {"meta"}
+    assert outline == contents
+
+
+def test_the_step_is_read_without_weights(
+    tmp_path: Path,
+    valid: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "it.ckpt"
+    path.write_bytes(saved({**valid, "global_step": 12}))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert checkpoints.read_step(path) == 12
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_a_step_is_read_from_no_archive_that_lies(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "it.ckpt"
+    content, part = ARCHIVES[case]
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=part):
+        checkpoints.read_step(path)
+
+
+def test_a_step_is_read_from_no_corrupt_file(tmp_path: Path, valid: dict[str, Any]) -> None:
+    path, content = tmp_path / "it.ckpt", saved({**valid, "global_step": 12})
+    record = content.index(valid["state_dict"]["processor.map_in.cell_value"].numpy().tobytes())
+    for corrupt in (content[:-1], content[:record] + b"\x01" + content[record + 1 :], b""):
+        path.write_bytes(corrupt)
+        with pytest.raises(checkpoints.CorruptCheckpointError):
+            checkpoints.read_step(path)
