@@ -216,7 +216,7 @@ class Evaluation:
 
 
 def _all_targets(data: EnergyDataModule) -> AllTargets:
-    """The targets of all splits; those of the test split come last."""
+    """The targets of all splits, the test split last."""
     target = torch.cat([dataset.all()[1] for dataset in data.splits().values()])
     assert data.test is not None
     return AllTargets(target, len(target) - len(data.test))
@@ -228,7 +228,7 @@ def _all_have(tested: Mapping[str, Tested], suffix: str) -> bool:
 
 
 def _flat(tested: Mapping[str, Tested]) -> dict[str, float]:
-    """Metrics of a single model; of several models those of each by its key, and their means as `test/...`."""
+    """Metrics of a single model; for several models `model/KEY/...` and the means `test/...`."""
     if MODEL in tested:
         return tested[MODEL].metrics
     flat = {

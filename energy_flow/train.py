@@ -13,19 +13,19 @@ from rich.console import Console
 from energy_flow import signals
 from energy_flow.checkpoints.exact_resume import ExactResume
 from energy_flow.checkpoints.interrupt import SaveOnInterrupt
-from energy_flow.checkpoints.io import LAST, AtomicCheckpointIO, LoadedCheckpoint
+from energy_flow.checkpoints.io import LAST, AtomicCheckpointIO
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import ConfigError
 from energy_flow.metrics.row_scores import FILE
 from energy_flow.metrics.task import task_of
 from energy_flow.runs import folder as run_folder
+from energy_flow.runs import resume
 from energy_flow.runs.application import application
 from energy_flow.runs.checks import check_loss, refuse_processes
 from energy_flow.runs.instantiate import build_all, build_loggers
 from energy_flow.runs.job import is_multirun
 from energy_flow.runs.log import filter_warnings
 from energy_flow.runs.results import finish, hyper_parameters, read_metrics, run_test
-from energy_flow.runs.resume import check_resume, check_written, find_checkpoint, how_to_resume, unwritable_explained
 from energy_flow.runs.settings import TrainSettings
 from energy_flow.runs.trainer import build_trainer
 from energy_flow.runs.training import fit, introduce, log_results
@@ -53,7 +53,7 @@ def train(config: dict[str, Any]) -> float | None:
             f"ckpt_path={settings.checkpoint_folder / LAST} and a higher trainer.max_epochs, without resume"
         )
         return read_metrics(folder).get(settings.optimized_metric)
-    with run_folder.locked(folder), unwritable_explained(settings):
+    with run_folder.locked(folder), resume.unwritable_explained(settings):
         value = _train(config, settings)
         run_folder.mark_finished(folder)
     return value
@@ -71,14 +71,14 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
     module.run_config = config
     check_loss(settings.optimized_metric, module.loss)
 
-    resumed = find_checkpoint(settings)
+    resumed = resume.find_checkpoint(settings)
     if resumed is not None:
-        check_resume(resumed, module, data, console)
+        resume.check_resume(resumed, module, data, console)
 
     callbacks = [ExactResume(), *build_all(settings.callbacks, "callbacks")]
     interrupt = SaveOnInterrupt(settings.checkpoint_folder / LAST)
 
-    loggers = build_loggers(settings.logger, purge_step=_purge_step(settings, resumed))
+    loggers = build_loggers(settings.logger, resume.purge_step(settings, resumed))
 
     trainer = build_trainer(
         settings.trainer,
@@ -98,23 +98,16 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
         started = time.perf_counter()
         fit(trainer, module, data, resumed, interrupt.path)
         seconds = time.perf_counter() - started
-        check_written(trainer, settings)
+        resume.check_written(trainer, settings)
         return _test(settings, trainer, module, data, seconds, console)
     except KeyboardInterrupt:
         if not trainer.is_global_zero:
             sys.exit(0)  # after any other code Lightning kills the first process before it has printed everything
         where = f" at step {trainer.global_step}" if trainer.global_step else ""  # spawned processes report no step
-        print(f"\n{signals.name()}{where}\n{how_to_resume(interrupt.path, resumed)}", file=sys.stderr)
+        print(f"\n{signals.name()}{where}\n{resume.how_to_resume(interrupt.path, resumed)}", file=sys.stderr)
         sys.exit(signals.exit_code())
     finally:
         console.print(f"run folder: {settings.paths.output_dir}", highlight=False, soft_wrap=True)
-
-
-def _purge_step(settings: TrainSettings, resumed: LoadedCheckpoint | None) -> int | None:
-    """The step from which loggers drop the points of a killed run; None: they drop none."""
-    if resumed is not None:
-        return resumed.step
-    return 0 if settings.resume == "auto" else None
 
 
 def _test(
@@ -145,16 +138,21 @@ def _test(
     return metrics.get(settings.optimized_metric)
 
 
+def _free_memory() -> None:
+    """Free the memory of a job: the jobs of a multirun share one process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @application("train")
 def main(config: dict[str, Any]) -> float | None:
     """Entry point."""
     filter_warnings(resuming=config.get("ckpt_path") is not None or config.get("resume") is not None)
     try:
         return train(config)
-    finally:  # the jobs of a multirun share one process
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    finally:
+        _free_memory()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from energy_flow.tables import markdown_table, rich_table
 from energy_flow_benchmarks.findings import Findings, Grid, Row
 from energy_flow_benchmarks.machine import MachineValue
 
@@ -36,7 +36,7 @@ def markdown(machine: Mapping[str, MachineValue], findings: Findings) -> str:
         "\n".join(about),
         "\n".join(f"- {note}" for note in findings.notes),
         "![measurements](benchmark.png)",
-        *(f"## {grid.title}\n\n{_markdown_table(grid.columns, grid.lines)}" for grid in grids),
+        *(f"## {grid.title}\n\n{markdown_table(grid.columns, grid.lines)}" for grid in grids),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -45,13 +45,10 @@ def show(console: Console, machine: Mapping[str, MachineValue], findings: Findin
     """Print the results."""
     for grid in (_measurements(findings.rows), *findings.grids):
         long = any(len(cell) > LONG for line in grid.lines for cell in line)
-        table = Table(title=grid.title, title_justify="left", show_lines=long)
-        for column in grid.columns:
-            right = column in ("size", *COLUMNS[3:])
-            table.add_column(column, justify="right" if right else "left", overflow="fold")
-        for line in grid.lines:
-            table.add_row(*line)
-        console.print(table, markup=False)
+        left = [column for column in grid.columns if column not in ("size", *COLUMNS[3:])]
+        console.print(
+            rich_table(grid.columns, grid.lines, title=grid.title, left=left, wrap=grid.columns, show_lines=long)
+        )
     for note in findings.notes:
         console.print(note, highlight=False, markup=False)
     about = ", ".join(f"{key} {value}" for key, value in machine.items() if value is not None and key != "command")
@@ -94,8 +91,3 @@ def _measurements(rows: Sequence[Row]) -> Grid:
     shown = [index for index in range(len(COLUMNS)) if index < ALWAYS or any(line[index] != "-" for line in lines)]
     columns, *kept = (tuple(line[index] for index in shown) for line in (COLUMNS, *lines))
     return Grid("Measurements", columns, tuple(kept))
-
-
-def _markdown_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    table = [columns, ["---"] * len(columns), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table)

@@ -29,7 +29,7 @@ _GLOBALS = re.compile(
     r"|torch\.serialization _get_layout|torch\.storage UntypedStorage"
     r"|collections (OrderedDict|Counter)|(__builtin__|builtins) set"
 )
-_MAX_VALUES, _MAX_DEPTH = 1_000_000, 50  # of containers; a value that stands in several places counts in each
+_MAX_VALUES, _MAX_DEPTH = 1_000_000, 50  # of containers; a value in several places counts once for each
 
 
 def read_archive(path: Path) -> Any:
@@ -86,7 +86,7 @@ def _records(archive: zipfile.ZipFile, file_size: int) -> tuple[dict[str, int], 
     members = archive.infolist()
     sizes = {member.filename: member.file_size for member in members}
     if not members or min(member.header_offset for member in members) != 0:
-        raise CheckpointError("something stands in front of its records")
+        raise CheckpointError("there are bytes in front of its records")
     if len({name.lower() for name in sizes}) < len(members):
         raise CheckpointError("has records of the same name")
     if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):

@@ -173,6 +173,15 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
+def load_weights(path: Path) -> dict[str, Any]:
+    """Read and verify a plain `state_dict` without the other parts of a checkpoint.
+
+    Raises:
+        CorruptCheckpointError: the bytes are not those of a file of `torch.save`.
+    """
+    return dict(_read_bytes(path, read_archive))
+
+
 def siblings(path: Path) -> list[Path]:
     """All checkpoints in the folder of a file, in the order to resume from: last*.ckpt before others, newest first."""
 

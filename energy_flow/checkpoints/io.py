@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from energy_flow.atomic import whole_file
 from energy_flow.checkpoints import format as checkpoints
+from energy_flow.checkpoints.lightning_loops import carries_weights_back
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: missing, corrupt, or not written by energy_flow.
         """
+        if carries_weights_back(path):
+            return checkpoints.load_weights(Path(path))
         loaded, self._loaded = self._loaded, None
         contents = None if loaded is None else loaded.take(path)
         return checkpoints.load(path) if contents is None else contents

@@ -5,6 +5,7 @@ made here, and that no other module uses a private name, apart from the methods 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -63,6 +64,11 @@ def kill_spawned_processes(trainer: Trainer) -> Callable[[int], None] | None:
     """A function that sends a signal to the processes that train; None: this process trains itself."""
     launcher = trainer.strategy.launcher
     return launcher.kill if isinstance(launcher, _MultiProcessingLauncher) else None
+
+
+def carries_weights_back(path: str | Path) -> bool:
+    """Whether Lightning made a file to carry the `state_dict` of a spawned process back to the first one."""
+    return Path(path).name == ".temp.ckpt"
 
 
 def launches_script(trainer: Trainer) -> bool:

@@ -1,5 +1,18 @@
 """Simple methods on the same data, to judge the results of a flow lattice.
 
+- `identity`: the source embedding.
+- `mean`: the mean target of `train` for every sample. This is the floor: all samples order the candidates equally, so
+  their ranks are 1 to N.
+- `ridge`: the linear map (XᵀX + λ)⁻¹XᵀY, λ selected on `val`. Regression adds an intercept (X and Y are centred).
+  Retrieval does not: a shift that all predictions share carries no information.
+- `procrustes`: the orthogonal map UVᵀ with UΣVᵀ = XᵀY (Schönemann 1966, Psychometrika 31).
+- `linear`: a linear map with bias, initialised as the identity, trained with the model's loss except its surface term.
+  Here and below, learning rate, weight decay and epoch are selected on `val`.
+- `mlp`: Linear(D, h), GELU, Linear(h, D) with as many parameters as the model, same loss.
+- `residual_mlp`: the same MLP plus a skip connection.
+- `mlp_cosine`: the same MLP with the cosine loss, and four times as many epochs.
+- `mlp_large`: the same MLP with `baselines.large` times as many parameters.
+
 N samples, D embedding dimension, h hidden size of an MLP
 """
 
@@ -89,19 +102,6 @@ def run_baselines(
 ) -> BaselineResults:
     """Fit the task's baselines on `train`, select on `val` by the primary metric, measure on `test`.
 
-    - `identity`: the source embedding.
-    - `mean`: the mean target of `train` for every sample. This is the floor: all samples order the candidates equally,
-      so their ranks are 1 to N.
-    - `ridge`: the linear map (XᵀX + λ)⁻¹XᵀY, λ selected on `val`. Regression adds an intercept (X and Y are centred).
-      Retrieval does not: a shift that all predictions share carries no information.
-    - `procrustes`: the orthogonal map UVᵀ with UΣVᵀ = XᵀY (Schönemann 1966, Psychometrika 31).
-    - `linear`: a linear map with bias, initialised as the identity, trained with the model's loss except its surface
-      term. Here and below, learning rate, weight decay and epoch are selected on `val`.
-    - `mlp`: Linear(D, h), GELU, Linear(h, D) with as many parameters as the model, same loss.
-    - `residual_mlp`: the same MLP plus a skip connection.
-    - `mlp_cosine`: the same MLP with the cosine loss, and four times as many epochs.
-    - `mlp_large`: the same MLP with `settings.large` times as many parameters.
-
     The function neither reads nor changes the global random state. On one device, equal arguments give equal results.
 
     Args:
@@ -123,24 +123,7 @@ def run_baselines(
     splits = {name: (pairs[0].to(device), pairs[1].to(device)) for name, pairs in given.items() if pairs is not None}
     _check_shapes(splits)
     report = report or (lambda _: None)
-    cosine = loss.model_copy(update={"cosine": 1.0, "mse": 0.0, "contrastive": 0.0, "learn_temperature": False})
-
-    longer = settings.training.model_copy(update={"epochs": COSINE_EPOCHS * settings.training.epochs})
-
-    def trained(name: str, build: Build, its_loss: LossSettings = loss, how: TrainingSettings | None = None) -> Fit:
-        return _trained(TrainedBaseline(name, build, task, its_loss, how or settings.training, seed, report))
-
-    fits: dict[str, Fit] = {
-        "identity": _fit_identity,
-        "mean": _fit_mean,
-        "ridge": lambda splits: _fit_ridge(splits, task),
-        "procrustes": _fit_procrustes,
-        "linear": trained("linear", linear),
-        "mlp": trained("mlp", mlp(num_parameters)),
-        "residual_mlp": trained("residual_mlp", residual_mlp(num_parameters)),
-        "mlp_cosine": trained("mlp_cosine", mlp(num_parameters), cosine, longer),
-        "mlp_large": trained("mlp_large", mlp(settings.large * num_parameters)),
-    }
+    fits = _fits(task, settings, num_parameters, loss, seed, report)
     results = BaselineResults()
     for name in task.baselines:
         words = {"choice": CHOICE.get(name, "the best epoch"), "metric": task.primary_heading}
@@ -151,6 +134,29 @@ def run_baselines(
         report(name)
         _measure(name, fits[name], splits, task, results, all_targets)
     return results
+
+
+def _fits(
+    task: Task, settings: BaselineSettings, num_parameters: int, loss: LossSettings, seed: int, report: Report
+) -> dict[str, Fit]:
+    """All baselines by name."""
+    cosine = loss.model_copy(update={"cosine": 1.0, "mse": 0.0, "contrastive": 0.0, "learn_temperature": False})
+    longer = settings.training.model_copy(update={"epochs": COSINE_EPOCHS * settings.training.epochs})
+
+    def trained(name: str, build: Build, its_loss: LossSettings = loss, how: TrainingSettings | None = None) -> Fit:
+        return _trained(TrainedBaseline(name, build, task, its_loss, how or settings.training, seed, report))
+
+    return {
+        "identity": _fit_identity,
+        "mean": _fit_mean,
+        "ridge": lambda splits: _fit_ridge(splits, task),
+        "procrustes": _fit_procrustes,
+        "linear": trained("linear", linear),
+        "mlp": trained("mlp", mlp(num_parameters)),
+        "residual_mlp": trained("residual_mlp", residual_mlp(num_parameters)),
+        "mlp_cosine": trained("mlp_cosine", mlp(num_parameters), cosine, longer),
+        "mlp_large": trained("mlp_large", mlp(settings.large * num_parameters)),
+    }
 
 
 def _measure(

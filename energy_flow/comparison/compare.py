@@ -24,7 +24,7 @@ class Method:
         is_baseline: whether it is a baseline.
         metrics: by name, such as `mrr`; of several runs the mean. None: unknown.
         scores: primary scores of the task, float64 [S, N]; None: the runs share no complete set of test rows.
-        paired: whether `scores` belong to the same test rows as those of the other paired methods.
+        paired: whether all paired methods were measured on the same test rows.
         seeds: of the runs that were tested.
         primary: the primary metric of each of these runs.
         missing: jobs without results, by seed and number.

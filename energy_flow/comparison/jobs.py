@@ -62,7 +62,7 @@ def clear_error(folder: Path) -> None:
 
 
 def distinguishing_overrides(given: Sequence[Sequence[str]]) -> list[str]:
-    """For each list of overrides, those that not all lists share, as a command line."""
+    """For each list, the overrides that not all lists share, written as a command line."""
     common = set.intersection(*map(set, given)) if len(given) > 1 else set()
     return [shlex.join(word for word in words if word not in common) for words in given]
 

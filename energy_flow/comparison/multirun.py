@@ -24,7 +24,7 @@ _ABLATION = "ablation="
 
 @dataclass(frozen=True)
 class _Group:
-    """The jobs of one model, and the row scores of those that were tested."""
+    """The jobs of one model, and the row scores of its tested jobs."""
 
     name: str
     jobs: tuple[Job, ...]

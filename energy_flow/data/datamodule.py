@@ -176,5 +176,5 @@ def _log_split(split: str, dataset: Samples) -> None:
 
 
 @rank_zero_only
-def _warn(what: str) -> None:
-    log.warning(what)
+def _warn(message: str) -> None:
+    log.warning(message)

@@ -93,7 +93,7 @@ class DataReport:
         shared = {f"{split}, {other}": value for (split, other), value in self.shared.items()}
         plain = {name: value for name, value in self.__dict__.items() if name not in ("splits", "shared")}
         splits = {name: asdict(split) for name, split in self.splits.items()}
-        both = {name: {side: asdict(copies) for side, copies in sides.items()} for name, sides in shared.items()}
+        both = {name: {side: asdict(found) for side, found in sides.items()} for name, sides in shared.items()}
         return {"fine": not self.refused, **plain, "splits": _finite(splits), "shared": both}
 
 

@@ -1,4 +1,4 @@
-"""Exploration noise as a pure function of its place: the same bits on every device, in every order of computing."""
+"""Exploration noise as a pure function of its arguments: the same bits on every device, in every order of computing."""
 
 import functools
 from statistics import NormalDist
@@ -17,7 +17,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
     Args:
         counter: four int64 tensors that broadcast together, each a word in [0, 2^32).
-        key: two of the same.
+        key: two such tensors.
 
     Returns:
         Four int64 tensors of words in [0, 2^32).
@@ -33,7 +33,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    # The 64-bit product wraps around in int64, which keeps its bits; `>>` is arithmetic, hence the mask.
+    # The product wraps around in int64, which keeps its 64 bits. `>>` is arithmetic, so the mask clears the sign bits.
     product = word * multiplier
     return (product >> 32) & _WORD, product & _WORD
 
@@ -41,12 +41,12 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
 @functools.cache
 def normal_quantiles(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Midpoint quantiles of the standard normal distribution, [2^16], from -4.3 to 4.3, variance 1."""
-    # A table, because logarithms and cosines (Box-Muller) round differently on each device.
+    # This is a table because logarithms and cosines (Box-Muller) round differently on each device.
     count = 2**_TABLE_BITS
     normal = NormalDist()
     upper = [normal.inv_cdf(0.5 + (i + 0.5) / count) for i in range(count // 2)]
     scale = (2 * sum(value * value for value in upper) / count) ** -0.5
-    with torch.inference_mode(False):  # cached: training may be the next to use it
+    with torch.inference_mode(False):  # the cached tensor may be used in training next
         half = torch.tensor(upper, dtype=torch.float64) * scale
         return torch.cat([-half.flip(0), half]).to(device=device, dtype=dtype)
 
@@ -54,11 +54,11 @@ def normal_quantiles(dtype: torch.dtype, device: torch.device) -> Tensor:
 def counter_noise(
     seed: int, optimizer_step: Tensor, rollout_step: int, rows: Tensor, num_slots: int, dtype: torch.dtype
 ) -> Tensor:
-    """Standard normal noise that depends on nothing but its arguments, element by element.
+    """Standard normal noise. Each element depends only on the arguments and its own index.
 
     Args:
         seed: any integer; 64 bits of it are used.
-        optimizer_step: int64 scalar tensor on the device of `rows` (a tensor, so that it needs no host sync).
+        optimizer_step: int64 scalar tensor on the device of `rows`; as a tensor it needs no host sync.
         rollout_step: 0 for the first step of the rollout.
         rows: [B] int64, index of each sample in its data set, in [0, 2^32).
         num_slots: M.
@@ -73,7 +73,7 @@ def counter_noise(
 def drawn(
     seed: int, optimizer_step: Tensor, rollout_step: int, rows: Tensor, num_slots: int, quantiles: Tensor
 ) -> Tensor:
-    """`counter_noise` from the table of quantiles: the form to compile."""
+    """`counter_noise` from a given table of quantiles, for `torch.compile`."""
     device = rows.device
     slots = torch.arange(num_slots, device=device)
     counter = (

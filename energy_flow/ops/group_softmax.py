@@ -1,12 +1,14 @@
 """Softmax over groups of landings, and the deposit of their energies on cells, as one operation.
 
-Letters: N members, K groups that a member belongs to, G groups, E energy dimension. All paths fill one table
-[G, P] of sums, whose columns are [numerator (E) | mass | denominator | maximum, where one is subtracted | padding]:
+N members, K groups per member, G groups, E energy dimension
 
-    numerator = sum(w exp(s - shift) v), mass = sum(w), denominator = sum(w exp(s - shift)) of the members
+All paths fill one table [G, P] of sums over the members of a group. Its columns are
+[numerator (E) | mass | denominator | maximum, if one is subtracted | padding]:
 
-It and the inputs are all that the backward needs, which only reads at the keys and so adds nothing up across
-members: it is deterministic on every path. The keys say where the sums are, so nothing looks for distinct keys.
+    numerator = sum(w exp(s - shift) v), mass = sum(w), denominator = sum(w exp(s - shift))
+
+The backward pass needs only this table and the inputs. It reads the table at the keys and sums nothing over members,
+so it is deterministic on every path. The keys are indices of the table, so no path searches for distinct keys.
 """
 
 from typing import Any
@@ -17,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from energy_flow.ops.backend import use_triton
 
-# Below it exp(score) and its sum over any number of members are far from the largest float32: no maximum is needed.
+# With scores below this, exp(score) and its sums are far from the largest float32, so no maximum is subtracted.
 LARGEST_BOUND = 60.0
 
 
@@ -26,29 +28,28 @@ def group_softmax_deposit(
 ) -> tuple[Tensor, Tensor]:
     """Weighted softmax average per group: sum(w exp(s) v) / (sum(w exp(s)) + max(0, 1 - sum(w))).
 
-    The share that a thinly hit group misses to a whole weight counts as one empty member of score 0
-    and value 0. So a group of weight >= 1 is a plain weighted softmax, a group without members is 0,
-    and the result moves continuously with the weights.
+    A group with sum(w) < 1 gets one empty member with weight 1 - sum(w), score 0 and value 0. So a group with
+    sum(w) >= 1 is a plain weighted softmax, a group without members is 0, and the result is continuous in the weights.
 
-    On a GPU the sums are made by atomic additions, in an order of their own in every run. Under
-    `torch.use_deterministic_algorithms(True)` members are sorted by their keys first and added in that order:
-    slower, and the same bits each time.
+    On a GPU, atomic additions make the sums, in a different order in every run. Under
+    `torch.use_deterministic_algorithms(True)` members are sorted by their keys and added in that order. This is slower
+    but gives the same bits every time.
 
     Args:
         scores: [N].
         values: [N, E].
-        keys: [N, K] int64 in [0, num_groups): the groups that a member belongs to.
+        keys: [N, K] int64 in [0, num_groups): the groups of a member.
         weights: [N, K], >= 0; a weight of 0 means "not a member".
-        num_groups: G, always given: finding it out would need a device sync.
-        bound: no |score| is larger, as the caller knows. Below 60 it saves a pass over the members, the one for
-            the maximum of every group. None: scores may be anything.
+        num_groups: G; to compute it would need a device sync.
+        bound: upper bound of |score|. A bound below 60 saves one pass over the members, the one for the maximum of
+            every group. None: unknown.
 
     Returns:
-        (values [G, E], mass [G]): mass is the sum of weights per group, and has no gradient.
+        values [G, E], and mass [G], the sum of weights per group, which has no gradient.
 
     Raises:
         RuntimeError: this torch has no `scatter_reduce`.
-        TypeError: numbers of less than float32; their sums over a group would be wrong (in bfloat16 256 + 1 is 256).
+        TypeError: a dtype below float32, whose sums would be wrong (in bfloat16, 256 + 1 = 256).
     """
     if not hasattr(torch.Tensor, "scatter_reduce_"):
         raise RuntimeError(f"torch {torch.__version__} has no scatter_reduce: install torch >= 2.6")
@@ -86,28 +87,28 @@ class _GroupSoftmaxDeposit(torch.autograd.Function):
         *members, table = ctx.saved_tensors
         for_weights = ctx.needs_input_grad[3]
         gradients: Any = _kernels().gradients if use_triton(table) else _gradients
-        on_scores, on_values, on_weights = gradients(grad.contiguous(), *members, table, ctx.bounded, for_weights)
-        return on_scores, on_values, None, on_weights, None, None
+        grad_scores, grad_values, grad_weights = gradients(grad.contiguous(), *members, table, ctx.bounded, for_weights)
+        return grad_scores, grad_values, None, grad_weights, None, None
 
 
 def _kernels() -> Any:
-    # Triton is optional: only those who launch kernels import it.
-    from energy_flow.ops import group_softmax_triton
+    from energy_flow.ops import group_softmax_triton  # Triton is optional
 
     return group_softmax_triton
 
 
 def _order_varies(tensor: Tensor) -> bool:
-    """Whether sums come about by atomic additions; on a CPU torch adds one member after the other."""
+    """Whether atomic additions make the sums. On a CPU torch adds one member after the other."""
     return tensor.is_cuda
 
 
 def scattered_sums(
     scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_groups: int, bounded: bool
 ) -> Tensor:
-    """The table of sums, member by member added to its groups.
+    """The table of sums: every member is added to its groups.
 
-    One column after the other: torch adds single numbers at an index about twelve times as fast as rows.
+    It fills one column after the other, because torch's indexed addition is about twelve times as fast for single
+    numbers as for rows.
     """
     energy_dim = values.shape[1]
     table = values.new_zeros(energy_dim + (2 if bounded else 3), num_groups)
@@ -116,7 +117,7 @@ def scattered_sums(
     mass.scatter_add_(0, groups, weights.view(-1))
     maximum = None
     if not bounded:
-        # The empty member, where there is one, has score 0.
+        # The empty member, if there is one, has score 0.
         maximum = table[energy_dim + 2].masked_fill_(mass >= 1, -torch.inf)
         maximum.scatter_reduce_(0, groups, _member_scores(scores, weights), "amax")
     share = weights * _exponential(scores, keys, maximum)
@@ -129,14 +130,16 @@ def scattered_sums(
 def sorted_sums(
     scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_groups: int, bounded: bool
 ) -> Tensor:
-    """The table of sums, from members sorted by their keys: every group is a segment, added from front to end."""
+    """The table of sums, from members sorted by their keys: every group is a segment, added in order."""
     energy_dim = values.shape[1]
     ordered, order = keys.view(-1).sort(stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(num_groups + 1, device=keys.device))
     member = order // keys.shape[1]
 
     def reduced(data: Tensor, how: str) -> Tensor:
-        return torch.segment_reduce(data, how, offsets=offsets, axis=0, unsafe=True)  # unsafe: no waiting for checks
+        return torch.segment_reduce(
+            data, how, offsets=offsets, axis=0, unsafe=True
+        )  # unsafe: without checks, which would wait for the device
 
     weight = weights.view(-1)[order]
     mass = reduced(weight, "sum")
@@ -152,26 +155,26 @@ def sorted_sums(
 
 
 def _member_scores(scores: Tensor, weights: Tensor) -> Tensor:
-    """What counts for the maximum, [N * K]: a member of weight 0 with a huge score would push all others to 0."""
+    """Scores for the maximum, [N * K]: without members of weight 0, because a huge score of one would make others 0."""
     return torch.where(weights > 0, scores[:, None], -torch.inf).view(-1)
 
 
 def _exponential(scores: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
-    """exp(s - shift), [N, 1] without a shift, else [N, K]."""
+    """exp(s - shift): [N, 1] without a shift, else [N, K]."""
     if shift is None:
         return scores.exp()[:, None]
-    # The clamp touches members of weight 0 only (others are <= 0 by the maximum): they add nothing to the sums,
-    # and their slope in the weight stays finite.
+    # The clamp only changes members of weight 0, because s - shift <= 0 for all others. Members of weight 0 add nothing
+    # to the sums, but their derivative in the weight must stay finite.
     return (scores[:, None] - shift.index_select(0, keys.view(-1)).view_as(keys)).clamp_(max=LARGEST_BOUND).exp_()
 
 
 def _empty_member(table: Tensor, energy_dim: int, bounded: bool) -> Tensor | float:
-    """exp(0 - shift), [G]; at most 1 where there is no empty member, and its share is 0 times that."""
+    """exp(0 - shift), [G]. In a group without an empty member it is at most 1 and is multiplied by 0."""
     return 1.0 if bounded else table[:, energy_dim + 2].clamp(min=0).neg_().exp_()
 
 
 def _normalise(table: Tensor, energy_dim: int, bounded: bool) -> tuple[Tensor, Tensor]:
-    """Averages [G, E] and mass [G]; adds the empty members to the denominators, in place."""
+    """Averages [G, E] and mass [G]. Adds the empty members to the denominators in place."""
     mass, denominator = table[:, energy_dim], table[:, energy_dim + 1]
     denominator += (1 - mass).clamp_(min=0).mul_(_empty_member(table, energy_dim, bounded))
     average = table.new_empty(len(table), energy_dim)
@@ -190,10 +193,11 @@ def _gradients(
     bounded: bool,
     for_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of scores, values and weights, from what every member reads at its keys.
+    """Gradients of scores, values and weights; every member reads the table at its keys.
 
-    With p = exp(s - shift) / denominator and f = grad . (v - average): of values sum_k(w p grad), of scores
-    sum_k(w p f), of weights p f, and what the empty member loses by them.
+    With p = exp(s - shift) / denominator and f = grad . (v - average):
+
+        grad_values = sum_k(w p grad), grad_scores = sum_k(w p f), grad_weights = p f + the loss of the empty member
     """
     energy_dim, groups = values.shape[1], keys.view(-1)
     mass, denominator = table[:, energy_dim], table[:, energy_dim + 1]
@@ -206,18 +210,18 @@ def _gradients(
     exponential = _exponential(scores, keys, shift)
     share = weights * exponential
     slope = towards_average.index_select(0, groups).view_as(keys).neg_()
-    on_values = torch.empty_like(values)
-    for column, value, out in zip(per_share, values.unbind(1), on_values.unbind(1), strict=True):
+    grad_values = torch.empty_like(values)
+    for column, value, out in zip(per_share, values.unbind(1), grad_values.unbind(1), strict=True):
         picked = column.index_select(0, groups).view_as(keys)
         slope.addcmul_(picked, value[:, None])
         out.copy_(_total(picked.mul_(share)))
-    on_scores = _total(share.mul_(slope))
+    grad_scores = _total(share.mul_(slope))
     if not for_weights:
-        return on_scores, on_values, None
+        return grad_scores, grad_values, None
     lost = towards_average.mul_(_empty_member(table, energy_dim, bounded)).mul_(mass <= 1)
-    return on_scores, on_values, slope.mul_(exponential).add_(lost.index_select(0, groups).view_as(keys))
+    return grad_scores, grad_values, slope.mul_(exponential).add_(lost.index_select(0, groups).view_as(keys))
 
 
 def _total(table: Tensor) -> Tensor:
-    """Sum over columns; torch takes as long for the sum of one column as for that of four."""
+    """Sum over columns. For one column it avoids torch's sum, which takes as long as for four."""
     return table.sum(1) if table.shape[1] > 1 else table.squeeze(1)

@@ -1,19 +1,21 @@
-"""Triton kernels of `group_softmax`: one pass over members forward (two where a maximum is subtracted), one backward.
+"""Triton kernels of `group_softmax`: one pass over members forward (two if a maximum is subtracted), one backward.
 
-A row of the table of sums [G, P] has a power of two of columns, four for E = 1: what a member adds to a group is one
-16-byte addition, and what it reads there one 16-byte load. The columns are those of `group_softmax`; the empty member
-is not in the denominators. Nothing waits for the device or depends on its data: all of it is fit for CUDA graphs.
+The table of sums is [G, P] with the columns of `group_softmax`; the denominators don't include the empty member. P is
+a power of two, 4 for E = 1, so a member adds to a group with one 16-byte addition and reads it with one 16-byte load.
+The kernels neither wait for the device nor depend on its data, so CUDA graphs can capture them.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# (Triton reads annotations of kernels itself.)
+# Triton reads the annotations of kernels itself.
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from energy_flow.ops.launch import launch
+
 _NUM_WARPS = 4
-_ENTRIES = 2048  # numbers of the table that a program holds at once: four rows of four per thread
+_ENTRIES = 2048  # numbers of the table in the registers of a program: four rows of four per thread
 
 
 def sums(scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_groups: int, bounded: bool) -> Tensor:
@@ -23,19 +25,17 @@ def sums(scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_grou
     if num_members == 0:
         return table
     sizes = _sizes(keys, energy_dim, table)
-    grid = (triton.cdiv(num_members, sizes["BLOCK"]),)
-    with torch.cuda.device_of(table):
-        if not bounded:
-            table[:, energy_dim + 2].fill_(-torch.inf)
-            _maximum_kernel[grid](table, scores, keys, weights, num_members, **sizes, num_warps=_NUM_WARPS)
-        _sum_kernel[grid](
-            table, scores, values, keys, weights, num_members, **sizes, BOUNDED=bounded, num_warps=_NUM_WARPS
-        )
+    programs = triton.cdiv(num_members, sizes["BLOCK"])
+    options = {**sizes, "num_warps": _NUM_WARPS}
+    if not bounded:
+        table[:, energy_dim + 2].fill_(-torch.inf)
+        launch(_maximum_kernel, programs, table, scores, keys, weights, num_members, **options)
+    launch(_sum_kernel, programs, table, scores, values, keys, weights, num_members, BOUNDED=bounded, **options)
     return table
 
 
 def padded(table: Tensor, energy_dim: int, bounded: bool) -> Tensor:
-    """A table of sums made elsewhere, with as many columns as the kernels expect."""
+    """Pad a table of sums to the number of columns that the kernels expect."""
     return torch.nn.functional.pad(table, (0, _num_columns(energy_dim, bounded) - table.shape[1]))
 
 
@@ -44,11 +44,8 @@ def normalise(table: Tensor, energy_dim: int, bounded: bool) -> tuple[Tensor, Te
     num_groups, num_columns = table.shape
     average, mass = table.new_empty(num_groups, energy_dim), table.new_empty(num_groups)
     block = max(1, _ENTRIES // num_columns)
-    if num_groups > 0:
-        with torch.cuda.device_of(table):
-            _normalise_kernel[(triton.cdiv(num_groups, block),)](
-                table, average, mass, num_groups, energy_dim, num_columns, bounded, block, num_warps=_NUM_WARPS
-            )
+    programs, sizes = triton.cdiv(num_groups, block), (energy_dim, num_columns, bounded, block)
+    launch(_normalise_kernel, programs, table, average, mass, num_groups, *sizes, num_warps=_NUM_WARPS)
     return average, mass
 
 
@@ -62,30 +59,30 @@ def gradients(
     bounded: bool,
     for_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of scores, values and, if wanted, weights."""
-    on_scores, on_values = torch.empty_like(scores), torch.empty_like(values)
-    on_weights = torch.empty_like(weights) if for_weights else None
+    """Gradients of scores, values and, with `for_weights`, weights."""
+    grad_scores, grad_values = torch.empty_like(scores), torch.empty_like(values)
+    grad_weights = torch.empty_like(weights) if for_weights else None
     num_members, energy_dim = values.shape
-    if num_members > 0:
-        sizes = _sizes(keys, energy_dim, table)
-        with torch.cuda.device_of(table):
-            _gradient_kernel[(triton.cdiv(num_members, sizes["BLOCK"]),)](
-                grad,
-                table,
-                scores,
-                values,
-                keys,
-                weights,
-                on_scores,
-                on_values,
-                on_weights,
-                num_members,
-                **sizes,
-                BOUNDED=bounded,
-                FOR_WEIGHTS=for_weights,
-                num_warps=_NUM_WARPS,
-            )
-    return on_scores, on_values, on_weights
+    sizes = _sizes(keys, energy_dim, table)
+    launch(
+        _gradient_kernel,
+        triton.cdiv(num_members, sizes["BLOCK"]),
+        grad,
+        table,
+        scores,
+        values,
+        keys,
+        weights,
+        grad_scores,
+        grad_values,
+        grad_weights,
+        num_members,
+        **sizes,
+        BOUNDED=bounded,
+        FOR_WEIGHTS=for_weights,
+        num_warps=_NUM_WARPS,
+    )
+    return grad_scores, grad_values, grad_weights
 
 
 def _num_columns(energy_dim: int, bounded: bool) -> int:
@@ -99,12 +96,12 @@ def _sizes(keys: Tensor, energy_dim: int, table: Tensor) -> dict[str, int]:
     return {"E": energy_dim, "K": num_shares, "P": num_columns, "K_PADDED": shares_padded, "BLOCK": block}
 
 
-# Kernels. Tiles are [members], [members, K] or [members, K, P]; `where` rather than min and max, which lose NaN.
+# Kernels. Tiles are [members], [members, K] or [members, K, P]. They use `where`, because min and max lose NaN.
 
 
 @triton.jit
 def _entries(num_members, K: tl.constexpr, K_PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Members of this program [BLOCK], which of them exist, their places in [N, K] and which of those exist."""
+    """Members of this program [BLOCK], a mask of those that exist, their indices in [N, K], and the mask of these."""
     members = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exist = members < num_members
     shares = tl.arange(0, K_PADDED)
@@ -113,7 +110,7 @@ def _entries(num_members, K: tl.constexpr, K_PADDED: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _column(rows, columns, which: tl.constexpr, axis: tl.constexpr):
-    # A thread holds all that it loaded of a row: no more than picking a register.
+    # A thread holds the whole row, so this only picks a register.
     return tl.sum(tl.where(columns == which, rows, 0.0), axis=axis)
 
 
@@ -125,13 +122,13 @@ def _shift(mass, maximum):
 @triton.jit
 def _exponential(scores, shift):
     exponent = scores - shift
-    # Only members of weight 0 are above the maximum of their group; they add nothing, but exp must stay finite.
+    # Only members of weight 0 exceed the maximum of their group. They add nothing, but exp must stay finite.
     return tl.exp(tl.where(exponent > 60.0, 60.0, exponent))
 
 
 @triton.jit
 def _denominator(total, mass, shift, BOUNDED: tl.constexpr):
-    """With the empty member; and exp(0 - shift), which is 1 or less and only counts where there is one."""
+    """The denominator with the empty member, and exp(0 - shift) <= 1, which only counts if there is an empty member."""
     empty = tl.full(mass.shape, 1.0, mass.dtype)
     if not BOUNDED:
         empty = tl.exp(tl.where(shift < 0, 0.0, -shift))
@@ -151,7 +148,7 @@ def _maximum_kernel(
     K_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The masses and the largest scores."""
+    """Sum the masses and find the largest scores."""
     members, exist, entries, present = _entries(num_members, K, K_PADDED, BLOCK)
     groups = table + tl.load(keys + entries, mask=present, other=0) * P
     weight = tl.load(weights + entries, mask=present, other=0.0)
@@ -175,7 +172,7 @@ def _sum_kernel(
     BLOCK: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """The masses, unless a maximum was needed first, and all other sums."""
+    """Compute all sums; the masses only if `_maximum_kernel` didn't."""
     members, exist, entries, present = _entries(num_members, K, K_PADDED, BLOCK)
     columns = tl.arange(0, P)
     groups = table + tl.load(keys + entries, mask=present, other=0) * P
@@ -194,7 +191,7 @@ def _sum_kernel(
     columns = columns[None, None, :]
     added = share[:, :, None] * value[:, None, :]
     added = tl.where(columns == E, masses[:, :, None], tl.where(columns == E + 1, share[:, :, None], added))
-    # Slots that didn't land have weight 0 and mostly the same key: they would queue up for one row.
+    # Slots without a landing have weight 0 and mostly the same key. Their additions would wait for the same row.
     tl.atomic_add(groups[:, :, None] + columns, added, mask=(present & (share != 0))[:, :, None], sem="relaxed")
 
 
@@ -228,9 +225,9 @@ def _gradient_kernel(
     values,
     keys,
     weights,
-    on_scores,
-    on_values,
-    on_weights,
+    grad_scores,
+    grad_values,
+    grad_weights,
     num_members,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -258,8 +255,8 @@ def _gradient_kernel(
     share = weight * portion
     average = tl.where(columns < E, rows, 0.0) / denominator[:, :, None]
     along = tl.sum(slopes * (value[:, None, :] - average), axis=2)
-    tl.store(on_scores + members, tl.sum(share * along, axis=1), mask=exist)
-    tl.store(on_values + value_places, tl.sum(share[:, :, None] * slopes, axis=1), mask=value_exist)
+    tl.store(grad_scores + members, tl.sum(share * along, axis=1), mask=exist)
+    tl.store(grad_values + value_places, tl.sum(share[:, :, None] * slopes, axis=1), mask=value_exist)
     if FOR_WEIGHTS:
         lost = tl.where(mass <= 1, tl.sum(slopes * average, axis=2) * empty / denominator, 0.0)
-        tl.store(on_weights + entries, portion * along + lost, mask=present)
+        tl.store(grad_weights + entries, portion * along + lost, mask=present)

@@ -13,7 +13,7 @@ def gru_cell(
     Args:
         inputs: [N, X].
         hidden: [N, H].
-        weight_ih, weight_hh: [3H, X] and [3H, H], gates in the order reset, update, new.
+        weight_ih, weight_hh: [3H, X] and [3H, H]; gates in the order reset, update, new.
         bias_ih, bias_hh: [3H].
 
     Returns:

@@ -1,30 +1,30 @@
-"""Triton kernels of `gru_gates`: bound by memory, each number read once and written once.
+"""Triton kernels of `gru_gates`. They are bound by memory: each number is read once and written once.
 
-Nothing waits for the device, nothing is added atomically: the same bits every time, and fit for CUDA graphs.
+They neither wait for the device nor add atomically, so results have the same bits every time, and CUDA graphs can
+capture them.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# (Triton reads annotations of kernels itself.)
+# Triton reads the annotations of kernels itself.
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from energy_flow.ops.backend import num_multiprocessors, require_adjacent_columns
+from energy_flow.ops.launch import launch, require_adjacent_columns, resident_programs
 
 _NUM_WARPS = 4
-_ACCESS_BYTES = 16  # the widest a thread can load or store at once
-# Columns of H in a tile: whole cache lines, and less than one per thread, or else the bias would go through shared
-# memory, with barriers, on its way to the threads that need it.
+_ACCESS_BYTES = 16  # the widest load or store of a thread
+# Columns of H in a tile: whole cache lines, but less than one column per thread. With more, the bias would go through
+# shared memory, with barriers.
 _BLOCK_H = 64
-# Programs per multiprocessor in the backward kernel, which loops over rows: all of them are resident at once (its
-# registers allow four), so none starts when the others are done.
+# Programs of the backward kernel per multiprocessor: its registers allow four.
 _RESIDENT = 4
 
 
 @triton.jit
 def _tanh(x, APPROXIMATE: tl.constexpr):
-    if APPROXIMATE:  # one instruction, wrong by 2^-11 at most: a rounding of float16, a quarter of bfloat16's
+    if APPROXIMATE:  # one instruction; its error of 2^-11 is one rounding of float16, a quarter of one of bfloat16
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return 2 / (1 + tl.exp(-2 * x)) - 1
@@ -78,7 +78,7 @@ def _mask(rows, num_rows, columns, H: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def _counted(rows, count):
-    """Rows below the count on the device; all of them where there is none."""
+    """Whether rows are below the count on the device; always if there is none."""
     if count is None:
         return (rows >= 0)[:, None]
     else:
@@ -147,87 +147,88 @@ def _backward_kernel(
         mask = _mask(rows, num_rows, columns, H, BLOCK_H)
         present = mask & _counted(rows, count)
         gate = gates + rows[:, None] * gates_stride + columns[None, :]
-        on_out_at = grad + rows[:, None] * grad_stride + columns[None, :]
+        grad_out_at = grad + rows[:, None] * grad_stride + columns[None, :]
         state = tl.load(hidden + rows[:, None] * hidden_stride + columns[None, :], mask=present, other=0).to(wide)
-        on_out = tl.load(on_out_at, mask=present, other=0).to(wide)
+        grad_out = tl.load(grad_out_at, mask=present, other=0).to(wide)
         new, reset, update, hidden_new = _load(gate, present, H, wide)
         new, reset, update, hidden_new = _activate(
             new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
         )
-        # Rows beyond the count and columns beyond the edge have on_out = 0: all their gradients are 0.
-        on_new = on_out * (1 - update) * (1 - new * new)
-        on_update = on_out * (state - new) * update * (1 - update)
-        on_hidden_new = on_new * reset
-        on_reset = on_hidden_new * hidden_new * (1 - reset)
-        tl.store(on_out_at, on_out * update, mask=mask)
-        _store(gate, on_new, on_reset, on_update, on_hidden_new, mask, H)
-        total_new += on_new
-        total_reset += on_reset
-        total_update += on_update
-        total_hidden_new += on_hidden_new
+        # Rows beyond the count and columns beyond the edge have grad_out = 0, so all their gradients are 0.
+        grad_new = grad_out * (1 - update) * (1 - new * new)
+        grad_update = grad_out * (state - new) * update * (1 - update)
+        grad_hidden_new = grad_new * reset
+        grad_reset = grad_hidden_new * hidden_new * (1 - reset)
+        tl.store(grad_out_at, grad_out * update, mask=mask)
+        _store(gate, grad_new, grad_reset, grad_update, grad_hidden_new, mask, H)
+        total_new += grad_new
+        total_reset += grad_reset
+        total_update += grad_update
+        total_hidden_new += grad_hidden_new
     total_new, total_reset = tl.sum(total_new, 0), tl.sum(total_reset, 0)
     total_update, total_hidden_new = tl.sum(total_update, 0), tl.sum(total_hidden_new, 0)
     _store(totals + first * 4 * H + columns, total_new, total_reset, total_update, total_hidden_new, columns < H, H)
 
 
 def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, count: Tensor | None = None) -> None:
-    """`gru_gates.gates_forward`, same arguments; bias contiguous."""
+    """`gru_gates.gates_forward` with the same arguments; the bias is contiguous."""
     require_adjacent_columns(gates=gates, hidden=hidden, out=out)
     num_rows, size = hidden.shape
     block_n, block_h = _tile(gates)
-    grid = (triton.cdiv(num_rows, block_n) * triton.cdiv(size, block_h),)
-    with torch.cuda.device_of(gates):
-        _forward_kernel[grid](
-            gates,
-            hidden,
-            bias,
-            out,
-            count,
-            num_rows,
-            gates.stride(0),
-            hidden.stride(0),
-            out.stride(0),
-            H=size,
-            BLOCK_N=block_n,
-            BLOCK_H=block_h,
-            APPROXIMATE=_approximate(gates),
-            num_warps=_NUM_WARPS,
-        )
+    launch(
+        _forward_kernel,
+        triton.cdiv(num_rows, block_n) * triton.cdiv(size, block_h),
+        gates,
+        hidden,
+        bias,
+        out,
+        count,
+        num_rows,
+        gates.stride(0),
+        hidden.stride(0),
+        out.stride(0),
+        H=size,
+        BLOCK_N=block_n,
+        BLOCK_H=block_h,
+        APPROXIMATE=_approximate(gates),
+        num_warps=_NUM_WARPS,
+    )
 
 
 def gates_backward(
-    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, bias_grad: Tensor, count: Tensor | None = None
+    gates: Tensor, hidden: Tensor, grad: Tensor, bias: Tensor, grad_bias: Tensor, count: Tensor | None = None
 ) -> None:
-    """`gru_gates.gates_backward`, same arguments, results in `gates` and `grad`; bias contiguous."""
+    """`gru_gates.gates_backward` with the same arguments; results in `gates` and `grad`. The bias is contiguous."""
     require_adjacent_columns(gates=gates, hidden=hidden, grad=grad)
     num_rows, size = hidden.shape
     block_n, block_h = _tile(gates)
     blocks = triton.cdiv(size, block_h)
-    programs = min(triton.cdiv(num_rows, block_n), triton.cdiv(_RESIDENT * num_multiprocessors(gates), blocks))
-    totals = bias_grad.new_empty(programs, 4 * size)
-    with torch.cuda.device_of(gates):
-        _backward_kernel[(programs * blocks,)](
-            gates,
-            hidden,
-            grad,
-            bias,
-            totals,
-            count,
-            num_rows,
-            gates.stride(0),
-            hidden.stride(0),
-            grad.stride(0),
-            H=size,
-            BLOCK_N=block_n,
-            BLOCK_H=block_h,
-            APPROXIMATE=_approximate(gates),
-            num_warps=_NUM_WARPS,
-        )
-    bias_grad.add_(totals.sum(0))
+    programs = resident_programs(gates, triton.cdiv(num_rows, block_n), blocks, _RESIDENT)
+    totals = grad_bias.new_empty(programs, 4 * size)
+    launch(
+        _backward_kernel,
+        programs * blocks,
+        gates,
+        hidden,
+        grad,
+        bias,
+        totals,
+        count,
+        num_rows,
+        gates.stride(0),
+        hidden.stride(0),
+        grad.stride(0),
+        H=size,
+        BLOCK_N=block_n,
+        BLOCK_H=block_h,
+        APPROXIMATE=_approximate(gates),
+        num_warps=_NUM_WARPS,
+    )
+    grad_bias.add_(totals.sum(0))
 
 
 def _tile(gates: Tensor) -> tuple[int, int]:
-    """Rows and columns of H that one program takes at a time: one widest access per thread and tensor."""
+    """Rows and columns of H in a tile: one access of the full width per thread and tensor."""
     block_h = min(_BLOCK_H, triton.next_power_of_2(gates.shape[1] // 4))
     elements = 32 * _NUM_WARPS * _ACCESS_BYTES // gates.element_size()
     return max(1, elements // block_h), block_h

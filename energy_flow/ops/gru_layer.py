@@ -1,8 +1,8 @@
-"""One GRU layer over the rows of a tape: matrix products into a gate buffer, and their way back.
+"""One GRU layer over the rows of a tape: matrix products into a gate buffer, and their gradients.
 
-A row of the tape holds a layer's input and its memory side by side, [x | h], so that the products that
-need both take one operand. A row of a gate buffer holds [n | r | z | hn] (see `gru_gates`): the gradient
-of x needs its first three parts, the gradient of h its last three.
+A row of the tape holds [x | h], the input and the hidden state of a layer, so that products of both have one operand.
+A row of a gate buffer holds [n | r | z | hn] (see `gru_gates`). The gradient of x needs its first three parts, the
+gradient of h its last three.
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,27 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from energy_flow.ops.prefix_matmul import addmm_leading, mm_leading
+from energy_flow.ops.prefix_matmul import prefix_addmm, prefix_mm
 
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A cell's weights in the dtype and order of the products."""
+    """The weights of a GRU cell in the dtype and order of the products."""
 
-    weight_ih: Tensor  # [3H, X], rows n, r, z; columns padded with zeros to the tape's X
+    weight_ih: Tensor  # [3H, X], rows n, r, z; columns are padded with zeros to the X of the tape
     weight_hh: Tensor  # [3H, H], rows r, z, n
     reset_update: Tensor  # [2H, X + H], rows r, z
     bias: Tensor  # [4H] of [n | r | z | hn], never less than float32
 
     @classmethod
     def pack(cls, cell: nn.GRUCell, input_size: int, dtype: torch.dtype) -> Self:
-        """Args: `input_size`: X of the tape, at least the cell's; `dtype`: of the products."""
+        """Pack the weights of a cell.
+
+        Args:
+            cell: its `input_size` is at most X.
+            input_size: X of the tape.
+            dtype: of the products.
+        """
         size = cell.hidden_size
         reset, update, new = cell.weight_ih.split(size)
         weight_ih = torch.cat([new, reset, update]).to(dtype)
@@ -46,45 +52,45 @@ class PackedLayer:
     def input_size(self) -> int:
         return self.weight_ih.shape[1]
 
-    def products(self, both: Tensor, gates: Tensor, empty: bool, count: Tensor | None = None) -> None:
-        """Fill `gates` [N, 4H] with the products of `both` [N, X + H] = [x | h], without biases.
+    def products(self, xh: Tensor, gates: Tensor, empty: bool, count: Tensor | None = None) -> None:
+        """Fill `gates` [N, 4H] with the products of `xh` = [x | h] [N, X + H], without biases.
 
         Args:
-            empty: h is 0.
-            count: int64 scalar: so many leading rows matter (see `leading_rows`). None: all.
+            empty: whether h is 0.
+            count: int64 scalar: only so many leading rows are in use (see `prefix_matmul`). None: all.
         """
         size = self.hidden_size
-        inputs, memory = _left(both[:, : self.input_size]), _left(both[:, self.input_size :])
+        inputs, hidden = _left(xh[:, : self.input_size]), _left(xh[:, self.input_size :])
         if empty:
-            mm_leading(inputs, self.weight_ih.T, gates[:, : 3 * size], count)
+            prefix_mm(inputs, self.weight_ih.T, gates[:, : 3 * size], count)
             gates[:, 3 * size :].zero_()
             return
-        mm_leading(_left(both), self.reset_update.T, gates[:, size : 3 * size], count)
-        mm_leading(inputs, self.weight_ih[:size].T, gates[:, :size], count)
-        mm_leading(memory, self.weight_hh[2 * size :].T, gates[:, 3 * size :], count)
+        prefix_mm(_left(xh), self.reset_update.T, gates[:, size : 3 * size], count)
+        prefix_mm(inputs, self.weight_ih[:size].T, gates[:, :size], count)
+        prefix_mm(hidden, self.weight_hh[2 * size :].T, gates[:, 3 * size :], count)
 
-    def add_memory_gradient(self, gate_gradients: Tensor, grad_memory: Tensor, count: Tensor | None = None) -> None:
-        """Add the gates' part to the gradient of h, [N, H]."""
-        addmm_leading(_left(gate_gradients[:, self.hidden_size :]), self.weight_hh, grad_memory, count)
+    def add_hidden_gradient(self, grad_gates: Tensor, grad_hidden: Tensor, count: Tensor | None = None) -> None:
+        """Add the part through the gates to `grad_hidden`, the gradient of h, [N, H]."""
+        prefix_addmm(_left(grad_gates[:, self.hidden_size :]), self.weight_hh, grad_hidden, count)
 
-    def input_gradient(self, gate_gradients: Tensor, count: Tensor | None = None) -> Tensor:
-        """Gradient of x, [N, X]."""
-        gradients = _left(gate_gradients[:, : 3 * self.hidden_size])
+    def input_gradient(self, grad_gates: Tensor, count: Tensor | None = None) -> Tensor:
+        """The gradient of x, [N, X]."""
+        gradients = _left(grad_gates[:, : 3 * self.hidden_size])
         if count is None:
             return torch.mm(gradients, self.weight_ih)
         grad_input = gradients.new_zeros(len(gradients), self.input_size)
-        mm_leading(gradients, self.weight_ih, grad_input, count)
+        prefix_mm(gradients, self.weight_ih, grad_input, count)
         return grad_input
 
-    def add_input_gradient(self, gate_gradients: Tensor, grad_input: Tensor, count: Tensor | None = None) -> None:
+    def add_input_gradient(self, grad_gates: Tensor, grad_input: Tensor, count: Tensor | None = None) -> None:
         """Add the gradient of x to `grad_input` [N, X]."""
-        addmm_leading(_left(gate_gradients[:, : 3 * self.hidden_size]), self.weight_ih, grad_input, count)
+        prefix_addmm(_left(grad_gates[:, : 3 * self.hidden_size]), self.weight_ih, grad_input, count)
 
 
 class LayerGradients:
-    """Sums of a layer's weight gradients, in the order of `PackedLayer` and never less than float32.
+    """Sums of the weight gradients of a layer, in the order of `PackedLayer`, in float32 at least.
 
-    The matrices are transposed: products of this shape are faster on CPUs, and no slower on GPUs.
+    The matrices are transposed, because products of that shape are faster on CPUs and as fast on GPUs.
     """
 
     def __init__(self, layer: PackedLayer) -> None:
@@ -92,21 +98,21 @@ class LayerGradients:
         self.weight_hh = layer.bias.new_zeros(layer.hidden_size, 3 * layer.hidden_size)
         self.bias = torch.zeros_like(layer.bias)
 
-    def add(self, gate_gradients: Tensor, both: Tensor, num_empty: int) -> None:
-        """Add the weights' gradients over N rows: of one step, or of all steps together.
+    def add(self, grad_gates: Tensor, xh: Tensor, num_empty: int) -> None:
+        """Add the weight gradients of N rows: of one step, or of all steps together.
 
         Args:
-            gate_gradients: [N, 4H].
-            both: [N, X + H], a view of the tape.
-            num_empty: of so many rows at the start h is 0.
+            grad_gates: [N, 4H].
+            xh: [N, X + H], a view of the tape.
+            num_empty: h is 0 in so many leading rows.
         """
         width, size = self.weight_ih.shape[0], self.weight_hh.shape[0]
-        _add_product(self.weight_ih, both[:, :width], gate_gradients[:, : 3 * size])
-        if num_empty < len(both):
-            _add_product(self.weight_hh, both[num_empty:, width:], gate_gradients[num_empty:, size:])
+        _add_product(self.weight_ih, xh[:, :width], grad_gates[:, : 3 * size])
+        if num_empty < len(xh):
+            _add_product(self.weight_hh, xh[num_empty:, width:], grad_gates[num_empty:, size:])
 
     def unpack(self, cell: nn.GRUCell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of weight_ih, weight_hh, bias_ih, bias_hh."""
+        """The gradients of weight_ih, weight_hh, bias_ih and bias_hh of the cell."""
         size = cell.hidden_size
         new, reset, update = self.weight_ih[: cell.input_size].T.split(size)
         bias_in, bias_r, bias_z, bias_hn = self.bias.split(size)
@@ -121,13 +127,13 @@ class LayerGradients:
 
 
 def _left(matrix: Tensor) -> Tensor:
-    """A left operand that is safe to multiply with.
+    """A left operand that is safe to multiply.
 
-    On a CPU bfloat16 products (torch 2.13) read up to a multiple of 32 columns and multiply the rest by 0: what lies
-    beside the operand on the tape, NaN of another sample perhaps, would reach the result.
+    On a CPU, bfloat16 products (torch 2.13) read up to a multiple of 32 columns and multiply the extra ones by 0. The
+    extra columns are other columns of the tape. A NaN there, perhaps of another sample, would reach the result.
     """
-    reads_on = matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and matrix.shape[1] % 32 != 0
-    return matrix.contiguous() if reads_on else matrix
+    reads_beyond = matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and matrix.shape[1] % 32 != 0
+    return matrix.contiguous() if reads_beyond else matrix
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -140,5 +146,5 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left.T, right)
 
 
-# `mm` with bf16 operands and a float32 result: torch >= 2.8, on CUDA.
+# On CUDA, torch >= 2.8 has `mm` with bf16 operands and a float32 result.
 _CUDA_MM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)

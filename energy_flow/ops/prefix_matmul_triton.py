@@ -1,9 +1,10 @@
-"""Triton kernel of `leading_rows`: a tiled product whose tiles beyond the count end at once.
+"""Triton kernel of `prefix_matmul`: a tiled product. Programs of tiles beyond the count end at once.
 
-Nothing waits for the device or is added atomically: the same bits every time, and fit for CUDA graphs.
+It neither waits for the device nor adds atomically, so results have the same bits every time, and CUDA graphs can
+capture it.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# (Triton reads annotations of kernels itself.)
+# Triton reads the annotations of kernels itself.
 
 import functools
 import math
@@ -13,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from energy_flow.ops.backend import require_adjacent_columns
+from energy_flow.ops.launch import launch, require_adjacent_columns
 
 _BLOCK_N, _BLOCK_M, _BLOCK_K = 128, 256, 64
 _NUM_WARPS, _NUM_STAGES = 8, 4
-# Of shared memory, for the tiles that are on their way: one stage is being computed.
+# Shared memory of the tiles in flight: one stage is in use, the others load.
 _BYTES = 2 * (_BLOCK_N + _BLOCK_M) * _BLOCK_K * (_NUM_STAGES - 1)
 
 
@@ -39,7 +40,7 @@ def _product_kernel(
     BLOCK_K: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    # Columns first: the programs that run together share rows of `left`, and `right` stays in the cache.
+    # Columns first, so that programs that run together share rows of `left`, and `right` stays in the cache.
     blocks: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     first = tl.program_id(0) // blocks * BLOCK_N
     counted = tl.minimum(tl.load(count), num_rows)
@@ -69,38 +70,37 @@ def _product_kernel(
 
 
 def product(left: Tensor, right: Tensor, out: Tensor, count: Tensor, add: bool) -> None:
-    """`leading_rows.mm_leading`, or with `add` `addmm_leading`; left, right and out of one dtype of two bytes."""
+    """`prefix_mm`, or `prefix_addmm` with `add`. All matrices have the same dtype of two bytes."""
     require_adjacent_columns(left=left, out=out)
     num_rows, width = left.shape
     columns = right.shape[1]
     widest = _BLOCK_M if _shared_memory(left.device) > _BYTES else _BLOCK_M // 2
     block_m = min(widest, max(16, triton.next_power_of_2(columns)))
-    grid = (triton.cdiv(num_rows, _BLOCK_N) * triton.cdiv(columns, block_m),)
-    with torch.cuda.device_of(left):
-        _product_kernel[grid](
-            left,
-            right,
-            out,
-            count,
-            num_rows,
-            left.stride(0),
-            right.stride(0),
-            right.stride(1),
-            out.stride(0),
-            M=columns,
-            K=width,
-            BLOCK_N=_BLOCK_N,
-            BLOCK_M=block_m,
-            BLOCK_K=_BLOCK_K,
-            ADD=add,
-            num_warps=_NUM_WARPS,
-            num_stages=_NUM_STAGES,
-        )
+    launch(
+        _product_kernel,
+        triton.cdiv(num_rows, _BLOCK_N) * triton.cdiv(columns, block_m),
+        left,
+        right,
+        out,
+        count,
+        num_rows,
+        left.stride(0),
+        *right.stride(),
+        out.stride(0),
+        M=columns,
+        K=width,
+        BLOCK_N=_BLOCK_N,
+        BLOCK_M=block_m,
+        BLOCK_K=_BLOCK_K,
+        ADD=add,
+        num_warps=_NUM_WARPS,
+        num_stages=_NUM_STAGES,
+    )
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> float:
-    """Bytes that a program may have, as Triton itself asks for; no limit in the interpreter."""
+    """Bytes that a program may use, from the same source as Triton's own check; no limit in the interpreter."""
     if device.type != "cuda":
         return math.inf
     properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(device.index)

@@ -1,4 +1,4 @@
-"""Trained models as one file each, used with torch alone; and the one that comes with the package."""
+"""Trained models, one file each. They need torch but neither Lightning nor Hydra. One is part of the package."""
 
 from energy_flow.pretrained.card import ModelCard
 from energy_flow.pretrained.model import SHIPPED, EnergyFlowModel

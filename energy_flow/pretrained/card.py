@@ -1,4 +1,4 @@
-"""One safetensors file per model: its weights, and in the metadata a card that says what they are."""
+"""The file format of a model: weights as safetensors, and a model card in the metadata."""
 
 import json
 from collections.abc import Mapping
@@ -24,18 +24,18 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.in
 
 
 class ModelCard(Settings):
-    """What a file says of its model.
+    """The description of a model in its file.
 
     Attributes:
         format_version: of the file.
-        version: of the energy_flow that wrote it.
-        dim: D, of input and output embeddings.
+        version: of the energy_flow that wrote the file.
+        dim: D, the dimension of input and output embeddings.
         lattice, model: the config sections of these names.
-        seed: of the exploration noise, and of the run.
-        encoder: what made the embeddings from text; None: not known.
-        normalize: whether the model takes rows of length 1.
-        metrics: what these weights reached, by name: `test/mrr`, ...
-        data_fingerprint: sha256 of every split that they were trained with.
+        seed: of the exploration noise and of the run.
+        encoder: the text encoder of the embeddings; None: unknown.
+        normalize: whether input rows must have length 1.
+        metrics: results of these weights by name: `test/mrr`, ...
+        data_fingerprint: sha256 of every split of the training data.
     """
 
     format_version: Literal[1]
@@ -51,10 +51,10 @@ class ModelCard(Settings):
 
 
 def write_model(path: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> None:
-    """Write a file that `read_model` takes, whole or not at all.
+    """Write a file for `read_model`, completely or not at all.
 
     Raises:
-        CheckpointError: weights that aren't finite, or a path that can't be written.
+        CheckpointError: a weight is not finite, or the path can't be written.
     """
     bad = [name for name, value in weights.items() if not value.isfinite().all()]
     if bad:
@@ -70,10 +70,10 @@ def write_model(path: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> N
 
 
 def read_model(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
-    """Card and weights of a file; nothing in it can run code.
+    """Read the card and the weights of a file. The file can't run code.
 
     Raises:
-        CheckpointError: missing, damaged, of a newer format, or not written by energy_flow.
+        CheckpointError: the file is missing or corrupt, has a newer format, or energy_flow didn't write it.
     """
     try:
         return _read(path)
@@ -103,7 +103,7 @@ def _read(path: Path) -> tuple[ModelCard, dict[str, Tensor]]:
 
 
 def _described(text: str) -> dict[str, Any]:
-    """The card as it stands in the file; its format is known."""
+    """Parse the card and check its format version."""
     try:
         described = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -18,19 +18,19 @@ from energy_flow.version import __version__
 
 SHIPPED = Path(__file__).parent / "reverse_dictionary.safetensors"
 
-# `data.name` -> what made these embeddings from text.
+# `data.name` -> the text encoder of these embeddings.
 _ENCODERS = {"reverse_dictionary": "sentence-transformers/all-mpnet-base-v2"}
 
 
 class EnergyFlowModel(nn.Module):
-    """Embeddings in, embeddings out.
+    """A trained flow lattice that maps embeddings to embeddings.
 
     Args:
-        card: what the model is; its weights start random.
+        card: the description of the model. The initial weights are random.
 
     Attributes:
         card: as given.
-        processor: the flow lattice; called itself, it gives surfaces, landings and statistics as well.
+        processor: the flow lattice. Call it to get surfaces, landings and statistics as well.
     """
 
     def __init__(self, card: ModelCard) -> None:
@@ -41,30 +41,30 @@ class EnergyFlowModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path = SHIPPED) -> Self:
-        """The model of a file that `save_pretrained` wrote, on the CPU, in float32 and evaluation mode.
+        """Load a file of `save_pretrained`, on the CPU, in float32 and evaluation mode.
 
         Args:
-            path: the file; default: the one that comes with the package, trained on the reverse dictionary.
+            path: the file. Default: the model in the package, trained on the reverse dictionary.
 
         Raises:
-            CheckpointError: missing, damaged, of a newer format, or with weights that aren't the model's.
+            CheckpointError: the file is missing or corrupt, has a newer format, or its weights don't fit the model.
         """
         path = Path(path).expanduser()
         return cls._with_weights(*read_model(path), path)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, encoder: str | None = None) -> Self:
-        """The model of a training checkpoint, on the CPU, in float32 and evaluation mode.
+        """Load a training checkpoint, on the CPU, in float32 and evaluation mode.
 
         Args:
-            path: such as `best.ckpt`.
-            encoder: what made the embeddings from text; None: known for the embedded data alone.
+            path: for example `best.ckpt`.
+            encoder: the text encoder of the embeddings. None: that of the data set, if it is one of energy_flow's.
 
         Raises:
-            CheckpointError: missing, damaged, not written by energy_flow, or with weights that aren't the model's.
+            CheckpointError: the file is missing or corrupt, energy_flow didn't write it, or its weights don't fit.
         """
         checkpoint = checkpoints.load(path)
-        prefix = "processor."  # what the LightningModule calls it; a temperature that was learnt stays behind
+        prefix = "processor."  # its name in the LightningModule; a learnt temperature is left out
         saved = checkpoint["state_dict"].items()
         weights = {name.removeprefix(prefix): value for name, value in saved if name.startswith(prefix)}
         return cls._with_weights(_card_of(checkpoint, path, encoder), weights, path)
@@ -78,13 +78,13 @@ class EnergyFlowModel(nn.Module):
         """Write weights and card as one safetensors file.
 
         Args:
-            path: the file, in a folder that is there; what stands in it is replaced.
-            dtype: of the weights in the file. float16 halves it and rounds them: `model.half().float()` before
-                measuring measures what will be written.
-            metrics: what these weights reached, for the card; None: what the card says already.
+            path: the file, in an existing folder. An existing file is replaced.
+            dtype: of the weights in the file. float16 halves the size and rounds the weights: to measure the rounded
+                weights, call `model.half().float()` first.
+            metrics: results of these weights, for the card. None: keep those of the card.
 
         Raises:
-            CheckpointError: weights that aren't finite in `dtype`, or a path that can't be written.
+            CheckpointError: a weight is not finite in `dtype`, or the path can't be written.
         """
         path = Path(path).expanduser()
         changes = {"format_version": FORMAT, "version": __version__}
@@ -94,18 +94,18 @@ class EnergyFlowModel(nn.Module):
         write_model(path, read(ModelCard, card, ""), {name: value.contiguous() for name, value in weights.items()})
 
     def forward(self, source: Tensor) -> Tensor:
-        """The output embedding, not normalised, of one source embedding or a batch of them.
+        """Compute the output embeddings of one source embedding or of a batch. They are not normalised.
 
         Args:
-            source: [B, D] or [D], floats. Where the model takes rows of length 1 they are brought to it.
+            source: [B, D] or [D], floats. If the model needs rows of length 1, they are normalised first.
 
         Returns:
-            [B, D] or [D]
+            [B, D] or [D].
 
         Raises:
             ConfigError: another shape.
-            DataError: a row of zeros, which has no direction, or one with NaN or Inf.
-            NoLandingError, NotFiniteError: an output that isn't one; names the rows.
+            DataError: a row has NaN or Inf, or it is zero and can't be normalised.
+            NoLandingError, NotFiniteError: there is no valid output; names the rows.
         """
         rows = source.unsqueeze(0) if source.ndim == 1 else source
         output = self.processor(self._prepared(rows) if rows.ndim == 2 else rows)
@@ -115,8 +115,8 @@ class EnergyFlowModel(nn.Module):
         return embedding[0] if source.ndim == 1 else embedding
 
     def _prepared(self, rows: Tensor) -> Tensor:
-        """Rows as the model was trained on them."""
-        exact = rows.double()  # whose squares neither overflow nor vanish for any float32 value
+        """Prepare rows as in training."""
+        exact = rows.double()  # in float64 the square of any float32 value neither overflows nor vanishes
         length = exact.norm(dim=1, keepdim=True)
         unfit = ~length.isfinite() | ((length == 0) & self.card.normalize)
         if unfit.any():
@@ -132,7 +132,7 @@ class EnergyFlowModel(nn.Module):
     def _with_weights(cls, card: ModelCard, weights: Mapping[str, Tensor], path: str | Path) -> Self:
         compatibility.check_depth(card.model.num_layers, weights, path)
         try:
-            with torch.device("meta"):  # without memory: sizes that are wrong may be huge
+            with torch.device("meta"):  # allocates no memory: wrong sizes may be huge
                 compatibility.check_weights(weights, cls(card).processor, path)
         except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
             reason = str(error).strip().split("\n")[0][:200]
@@ -143,10 +143,10 @@ class EnergyFlowModel(nn.Module):
 
 
 def _card_of(checkpoint: Mapping[str, Any], path: str | Path, encoder: str | None) -> ModelCard:
-    """What a training checkpoint says of its model."""
+    """The card of the model in a training checkpoint."""
     saved = checkpoint["hyper_parameters"]
     config, fingerprint = checkpoints.origin(checkpoint)
-    # Without a config the rows came from a user's own loader, which prepared them.
+    # Without a config, the rows came from a custom loader that prepared them.
     data = (config or {}).get("data", {})
     described = {
         "format_version": FORMAT,

@@ -25,7 +25,7 @@ except ImportError:  # Windows: everything but training works
 
 FINISHED = "finished"  # the file that marks a run with all its results
 _TRACES = ("checkpoints/*.ckpt", "metrics.json", "tensorboard/events*", "csv/metrics.csv")  # of a run in a folder
-_START = ("resume", "ckpt_path")  # keys that say how a run starts, not what it trains
+_START = ("resume", "ckpt_path")  # keys of the way a run starts, which don't change the training
 _locks: set[int] = set()  # open file descriptors
 
 

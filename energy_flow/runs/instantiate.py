@@ -22,16 +22,13 @@ CONFIG_KEY = "config_key"
 _BUILT = ("energy_flow.training", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
 _ARGUMENTS = (*_BUILT, "torch.optim", "datetime")
 
-
 # Environment variable with more packages that the user trusts, separated by commas; a config can't set it.
 TRUST = "ENERGY_FLOW_TRUST"
-
 
 # Loggers that can append to their own files.
 _PURGING = {f"{cls.__module__}.{cls.__qualname__}" for cls in (ResumableCSVLogger, TensorBoardLogger)} | {
     "lightning.pytorch.loggers.TensorBoardLogger"
 }
-
 
 RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 

@@ -99,7 +99,7 @@ def fit_baselines(
             loss=loss,
             seed=seed,
             device=device,
-            report=lambda what: status.update(f"baselines: {what}"),
+            report=lambda step: status.update(f"baselines: {step}"),
             all_targets=all_targets,
         )
 

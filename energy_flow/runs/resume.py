@@ -71,6 +71,13 @@ def check_resume(resumed: LoadedCheckpoint, module: EnergyFlowModule, data: Ener
     console.print(f"resuming from step {resumed.step} of {resumed.path}", highlight=False, soft_wrap=True)
 
 
+def purge_step(settings: TrainSettings, resumed: LoadedCheckpoint | None) -> int | None:
+    """The step from which loggers drop the points of a killed run; None: they drop none."""
+    if resumed is not None:
+        return resumed.step
+    return 0 if settings.resume == "auto" else None
+
+
 def check_written(trainer: Trainer, settings: TrainSettings) -> None:
     """Check at the end of training that every checkpoint is on the disk.
 

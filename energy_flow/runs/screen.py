@@ -1,4 +1,4 @@
-"""What a run shows on the screen about models, baselines and examples."""
+"""Print models, metrics, notes about baselines, and examples."""
 
 from collections.abc import Mapping
 from math import nan

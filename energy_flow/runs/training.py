@@ -67,7 +67,7 @@ def fit(
         raise
     except Exception as error:
         if "returned nan values in its" in str(error):
-            raise NotFiniteError(f"{error} The call with this gradient stands above. {REMEDY}") from error
+            raise NotFiniteError(f"{error} The traceback above shows the call. {REMEDY}") from error
         error.add_note(how_to_resume(last, resumed))
         raise
 

@@ -1,4 +1,4 @@
-"""Lightning's CSV logger, for a run that goes on."""
+"""Lightning's CSV logger for runs that may resume."""
 
 import csv
 import io
@@ -17,11 +17,11 @@ Rows = Iterable[dict[str, Any]]
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Keeps the rows of a run that goes on, where Lightning's deletes them; a kill leaves no half file.
+    """Keep the rows of a resumed run, which Lightning's logger deletes. A kill leaves no incomplete file.
 
     Args:
-        save_dir, name, version: as Lightning's: the file is `<save_dir>/<name>/<version>/metrics.csv`.
-        purge_step: rows of this step and later are dropped, the run logs them again. None: a new run.
+        save_dir, name, version: as in Lightning; the file is `<save_dir>/<name>/<version>/metrics.csv`.
+        purge_step: delete rows of this step and later, because the run logs them again. None: a new run.
     """
 
     def __init__(self, save_dir: str, name: str, version: str, purge_step: int | None = None) -> None:
@@ -31,7 +31,7 @@ class ResumableCSVLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """What writes the file, on the first process."""
+        """The writer of the file; on the first process only."""
         if self._experiment is None:
             self._experiment = _Writer(self.log_dir, self._purge_step)
         return self._experiment
@@ -46,13 +46,13 @@ class _Writer(ExperimentWriter):
             self.metrics_keys = next(csv.reader([path.read_text().split("\n", 1)[0]]))
 
     def _check_log_dir_exists(self) -> None:
-        """Called before the first row; what is there stays up to the step that the run goes on from."""
+        """Prepare an existing file before the first row: keep its rows up to the step from which the run resumes."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
         lines = path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
-            del lines[-1]  # half of a row
+            del lines[-1]  # an incomplete row
         rows = csv.DictReader(lines)
         purge_step = self._purge_step or 0
         kept = [row for row in rows if int(row["step"]) < purge_step]
@@ -62,7 +62,7 @@ class _Writer(ExperimentWriter):
             path.unlink()
 
     def save(self) -> None:
-        """Add the new rows, all or none: on a full disk half of one would run into the next."""
+        """Append the new rows, all or none: on a full disk, the next row would continue an incomplete one."""
         if not self.metrics:
             return
         path = Path(self.metrics_file_path)

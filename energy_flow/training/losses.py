@@ -1,4 +1,4 @@
-"""What a flow lattice is trained on: the distance of its output embedding, and of its surface, to the target's.
+"""Losses of a flow lattice: distances of its output embedding and its output surface to those of the target.
 
 B samples of this process, G candidates, D embedding dimension, S cells, E energy dimension
 """
@@ -19,7 +19,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class LossSettings(Settings):
-    """Weights of the terms of the loss (0 = only reported), candidates and temperature of the contrastive one."""
+    """Weights of the loss terms (0: only reported), and options of the contrastive term (config group `loss`)."""
 
     cosine: Weight
     mse: Weight
@@ -58,9 +58,9 @@ class LossSettings(Settings):
 
 
 class Temperature(nn.Module):
-    """The temperature of the contrastive loss: a number, or a parameter where it is learnt."""
+    """The temperature of the contrastive loss: a constant, or a parameter with `learn_temperature`."""
 
-    lowest = 0.01  # of a learnt one, as in CLIP (Radford et al. 2021, arXiv 2103.00020): below, steps explode
+    lowest = 0.01  # of a parameter, as in CLIP (Radford et al. 2021, arXiv 2103.00020): below it training diverges
 
     def __init__(self, settings: LossSettings) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class Temperature(nn.Module):
 
 @dataclass(frozen=True)
 class Candidates:
-    """Targets among which the contrastive loss tells a prediction's own from the others."""
+    """Candidates of the contrastive loss: each prediction must find its own target among them."""
 
     directions: Tensor  # [G, D], of unit length
-    own: Tensor  # int64 [B]: which one is a prediction's own
+    own: Tensor  # int64 [B]: index of each prediction's own target
 
     def __post_init__(self) -> None:
         if self.directions.dim() != 2 or self.own.dim() != 1:
@@ -84,10 +84,10 @@ class Candidates:
 
     @classmethod
     def of_rows(cls, targets: Tensor, start: int, count: int) -> Self:
-        """Of `count` predictions whose own targets are those from row `start` on.
+        """Candidates from targets [G, D], for `count` predictions. Their own targets start at row `start`.
 
         Raises:
-            ValueError: there are no such rows.
+            ValueError: the targets have no such rows.
         """
         if not 0 <= start <= len(targets) - count:
             raise ValueError(f"rows {start} to {start + count - 1} aren't within {len(targets)} targets")
@@ -95,36 +95,36 @@ class Candidates:
 
 
 def directions(embeddings: Tensor) -> Tensor:
-    """Embeddings [N, D] at unit length, in float32 at least; zero rows stay zero."""
+    """Normalise embeddings [N, D] to length 1, in float32 at least; zero rows stay zero."""
     return F.normalize(_full(embeddings), dim=-1)
 
 
 def embedding_losses(
     prediction: Tensor, target: Tensor, temperature: float | Tensor, candidates: Candidates | None = None
 ) -> dict[str, Tensor]:
-    """The terms of the loss that compare embeddings, each the mean over this process's samples.
+    """Compute the loss terms that compare embeddings, each as a mean over the samples of this process.
 
     - `cosine`: 1 - cos(prediction, target).
     - `mse`: the mean squared error over all B * D numbers.
     - `contrastive`: InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): cross entropy of
       softmax_j(cos(prediction_i, candidate_j) / temperature) against the prediction's own candidate.
-      A batch of one sample that has no other candidates has no negatives: its loss and gradient are 0.
+      With a single candidate there are no negatives, so loss and gradient are 0.
 
-    A target that occurs twice among the candidates stays in the denominator twice, as is standard. It raises the loss
-    (to no less than log 2 for two) but not the optimum: both copies pull the same way, so the gradient vanishes where
-    the probability lies on the copies together.
+    A target that occurs twice among the candidates counts twice in the denominator, as usual. This raises the loss (to
+    log 2 or more), but doesn't move the optimum: there, the probability of both copies together is 1.
 
-    All terms are computed in float32 also under autocast (float64 inputs stay float64).
+    All terms are computed in float32, also under autocast; float64 inputs stay float64.
 
     Args:
-        prediction: [B, D]
-        target: [B, D]
+        prediction: [B, D].
+        target: [B, D].
         temperature: of the contrastive term, > 0.
-        candidates: of the contrastive term; default: the batch's targets. Where they are the joined targets of several
-            equally large processes, the mean over these of the term and of its gradients is that of one process.
+        candidates: of the contrastive term; None: the targets of the batch. They may be the joined targets of several
+            processes with equally large batches. Then the mean over processes equals the term of one process with the
+            joined batch; the same holds for gradients.
 
     Raises:
-        ValueError: the shapes don't fit.
+        ValueError: the shapes don't match.
     """
     if prediction.shape != target.shape or prediction.dim() != 2:
         raise ValueError(f"prediction {list(prediction.shape)} and target {list(target.shape)} must both be [B, D]")
@@ -133,7 +133,7 @@ def embedding_losses(
     if candidates.own.shape != target.shape[:1] or candidates.directions.shape[1] != target.shape[1]:
         raise ValueError(
             f"candidates {list(candidates.directions.shape)}, own {list(candidates.own.shape)}: must be [G, D] and [B] "
-            f"beside targets {list(target.shape)}"
+            f"for targets {list(target.shape)}"
         )
     with torch.autocast(prediction.device.type, enabled=False):
         direction = directions(prediction)
@@ -148,11 +148,11 @@ def embedding_losses(
 def surface_loss(surface: Tensor, target_surface: Tensor) -> Tensor:
     """Mean squared error between the output surface and the mapped-in surface of the target.
 
-    The target's surface is detached: else the map in could lower this loss by mapping every target to the same surface.
+    The target surface is detached. Otherwise the map in could lower this loss by giving all targets the same surface.
 
     Args:
-        surface: [B, S, E]
-        target_surface: [B, S, E]
+        surface: [B, S, E].
+        target_surface: [B, S, E].
 
     Raises:
         ValueError: the shapes differ.
@@ -164,7 +164,7 @@ def surface_loss(surface: Tensor, target_surface: Tensor) -> Tensor:
 
 
 def weighted(losses: Mapping[str, Tensor], settings: LossSettings) -> Tensor:
-    """The loss that is trained: the sum of the terms with a weight > 0, so the others can't touch it, NaN or not.
+    """The training loss: the weighted sum of the terms with a weight > 0. A NaN in another term has no effect.
 
     Raises:
         KeyError: a term with a weight > 0 is missing.

@@ -18,24 +18,22 @@ from energy_flow.core.host_copy import DelayedScalars
 from energy_flow.core.networks import ModelSettings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
-from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
+from energy_flow.training.bank import bank_candidates, build_bank
+from energy_flow.training.batch import Batch, unpack_batch
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
 from energy_flow.training.epoch_scores import EpochScores
 from energy_flow.training.losses import (
     Candidates,
     LossSettings,
     Temperature,
-    directions,
     embedding_losses,
     surface_loss,
     weighted,
 )
 from energy_flow.training.optimizer import OptimizerSettings, build_optimizer, build_schedule, freeze_parts
 from energy_flow.training.step_guard import StepGuard, propagate_nonfinite
-
-Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
 
 
 class EnergyFlowModule(pl.LightningModule):
@@ -164,8 +162,9 @@ class EnergyFlowModule(pl.LightningModule):
         optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused optimisers read it on the device
 
     def on_fit_start(self) -> None:
-        uses_bank = self.loss.contrastive > 0 and self.loss.candidates == "bank"
-        self._bank = self._training_targets() if uses_bank else None
+        if self.loss.contrastive > 0 and self.loss.candidates == "bank":
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self._bank = build_bank(data, self.device, self.processor.dtype)
 
     def on_fit_end(self) -> None:
         self._bank = None
@@ -255,25 +254,10 @@ class EnergyFlowModule(pl.LightningModule):
     def _candidates(self, target: Tensor, rows: Tensor | None) -> Candidates | None:
         """Candidates of the contrastive loss: all training targets, or the batch's, joined over all processes."""
         if self._bank is not None:
-            if rows is None:
-                raise ConfigError(
-                    "loss.candidates = bank: batches have no 'row', the index of a sample's own target; "
-                    "give dicts with 'source', 'target' and 'row', or set loss.candidates=batch"
-                )
-            return Candidates(self._bank, rows)
+            return bank_candidates(self._bank, rows)
         if self.trainer.world_size > 1:
             return Candidates.of_rows(self._gather(target), self.global_rank * len(target), len(target))
         return None
-
-    def _training_targets(self) -> Tensor:
-        """Directions of all training targets on the module's device, [N, D]."""
-        train = getattr(self.trainer.datamodule, "train", None)  # type: ignore[attr-defined]
-        if not isinstance(train, Samples):
-            raise ConfigError(
-                "loss.candidates = bank: needs the training targets of an EnergyDataModule; "
-                "train with trainer.fit(module, datamodule=...), or set loss.candidates=batch"
-            )
-        return directions(train.all()[1].to(self.device, self.processor.dtype))
 
     def _target_surface(self, target: Tensor) -> Tensor:
         with torch.no_grad():
@@ -298,21 +282,11 @@ class EnergyFlowModule(pl.LightningModule):
         self.scores.gather(self._gather)
         monitored = getattr(self.trainer.checkpoint_callback, "monitor", None) or "val/mrr"
         for name, value in self.scores.metrics(self.temperature()).items():
-            # All processes have the same value. `sync_dist` only keeps Lightning from a warning.
+            # All processes have the same value; `sync_dist` only avoids a warning of Lightning.
             self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == monitored, sync_dist=True)
 
     def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Source and target in the model's dtype (custom loaders often give NumPy's float64), and the rows."""
-        dtype = self.processor.dtype
-        if isinstance(batch, Mapping) and {"source", "target"} <= batch.keys():
-            return batch["source"].to(dtype), batch["target"].to(dtype), batch.get("row")
-        if isinstance(batch, tuple | list) and len(batch) == 2:
-            return batch[0].to(dtype), batch[1].to(dtype), None
-        content = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f" of {len(batch)}"
-        raise ConfigError(
-            f"a batch is a {type(batch).__name__}{content}: give a dict with 'source' and 'target' (and 'row'), "
-            "or a pair (source, target)"
-        )
+        return unpack_batch(batch, self.processor.dtype)
 
     def _gather(self, value: Tensor) -> Tensor:
         """The values of all processes, joined along the first dimension."""

@@ -91,7 +91,7 @@ def build_schedule(settings: OptimizerSettings, optimizer: torch.optim.Optimizer
     """
     if total_steps == math.inf:
         raise ConfigError(
-            "trainer.max_epochs = -1: the cosine decay needs the length of the run. "
+            "trainer.max_epochs = -1: the cosine decay needs to know where a run ends. "
             "Set trainer.max_epochs or trainer.max_steps"
         )
     return LambdaLR(optimizer, lambda step: lr_factor(settings, step, int(total_steps)))

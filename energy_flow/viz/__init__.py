@@ -1,4 +1,4 @@
-"""Figures of what the flows do; TensorBoard and the notebooks draw with the same functions."""
+"""Figures of the flows, for TensorBoard and for notebooks."""
 
 from energy_flow.viz.field import field_figure
 from energy_flow.viz.landings import group_figure, landing_figure

@@ -1,4 +1,4 @@
-"""Picture of learnt trajectories over a field that is known."""
+"""Figure of learnt trajectories and true landings."""
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -11,20 +11,20 @@ from energy_flow.viz.style import BLUE, GREY, INK, VERMILION, new_figure, to_num
 
 
 def field_figure(trajectories: Trajectories, true_landings: Tensor, sample: int, max_flows: int) -> Figure:
-    """Paths of up to `max_flows` flows of one sample, seen from above, over where their energies should go.
+    """Draw paths of up to `max_flows` flows of one sample from above, together with their true landings.
 
-    A grey line leads from a cell to its true landing, a small ring; the blue path is the flow's own, with a dot where
-    it landed. A path that was reflected at a border is drawn straight. The title has the mean distance of all cells'
-    landings to the true ones, and what it would be if nothing moved.
+    A grey line leads from a cell to its true landing, a small ring. The blue path is that of the flow, with a dot at
+    its landing. Each step is a straight line, also if the flow was reflected at a border. The title has the mean
+    distance between all landings and the true ones, and the same distance without movement.
 
     Args:
         trajectories: of a batch without children.
-        true_landings: (x, y) of every cell's energy, [B, S, 2].
+        true_landings: (x, y) for the energy of every cell, [B, S, 2].
         sample: row of the batch.
-        max_flows: at most so many paths; always the same choice.
+        max_flows: the most paths to draw; the choice is always the same.
 
     Raises:
-        ValueError: there are not as many flows as true landings.
+        ValueError: the numbers of flows and of true landings differ.
     """
     position = to_numpy(trajectories.position[:, sample, :, :2])
     true = to_numpy(true_landings[sample])
@@ -57,7 +57,7 @@ def field_figure(trajectories: Trajectories, true_landings: Tensor, sample: int,
 
 def _legend() -> list[Line2D]:
     return [
-        Line2D([], [], color=BLUE, marker="o", markersize=4, label="path of a flow, and where it landed"),
+        Line2D([], [], color=BLUE, marker="o", markersize=4, label="path of a flow and its landing"),
         Line2D([], [], color=GREY, linewidth=2.4, alpha=0.55, label="from the cell to the true landing"),
         Line2D([], [], color=INK, marker="o", ls="", markersize=2.5, label="cell"),
         Line2D([], [], color=VERMILION, marker="o", ls="", markersize=6, markerfacecolor="none", label="true landing"),

@@ -1,4 +1,4 @@
-"""Forest plot: differences with their intervals, one below the other, against a line at zero."""
+"""Forest plot: differences with their intervals, one below the other, and a line at zero."""
 
 import math
 from collections.abc import Sequence
@@ -11,31 +11,33 @@ from matplotlib.lines import Line2D
 
 from energy_flow.viz.style import BLUE, GREY, INK, VERMILION, Array, new_figure, say_empty
 
-WIDEST = 100  # times the smallest: where a difference is larger, a linear axis would show nothing of the smallest
+WIDEST = 100  # largest / smallest difference; above it, a linear axis would hide the smallest
 
 
 @dataclass(frozen=True)
 class ForestLine:
-    """One line of the plot: a difference with its interval, and what stands beside it."""
+    """One line of the plot: a difference with its interval, and the text to the right of it."""
 
     name: str
     interval: tuple[float, float, float] | None  # mean, low, high; None: nothing to draw
-    shown: str  # the numbers, or why there are none
-    square: bool  # drawn as a square, of a second kind of methods
+    shown: str  # the numbers, or the reason why there are none
+    square: bool  # drawn as a square: a second kind of methods
 
 
 def forest_figure(
     lines: Sequence[ForestLine], *, title: str, label: str, lower_is_better: bool, kinds: tuple[str, str]
 ) -> Figure:
-    """One line per method from top to bottom; colours say whether the interval lies on one side of zero.
+    """Draw one line per method from top to bottom. The colour shows whether the interval is on one side of zero.
 
-    Where differences are of very different sizes the axis is linear as far as the smallest and logarithmic further out;
-    its label says so.
+    If the sizes of the differences vary much, the axis is linear up to the smallest and logarithmic beyond it. Then the
+    label of the axis says so.
 
     Args:
+        lines: from top to bottom.
+        title: of the figure.
         label: of the axis.
-        lower_is_better: whether differences below zero are good ones.
-        kinds: what circles and squares are, for the legend.
+        lower_is_better: whether differences below zero are better.
+        kinds: names of the circles and of the squares, for the legend.
     """
     longest = max((len(line.name) for line in lines), default=0)
     figure = new_figure(7.4 + 0.07 * longest, 0.3 * len(lines) + 2.0)
@@ -74,7 +76,7 @@ def _draw(axes: Axes, place: int, line: ForestLine, lower_is_better: bool) -> No
 
 
 def _scale(axes: Axes, intervals: Array) -> str:
-    """The axis for intervals [N, 3]; returns what its label says of it."""
+    """Scale the axis for intervals [N, 3]; returns the note for its label."""
     axes.margins(x=0.06)
     sizes = np.abs(intervals).max(1)
     smallest, largest = float(sizes.min()), float(sizes.max())

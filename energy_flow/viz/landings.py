@@ -1,4 +1,4 @@
-"""Pictures of where flows landed and of the groups they form."""
+"""Figures of the landings of flows and of their groups."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,10 +30,10 @@ MAX_BARS = 24
 
 
 def landing_figure(landings: Landings, sample: int, width: int, height: int) -> Figure:
-    """Where the flows of one sample landed, one panel per output plane.
+    """Draw the landings of one sample, one panel per output plane.
 
-    Colour is the norm of the energy, on one scale for both planes. A disc is a flow that reached its plane, a cross one
-    that was projected onto it after its last step.
+    The colour is the norm of the energy, with the same scale for both planes. A disc is a flow that reached its plane.
+    A cross is a flow that was projected onto it after its last step.
 
     Args:
         landings: of a batch.
@@ -67,16 +67,17 @@ def landing_figure(landings: Landings, sample: int, width: int, height: int) -> 
 
 
 def group_figure(landings: Landings, sample: int, width: int, height: int, deposit: Deposit) -> Figure:
-    """The groups of one sample, both planes together: members per cell as a map and as a histogram.
+    """Draw the groups of one sample on both planes together: members per cell, as a map and as a histogram.
 
-    A member of a cell's group is a landing that deposits on it (weight > 0). Coverage is the share of cells with one.
+    A landing is a member of a cell's group if it deposits on the cell (weight > 0). Coverage is the share of cells with
+    at least one member.
 
     Args:
         landings: of a batch.
         sample: row of the batch.
         width: W.
         height: H.
-        deposit: the lattice's rule.
+        deposit: the deposit rule of the lattice.
     """
     members = _members(landings, sample, width, height, deposit)
     covered = int((members > 0).sum())
@@ -105,7 +106,7 @@ def group_figure(landings: Landings, sample: int, width: int, height: int, depos
 
 
 def _scatter(axes: Axes, place: Array, energy: Array, projected: Array, limit: float) -> ScalarMappable:
-    """Discs and crosses on one plane, smaller where there are many; returns what their colours mean."""
+    """Draw discs and crosses on one plane, smaller ones if there are many; returns their colour scale."""
     size = float(np.clip(9000 / max(len(place), 1), 4, 36))
     colours = ScalarMappable(Normalize(0, limit), UNSIGNED)
     for chosen, marker, line, edge in ((~projected, "o", 0.06, INK), (projected, "x", 0.2, None)):
@@ -124,14 +125,14 @@ def _scatter(axes: Axes, place: Array, energy: Array, projected: Array, limit: f
 
 def _member_histogram(axes: Axes, members: Array, aspect: float) -> None:
     width = max(1, int(np.ceil(members.max() / MAX_BARS)))
-    # Cells nobody hits have a bar of their own, as wide as the others, left of them.
+    # Cells without a landing have their own bar, left of the others and of the same width.
     edges = np.concatenate([[0], np.arange(1, members.max() + width + 1, width)])
     counts, _ = np.histogram(members, bins=edges)
     left = np.where(edges[:-1] == 0, 0.5 - width, edges[:-1] - 0.5)
     colours = [GREY] + [BLUE] * (len(counts) - 1)
     axes.bar(left, counts, width=width, align="edge", color=colours, edgecolor="white", linewidth=0.5)
     axes.set_box_aspect(aspect)
-    axes.set_title("grey: cells nobody hits", fontsize=9)
+    axes.set_title("grey: cells without a landing", fontsize=9)
     axes.set_xlabel("members of a group", fontsize=8)
     axes.set_ylabel("cells", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -141,14 +142,14 @@ def _member_histogram(axes: Axes, members: Array, aspect: float) -> None:
 
 
 def _members(landings: Landings, sample: int, width: int, height: int, deposit: Deposit) -> Array:
-    """Landings that deposit on each cell, int64 [S]."""
+    """Number of landings that deposit on each cell, int64 [S]."""
     index, weight = deposit_cells(landings.xy[sample].detach(), width, height, deposit)
     hit = to_numpy((weight > 0) & landings.landed[sample, :, None])
     return np.bincount(to_numpy(index)[hit], minlength=width * height)
 
 
 def _cell_units(xy: Array, width: int, height: int) -> Array:
-    """[N, 2] in [-1, 1] -> cell units; on an axis of one cell the whole range lies on that cell."""
+    """Convert [N, 2] in [-1, 1] to cell units; on an axis of one cell, the whole range is within that cell."""
     size = np.array([width, height])
     return np.where(size > 1, (xy + 1) / 2 * (size - 1), xy / 2 * 0.9)
 

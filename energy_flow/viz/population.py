@@ -1,4 +1,4 @@
-"""Picture of a rollout's bookkeeping."""
+"""Figure of the numbers of flows in a rollout."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from energy_flow.viz.style import BLUE, GREEN, GREY, INK, VERMILION, new_figure, to_numpy
 
-# Line styles differ too: curves that lie on each other (created = active at the start) stay visible.
+# Line styles differ too, so that curves on top of each other (created = active at the start) stay visible.
 CURVES = (
     ("created", INK, (0, (5, 2))),
     ("active", BLUE, "-"),
@@ -18,11 +18,11 @@ CURVES = (
 
 
 def population_figure(by_step: dict[str, Tensor]) -> Figure:
-    """How many flows were created, active, reached a plane and were removed, against the step.
+    """Draw the numbers of created, active, reached and removed flows at each step.
 
     Args:
-        by_step: `created`, `active`, `reached`, `removed`, `projected`: [T+1], entry t after step t, entry 0 at the
-            start; counts of the whole batch. The last is drawn where samples converged early.
+        by_step: `created`, `active`, `reached`, `removed` and `projected`, each [T+1]: counts of the whole batch, entry
+            0 at the start and entry t after step t. `projected` is drawn only if samples converged early.
     """
     figure = new_figure(6.4, 3.8)
     axes = figure.add_subplot()

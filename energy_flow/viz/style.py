@@ -1,4 +1,4 @@
-"""What all figures share: colours, canvas, cell axes. Object-oriented matplotlib only; `pyplot` keeps global state."""
+"""Colours, canvas and cell axes of all figures. No figure uses `pyplot`, because it keeps global state."""
 
 from typing import Any
 
@@ -12,50 +12,50 @@ from torch import Tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Okabe-Ito: told apart by colour-blind readers too.
+# Okabe-Ito colours, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#9A9A9A", "#333333"
 PLANE_NAMES = ("z0", "zdepth")
 PLANE_COLOURS = (BLUE, VERMILION)
 SIGNED, UNSIGNED = "RdBu_r", "viridis"
 EMPTY = "#EFEFEF"
-MAX_GRID_CELLS = 64  # more cells per axis than this, and grid lines would hide what lies on them
+MAX_GRID_CELLS = 64  # with more cells per axis, grid lines would hide the data
 MAX_BOX_ASPECT = 3.0
 DPI = 110
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` x `height` inches on an Agg canvas, laid out so that labels don't overlap."""
+    """Create an empty figure of `width` x `height` inches on an Agg canvas. Its labels won't overlap."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def render(figure: Figure) -> Array:
-    """The figure as an image, uint8 [height, width, 3]."""
+    """Render the figure to an image, uint8 [height, width, 3]."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """A copy on the host; floats of any width as float64 (numpy has no bfloat16)."""
+    """Copy a tensor to the host; floats become float64, because NumPy has no bfloat16."""
     tensor = tensor.detach().cpu()
     return tensor.to(torch.float64).numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
 def upper_bound(values: Array) -> float:
-    """Largest finite magnitude, or 1 where there is none: the upper end of a colour scale."""
+    """The upper end of a colour scale: the largest finite magnitude, or 1 if there is none."""
     finite = np.abs(values[np.isfinite(values)])
     return float(finite.max()) or 1.0 if finite.size else 1.0
 
 
 def box_aspect(width: int, height: int) -> float:
-    """Height / width of a panel of cells: square cells, unless the lattice is so thin that nothing could be read."""
+    """Height / width of a panel of cells: cells are square, unless the lattice is too thin to be readable."""
     return float(np.clip(height / width, 1 / MAX_BOX_ASPECT, MAX_BOX_ASPECT))
 
 
 def cell_axes(axes: Axes, width: int, height: int, *, grid: bool = False, y_label: bool = True) -> None:
-    """Axes in cell units: x to the right, y upwards, cell (0, 0) at the bottom left."""
+    """Set up axes in cell units: x to the right, y upwards, cell (0, 0) at the bottom left."""
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(-0.5, height - 0.5)
     axes.set_aspect("auto")
@@ -77,5 +77,5 @@ def cell_axes(axes: Axes, width: int, height: int, *, grid: bool = False, y_labe
 
 
 def say_empty(axes: Axes, text: str) -> None:
-    """Write into the middle of a panel why there is nothing in it."""
+    """Write into the middle of an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=9, color=GREY)

@@ -1,4 +1,4 @@
-"""Pictures of surfaces."""
+"""Figure of surfaces."""
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -14,16 +14,16 @@ BAR_WIDTH = 0.13  # inches
 
 
 def surface_figure(surface: Tensor, width: int, height: int, title: str) -> Figure:
-    """Energies of the cells: one row per sample, one panel per channel (the first four) and one for the norm.
+    """Draw the energies of the cells: one row per sample, one panel per channel (the first four) and one for the norm.
 
-    Channels share one symmetric colour scale, so that white is no energy; norms share another. With one channel the
-    norm would only repeat it and is left out. Cell (0, 0) is at the bottom left.
+    All channels have the same symmetric colour scale, in which white is zero. The norms have another scale. With one
+    channel there is no panel for the norm. Cell (0, 0) is at the bottom left.
 
     Args:
         surface: [S, E] or [B, S, E].
         width: W.
         height: H; S = W * H.
-        title: what the surface is.
+        title: of the figure.
 
     Raises:
         ValueError: the surface doesn't have W * H cells.
@@ -60,7 +60,7 @@ def surface_figure(surface: Tensor, width: int, height: int, title: str) -> Figu
 
 
 def _draw(panels: Array, images: Array, scale: ScalarMappable, titles: list[str]) -> None:
-    """Images [B, H, W, C] into axes [B, C]."""
+    """Draw images [B, H, W, C] into axes [B, C]."""
     height, width = images.shape[1:3]
     for (sample, column), axes in np.ndenumerate(panels):
         axes.imshow(scale.to_rgba(images[sample, ..., column]), origin="lower", interpolation="nearest")
@@ -71,7 +71,7 @@ def _draw(panels: Array, images: Array, scale: ScalarMappable, titles: list[str]
 
 
 def _add_bar(figure: Figure, panels: Array, scale: ScalarMappable, label: str, size: tuple[float, float]) -> None:
-    """A colour bar of fixed width, as high as the panels (`size` of one in inches) beside it."""
+    """Add a colour bar of fixed width and of the height of the panels; `size` is that of one panel in inches."""
     rows, columns = panels.shape
     bar = figure.colorbar(scale, ax=panels, fraction=BAR_WIDTH / (columns * size[0]), aspect=rows * size[1] / BAR_WIDTH)
     bar.set_label(label, fontsize=8)

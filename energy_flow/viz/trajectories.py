@@ -1,4 +1,4 @@
-"""Picture of flows on their way through the lattice."""
+"""Figure of the paths of flows through the lattice."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,15 +14,15 @@ KINDS = (("ended on z0", PLANE_COLOURS[0]), ("ended on zdepth", PLANE_COLOURS[1]
 
 
 def trajectory_figure(trajectories: Trajectories, sample: int, max_flows: int) -> Figure:
-    """Paths of up to `max_flows` flows of one sample; always the same choice among those that were created.
+    """Draw paths of up to `max_flows` flows of one sample.
 
-    The lattice stands upright: z0 below, the input plane in the middle, zdepth on top. A path has the colour of the
-    plane it ended on, or grey if the flow was removed; a small dot is where a flow began, a large one where it ended.
+    The lattice is upright: z0 at the bottom, the input plane in the middle, zdepth at the top. A path has the colour of
+    its last plane, or is grey if the flow was removed. It leads from a small dot to a large one.
 
     Args:
         trajectories: of a batch.
         sample: row of the batch.
-        max_flows: at most so many paths.
+        max_flows: the most paths to draw; the choice is always the same.
     """
     paths, num_created = _paths(trajectories, sample, max_flows)
     end = np.where(paths[:, -1, 2] <= -1, 0, np.where(paths[:, -1, 2] >= 1, 1, 2))  # z0, zdepth, removed
@@ -47,10 +47,10 @@ def trajectory_figure(trajectories: Trajectories, sample: int, max_flows: int) -
 
 
 def _paths(trajectories: Trajectories, sample: int, max_flows: int) -> tuple[Array, int]:
-    """Paths [N, T+1, 3] of a selection of flows, and how many were created. Before its birth a flow rests there."""
+    """Paths [N, T+1, 3] of some flows, and the number of created flows. A flow rests at its start until its birth."""
     active = to_numpy(trajectories.active[:, sample])
     created = np.flatnonzero(active.any(axis=0))
-    # Not every n-th flow: slots follow the rows of the surface, a stride would pick whole columns.
+    # Slots follow the rows of the surface. So every n-th flow might be a whole column of cells: choose at random.
     chosen = np.random.default_rng(0).choice(created, min(max_flows, len(created)), replace=False)
     position = to_numpy(trajectories.position[:, sample])[:, chosen]
     steps = np.arange(len(position))[:, None]
@@ -70,7 +70,7 @@ def _draw_lattice(axes: Axes3D) -> None:
         axis.set_tick_params(labelsize=8, pad=0)
         axis.set_pane_color((1.0, 1.0, 1.0, 0.0))
         axis.line.set_color(GREY)
-    # The names of the sheets are the ticks of z: written anywhere else they would meet the tick labels.
+    # The names of the sheets are tick labels of z: text at another place would overlap the tick labels.
     axes.zaxis.set_ticks(
         [z for z, _, _ in SHEETS], [f"{z:+.0f}  {name}" if z else f"0  {name}" for z, name, _ in SHEETS]
     )

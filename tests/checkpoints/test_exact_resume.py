@@ -1,4 +1,4 @@
-"""Random streams go on where they were, and a batch that was begun isn't counted."""
+"""Random streams continue where they were, and a batch that has only begun isn't counted."""
 
 import random
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""One schema: a module's arguments, the provenance that is written and a whole checkpoint agree with it."""
+"""One schema: the arguments of the module, the written provenance and a whole checkpoint agree with it."""
 
 import inspect
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints reach the disk whole, or the one before stays."""
+"""Checkpoints are written whole, or the one before stays; one that was read is handed on once."""
 
 import resource
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ LARGE = {"global_step": 2, "weights": torch.ones(10_000)}
 
 @contextmanager
 def room(size: int) -> Iterator[None]:
-    """Files can't grow beyond so many bytes, as on a disk that is full."""
+    """Limit the size of files, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:

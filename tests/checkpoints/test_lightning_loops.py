@@ -1,4 +1,4 @@
-"""The assumptions about Lightning's private names, and that no other module uses one."""
+"""Test each assumption about Lightning's private names, and that no other module uses one."""
 
 import ast
 import importlib
@@ -17,8 +17,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 
 from energy_flow.checkpoints import lightning_loops as loops
+from energy_flow.checkpoints.io import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PACKAGE = Path(loops.__file__).parents[1]
@@ -138,6 +140,15 @@ def test_launchers(tmp_path: Path, strategy: str, devices: int, spawns: bool, sc
     it = trainer(tmp_path, strategy=strategy, devices=devices)
     assert callable(loops.kill_spawned_processes(it)) == spawns
     assert loops.launches_script(it) == script
+
+
+def test_the_file_that_carries_weights_back(tmp_path: Path) -> None:
+    it = trainer(tmp_path, strategy="ddp_spawn", devices=2)
+    it.state.fn = TrainerFn.FITTING
+    it.strategy.connect(BoringModel())
+    output = it.strategy.launcher._collect_rank_zero_results(it, None)
+    assert loops.carries_weights_back(output.weights_path)
+    assert AtomicCheckpointIO().load_checkpoint(output.weights_path).keys() == BoringModel().state_dict().keys()
 
 
 def test_the_counts_of_a_checkpoint(tmp_path: Path) -> None:

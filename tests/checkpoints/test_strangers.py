@@ -1,4 +1,4 @@
-"""Checkpoints and configs from strangers: nothing in them runs, nothing they name is built, read or believed."""
+"""Checkpoints and configs from strangers run no code, build nothing they name, and no size in them is trusted."""
 
 import collections
 import io
@@ -48,7 +48,7 @@ def repacked(
 
 
 def refused(content: bytes, folder: Path, *parts: str) -> None:
-    """By every way in: training and evaluation, plain PyTorch, Lightning's own."""
+    """Check that every loader refuses it: training and evaluation, plain PyTorch, Lightning."""
     path = folder / "stranger.ckpt"
     path.write_bytes(content)
     for load in (checkpoints.load, EnergyFlowModel.from_checkpoint, EnergyFlowModule.load_from_checkpoint):
@@ -60,7 +60,7 @@ def refused(content: bytes, folder: Path, *parts: str) -> None:
 
 
 class Calls:
-    """Unpickled, it calls a function."""
+    """Call a function when unpickled."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -70,7 +70,7 @@ class Calls:
 
 
 def trap(path: Path) -> dict[str, Calls]:
-    """Gadgets that would leave a folder behind."""
+    """Gadgets that would make a folder."""
     code = f"__import__('os').mkdir({str(path)!r})"
     return {
         "os.mkdir": Calls(os.mkdir, str(path)),
@@ -128,7 +128,7 @@ def bomb(levels: int) -> list:
 
 
 def wider(valid: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-    """Every weight claims places that it has no numbers for."""
+    """Give every weight a shape with more places than it has numbers."""
     weights = {name: torch.zeros(()).expand(shape) for name in valid["state_dict"]}
     return {**valid, "state_dict": weights}
 
@@ -230,14 +230,14 @@ def test_archives_that_lie(tmp_path: Path, case: str) -> None:
 
 
 def test_a_shape_that_is_dropped_again_is_found_too(tmp_path: Path) -> None:
-    """torch would make room for it before it is dropped: POP isn't known to its unpickler, a key written twice is."""
+    """torch would allocate it before it is dropped: by a key that is written twice, as its unpickler knows no POP."""
     contents = repacked(saved({"weight": torch.ones(4)}), pickled(SHARED, b"K\x00" + LONG + b"\x85"))
     twice = repacked(contents, pickled(b"s.", b"sX\x06\x00\x00\x00weightNs."))
     refused(twice, tmp_path, "larger than their")
 
 
 def test_overlapping_records(tmp_path: Path) -> None:
-    """Many names for the same bytes: small in the file, endless for who reads them all."""
+    """Many names for the same bytes: small in the file, endless to read."""
     content = saved({"weight": torch.ones(50_000)})
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         info = next(info for info in archive.infolist() if info.filename.endswith("data/0"))

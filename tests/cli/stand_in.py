@@ -1,4 +1,4 @@
-"""What the programs use of sentence-transformers, without a model: embeddings depend on the text alone."""
+"""Replace sentence-transformers without a model: an embedding depends on its text alone."""
 
 import types
 import zlib
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 
 def embedding(text: str, dim: int = 16) -> NDArray[np.float32]:
-    """Of length 1."""
+    """The embedding of a text, of length 1."""
     row = np.random.default_rng(zlib.crc32(text.encode())).normal(size=dim)
     return (row / np.linalg.norm(row)).astype(np.float32)
 
 
 class Tokenizer:
-    """A token a word."""
+    """One token per word."""
 
     model_max_length = 8
 
@@ -28,14 +28,14 @@ PREFIXES = ("stand/in-", "sentence-transformers/in-")
 
 
 class Library(types.ModuleType):
-    """The module; models are called `stand/in-DIM`, or `sentence-transformers/in-DIM`.
+    """The module; its models have the names `stand/in-DIM` and `sentence-transformers/in-DIM`.
 
     Attributes:
         cached: whether models are on this machine.
-        whole: whether all of a cached model is.
+        whole: whether a cached model is complete.
         asked_hub: whether a model was loaded without `local_files_only`.
         seen: every text that was encoded, in order.
-        stop_after: texts after which Ctrl-C is pressed.
+        stop_after: number of texts before Ctrl-C.
         change: added to every row, before it is normalised.
     """
 
@@ -77,11 +77,11 @@ class Library(types.ModuleType):
 
 
 class Bars(types.ModuleType):
-    """The part of the transformers library that shows progress.
+    """The progress bars of the transformers library.
 
     Attributes:
-        shown: whether it does.
-        hidden: how often it was told not to.
+        shown: whether they are shown.
+        hidden: how often they were switched off.
     """
 
     def __init__(self) -> None:

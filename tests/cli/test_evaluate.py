@@ -34,7 +34,7 @@ def other(best: Path, tmp_path: Path) -> Path:
     return tmp_path / "other.safetensors"
 
 
-def test_several_agree_with_each_alone(program: Program, best: Path, other: Path) -> None:
+def test_several_models_give_the_results_of_single_ones(program: Program, best: Path, other: Path) -> None:
     both = program.evaluate(f"ckpt_path=[{best},{other}]", *FITTED)
     assert (both.code, both.err) == (0, "")
     found = both.metrics()
@@ -48,7 +48,7 @@ def test_several_agree_with_each_alone(program: Program, best: Path, other: Path
         assert found[f"test/{metric}"] == pytest.approx(sum(single[f"test/{metric}"] for single in alone) / 2)
     assert alone[0]["test/mrr"] != alone[1]["test/mrr"]
     first = program.evaluate(f"ckpt_path={best}", *FITTED).metrics()
-    assert found["baseline/mlp/mrr"] == first["baseline/mlp/mrr"], "of the first model's size and loss"
+    assert found["baseline/mlp/mrr"] == first["baseline/mlp/mrr"], "fitted with the first model's size and loss"
     assert found["baseline_all/ridge/mrr"] == first["baseline_all/ridge/mrr"]
     table = rows_of_table(both.out.split("How sure")[0].split("Test: among all 128 targets (train, val, test)")[0])
     assert list(table)[:3] == ["best", "other", "mean of 2"]
@@ -93,7 +93,7 @@ def test_a_test_split_alone(program: Program, best: Path) -> None:
     assert metrics["difference/model/identity/mrr_low"] < metrics["difference/model/identity/mrr_high"]
 
 
-def test_errors_have_intervals_and_no_gallery(program: Program, best: Path, other: Path) -> None:
+def test_regression_has_intervals_and_no_gallery(program: Program, best: Path, other: Path) -> None:
     outcome = program.evaluate(f"ckpt_path=[{best},{other}]", "optimized_metric=val/mse", *FITTED)
     found = outcome.metrics()
     assert found["test/mse_low"] < found["test/mse"] < found["test/mse_high"]
@@ -114,7 +114,7 @@ def test_a_limited_test_has_no_intervals(program: Program, best: Path) -> None:
     )
 
 
-def test_failing_baselines_lose_no_metrics(program: Program, best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_kept_if_baselines_fail(program: Program, best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("out of memory")
 
@@ -148,7 +148,7 @@ def test_each_error_names_its_file(program: Program, best: Path, other: Path) ->
     assert f"ckpt_path = {another}: takes embeddings of dimension 8, the data have {DIM}" in message
 
 
-def test_a_checkpoint_that_is_older_than_a_key_of_the_optimiser(program: Program, best: Path) -> None:
+def test_an_old_checkpoint_without_an_optimiser_key(program: Program, best: Path) -> None:
     checkpoint, old = torch.load(best, weights_only=True), program.folder / "old.ckpt"
     del checkpoint["hyper_parameters"]["optimizer"]["betas"]
     torch.save(checkpoint, old)

@@ -1,4 +1,4 @@
-"""A run whose numbers go wrong, as a user sees it."""
+"""A run with NaN, as a user sees it."""
 
 import re
 from typing import Any

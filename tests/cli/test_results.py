@@ -1,8 +1,9 @@
-"""What a run leaves behind when something goes wrong, and what it says at its end."""
+"""Results of a run: files after a failure, messages and examples at the end."""
 
 import gc
 import json
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from energy_flow.training.module import EnergyFlowModule
 from tests.cli.helpers import Program, check_message, files_of_runs
 
 
-def test_failing_baselines_lose_no_metrics(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_kept_if_baselines_fail(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory")
 
@@ -27,7 +28,7 @@ def test_failing_baselines_lose_no_metrics(program: Program, monkeypatch: pytest
 
 
 def test_without_a_test_no_baselines_are_fitted(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "run_baselines", lambda *args, **kwargs: pytest.fail("fitted for nothing"))
+    monkeypatch.setattr(results, "run_baselines", lambda *args, **kwargs: pytest.fail("fitted without a test"))
     outcome = program.train("baselines.enabled=true", "test=false")
     assert outcome.code == 0
     assert "no test: test=false" in outcome.out
@@ -53,7 +54,7 @@ def test_diverging_ends_with_a_message(program: Program) -> None:
     assert "lower optimizer.lr" in outcome.err
 
 
-def test_results_are_read_as_words(program: Program) -> None:
+def test_examples_have_names(program: Program) -> None:
     names = [f"word {i}" for i in range(32)]
     lines = "\n".join(json.dumps({"headword": name}) for name in names)
     (program.folder / "test.jsonl").write_text(lines + "\n")
@@ -67,26 +68,25 @@ def test_results_are_read_as_words(program: Program) -> None:
 
 def test_a_finished_job_is_freed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
-    free, build = train._free, EnergyFlowModule.from_config
+    build = EnergyFlowModule.from_config
 
     def build_and_watch(*args: Any) -> EnergyFlowModule:
         module = build(*args)
         alive.append(weakref.ref(module))
         return module
 
-    def free_and_look() -> None:
-        free()
+    def collect_and_check() -> None:
+        gc.collect()
         assert alive[0]() is None, "the job's module is still held"
         alive.append(alive[0])
 
     monkeypatch.setattr(EnergyFlowModule, "from_config", build_and_watch)
-    monkeypatch.setattr(train, "_free", free_and_look)
+    monkeypatch.setattr(train, "gc", SimpleNamespace(collect=collect_and_check))
     assert program.train().code == 0
-    gc.collect()
     assert len(alive) == 2
 
 
-def test_one_row_is_no_gallery(program: Program) -> None:
+def test_a_single_test_row_is_refused(program: Program) -> None:
     save_file({"source": torch.ones(1, 16), "target": torch.ones(1, 16)}, program.folder / "test.safetensors")
     assert "1 row; retrieval needs at least 2" in program.refused()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from energy_flow.training.callbacks.best_checkpoint import BestCheckpoint
-from tests.cli.helpers import Outcome, Program, check_message, write_pairs
+from tests.cli.helpers import Outcome, Program, check_message, spawn, write_pairs
 
 
 @pytest.fixture
@@ -72,3 +72,15 @@ def test_evaluation_with_another_normalisation_is_refused(program: Program, firs
     message = program.refused(checkpoint, "data.normalize=false", program="evaluate")
     assert "the model was trained with true. Set data.normalize=true" in message
     assert program.evaluate(checkpoint, "data.normalize=true").code == 0
+
+
+@pytest.mark.slow
+def test_spawned_processes_resume_and_finish(program: Program, first: Outcome) -> None:
+    last = first.folder / "checkpoints" / "last.ckpt"
+    several = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn")
+    second = spawn(
+        "train", program.folder, "trainer.max_epochs=3", "optimizer.lr=0.02", f"ckpt_path={last}", *several, check=True
+    )
+    assert "resuming from step 8" in second.out
+    assert 0 < second.metrics()["test/mrr"] <= 1
+    assert load(second.folder, "last")["epoch"] == 2

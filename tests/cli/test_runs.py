@@ -1,4 +1,4 @@
-"""What a run writes, prints and returns."""
+"""The files, output and return value of a run."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""experiment=transport as a user runs it: trained, tabled by errors, evaluated on another lattice."""
+"""experiment=transport as a user runs it: training, table of errors, evaluation on another lattice."""
 
 import csv
 
@@ -36,12 +36,12 @@ BASELINES = ("identity", "mean", "ridge", "mlp", "residual_mlp", "mlp_large")
 
 @pytest.fixture(scope="session")
 def transported(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """One finished run, in a process of its own, without any file."""
+    """One finished run in a subprocess, without data files."""
     return run_alone("train", tmp_path_factory.mktemp("transported"), TINY, check=True)
 
 
 def rows_of_table(out: str) -> dict[str, list[str]]:
-    """Name of the method -> the cells beside it."""
+    """Name of the method -> the cells of its row."""
     lines = [line.strip("│ ").split("│") for line in out.splitlines() if line.startswith("│")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 

@@ -1,4 +1,4 @@
-"""Runs that end, or validate, elsewhere than at the end of an epoch."""
+"""Runs that end, or validate, in the middle of an epoch."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def load(folder: Path, name: str) -> dict[str, Any]:
 def test_ending_before_the_first_validation(
     program: Program, overrides: tuple[str, ...], steps: int, batches: int
 ) -> None:
-    """Then the last batch is followed by one."""
+    """A validation then follows the last batch."""
     outcome = program.train("trainer.max_epochs=4", *overrides)
     assert (outcome.code, outcome.err) == (0, "")
     assert f"training ends after {batches}: validating then" in (outcome.folder / "train.log").read_text()
@@ -76,7 +76,7 @@ def test_the_best_checkpoint_is_what_was_validated(program: Program, overrides: 
 @pytest.mark.parametrize("name", ["best", "last"])
 @pytest.mark.parametrize("overrides", [(), *OFTEN], ids=" ".join)
 def test_going_on_from_either_checkpoint(program: Program, overrides: tuple[str, ...], name: str) -> None:
-    """The best one may be of the middle of an epoch."""
+    """The best checkpoint may be one in the middle of an epoch."""
     run = (*BUSY, "optimizer.lr=0.0001", *overrides)
     through = program.train(*run).folder
     broken, here = program.folder / "broken", f"hydra.run.dir={program.folder}/broken"

@@ -43,7 +43,7 @@ def run(command: list[str | Path], cwd: Path, *, quiet: bool = True, **environme
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that nothing of the build lands in the checkout."""
+    """Build it from a copy, so that the build leaves no files in the checkout."""
     copy = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         source = ROOT / name
@@ -57,7 +57,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _isolation() -> list[str]:
-    """The setuptools at hand if it is new enough; otherwise `build` fetches one."""
+    """Use the installed setuptools if it is new enough; otherwise `build` fetches one."""
     try:
         enough = int(importlib.metadata.version("setuptools").split(".")[0]) >= 77
     except importlib.metadata.PackageNotFoundError:

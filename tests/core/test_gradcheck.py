@@ -254,7 +254,7 @@ def test_a_layer_of_the_tape(padding: int, empty: bool) -> None:
         assert_gradients_agree((out,), (next_hidden,))
         sums = LayerGradients(layer)
         grad_gates, grad_hidden = gates_backward(gates, hidden, grad_next.clone(), layer.bias, sums.bias)
-        layer.add_memory_gradient(grad_gates, grad_hidden)
+        layer.add_hidden_gradient(grad_gates, grad_hidden)
         sums.add(grad_gates, xh, num_rows if empty else 0)
         grad_input = layer.input_gradient(grad_gates)
         below = torch.ones_like(grad_input)

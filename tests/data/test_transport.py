@@ -115,7 +115,7 @@ def test_energies_have_the_size_that_is_said() -> None:
     source, _ = settings(train=2000, width=16, height=16, waves=8).open("train").all()
     level = 2 * torch.atanh(source.double())
     assert source.abs().max() < 1
-    # Centres at the border stand for half a cell of the plane, in the corners for a quarter.
+    # A centre at the border represents half a cell, in a corner a quarter.
     weight = torch.ones(16)
     weight[[0, -1]] = 0.5
     weight = torch.outer(weight, weight).flatten() / 15**2
@@ -187,7 +187,7 @@ def test_splits_and_seeds_differ() -> None:
     for index, source in enumerate(sources):
         for other in sources[:index]:
             closest = torch.cdist(source, other).min()
-            assert closest > 0.1, "no row stands in two splits"
+            assert closest > 0.1, "no row is in two splits"
     assert len({split.fingerprint for split in splits}) == 4
 
 

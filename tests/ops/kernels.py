@@ -1,4 +1,4 @@
-"""Where the hand-written kernels are tested, and how far they may be off.
+"""Devices and tolerances of the tests of hand-written kernels.
 
 The tests of an operation call the function that picks plain torch or Triton. On a CPU that is plain torch, or Triton's
 interpreter if TRITON_INTERPRET is 1 (tests/ops/test_triton_kernels.py runs them once more that way); on a CUDA device

@@ -1,4 +1,4 @@
-"""Exploration noise: Philox against integers and published vectors; a function of its place alone; standard normal."""
+"""Exploration noise: Philox against integers and published vectors, dependence on arguments, distribution."""
 
 import random
 from statistics import NormalDist
@@ -66,7 +66,7 @@ def noise(
 
 
 def test_numbers_are_quantiles_of_philox_words() -> None:
-    """Which bits a number is made of is part of the contract: a stored run can be repeated with a later version."""
+    """The bits of a number are part of the contract: a later version can repeat a stored run."""
     seed, step, rollout_step, rows, num_slots = 2**40 + 77, 11, 3, (2, 2**31), 4
     actual = noise(seed, step, rollout_step, rows, num_slots)
     for b, row in enumerate(rows):
@@ -97,7 +97,7 @@ def test_batch_and_slots_do_not_show(rows: list[int], num_slots: int) -> None:
 )
 def test_every_input_matters(change: dict[str, int]) -> None:
     same = noise() == noise(**change)
-    assert same.double().mean() < 0.05  # a table of 2^16 values meets itself now and then
+    assert same.double().mean() < 0.05  # a table of 2^16 values repeats values now and then
 
 
 def test_slots_and_axes_differ() -> None:

@@ -1,4 +1,4 @@
-"""Rule 6: the weighted softmax average per group, against a loop over groups."""
+"""The weighted softmax average per group, against a loop over groups."""
 
 import math
 
@@ -10,7 +10,7 @@ from energy_flow.ops.group_softmax import group_softmax_deposit
 
 
 def reference(scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """sum(w exp(s) v) / (sum(w exp(s)) + max(0, 1 - sum w)), one group after the other, as the formula says."""
+    """sum(w exp(s) v) / (sum(w exp(s)) + max(0, 1 - sum w)), one group after the other."""
     groups, masses = [], []
     for group in range(num_groups):
         members = [(n, k) for n in range(keys.shape[0]) for k in range(keys.shape[1]) if int(keys[n, k]) == group]
@@ -103,13 +103,13 @@ def test_one_whole_member_gives_its_value(score: float, dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("scores", "weights", "expected"),
     [
-        # Two members with values 1 and 3; the expected number is worked out by hand.
+        # Two members with values 1 and 3; the expected numbers are computed by hand.
         ([1e4, -1e4], [1.0, 1.0], 1.0),
         ([1e4, 1e4], [1.0, 1.0], 2.0),
         ([-1e4, -1e4], [1.0, 1.0], 2.0),
         ([1e4, 1e4 - math.log(3)], [0.5, 0.5], 1.5),
-        ([1e4, 1e4], [0.1, 0.3], 2.5),  # the empty member (0.6 at score 0) vanishes beside e^10000
-        ([-1e4, -1e4], [0.1, 0.3], 0.0),  # and is all there is beside e^-10000
+        ([1e4, 1e4], [0.1, 0.3], 2.5),  # the empty member (0.6 at score 0) is negligible against e^10000
+        ([-1e4, -1e4], [0.1, 0.3], 0.0),  # and dominates e^-10000
         ([0.0, 1e4], [1.0, 0.0], 1.0),  # weight 0 is no member, however large its score
     ],
 )
@@ -120,7 +120,7 @@ def test_extreme_scores(scores: list[float], weights: list[float], expected: flo
         torch.tensor(weights, dtype=dtype)[:, None].requires_grad_(),
     ]
     actual, _ = group_softmax_deposit(leaves[0], leaves[1], torch.zeros(2, 1, dtype=torch.int64), leaves[2], 1)
-    # float32 can't tell 10,000 from 9,998.9 better than to 1e-3.
+    # float32 represents the difference of 10,000 and 9,998.9 to 1e-3 only.
     torch.testing.assert_close(
         actual, torch.tensor([[expected]], dtype=dtype), rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-12
     )
@@ -168,7 +168,7 @@ def test_float32_is_close_to_float64() -> None:
 
 
 def test_moves_continuously_as_a_member_leaves() -> None:
-    """A landing whose weight goes to 0 leaves the group without a jump, even as its only member."""
+    """The result is continuous when the weight of a landing goes to 0, even if it is the only member."""
     scores, values = torch.tensor([2.0], dtype=torch.float64), torch.tensor([[5.0]], dtype=torch.float64)
     out = [
         float(

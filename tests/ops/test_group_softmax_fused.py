@@ -1,4 +1,4 @@
-"""The fused group softmax against plain torch: each of its ways of adding up, each way of keeping exp in range."""
+"""The fused group softmax against plain torch: each way of summation, with and without a maximum."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ HIGHEST = 3.0
 
 @pytest.fixture(params=["direct", "sorted"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Sums in any order, or in that of the keys as under deterministic algorithms (which a CPU doesn't need)."""
+    """Sums in any order, or in the order of the keys as under deterministic algorithms (a CPU doesn't need them)."""
     if request.param == "sorted":
         monkeypatch.setattr(group_softmax, "_order_varies", lambda tensor: True)
         torch.use_deterministic_algorithms(True)
@@ -94,7 +94,7 @@ def test_float32(bound: float | None, device: str, way: str) -> None:
 @pytest.mark.parametrize("bound", [None, HIGHEST])
 def test_gradcheck(bound: float | None, way: str) -> None:
     scores, values, keys, weights = members(6, 2, 2)
-    weights = weights + 0.1  # away from 0, where a weight can't go down
+    weights = weights + 0.1  # away from 0, so that a weight can decrease
     leaves = [tensor.requires_grad_() for tensor in (scores, values, weights)]
     assert torch.autograd.gradcheck(
         lambda s, v, w: group_softmax_deposit(s, v, keys, w, NUM_GROUPS, bound=bound)[0], leaves
@@ -103,7 +103,7 @@ def test_gradcheck(bound: float | None, way: str) -> None:
 
 @pytest.mark.parametrize("lowest", [-1e4, 0.0])
 def test_huge_scores(lowest: float, way: str) -> None:
-    """Without a bound, or with one that says how huge: -1e4, 1e4 and anything between in the same group."""
+    """Without a bound, or with a huge one: scores between -1e4 and 1e4 in the same group."""
     scores, values, keys, weights = members(700, 4, 1)
     case = scores / HIGHEST * (1e4 - lowest) + lowest, values, keys, weights
     cotangent = cotangent_of(case)
@@ -117,7 +117,7 @@ def test_huge_scores(lowest: float, way: str) -> None:
 @pytest.mark.parametrize("bound", [None, HIGHEST])
 @pytest.mark.parametrize("which", [0, 1, 3], ids=["scores", "values", "weights"])
 def test_nan_stays_in_its_groups(which: int, bound: float | None, way: str) -> None:
-    """In the groups of the sick member, and backward in the members of these groups."""
+    """NaN reaches the groups of its member and, backward, the members of these groups, and nothing else."""
     scores, values, keys, weights = members(25, 2, 2)
     healthy = scores, values, keys, weights + 0.1
     sick = tuple(tensor.clone() for tensor in healthy)
@@ -170,7 +170,7 @@ def test_gradients_of_some_inputs_alone(wanted: tuple[bool, ...], way: str) -> N
 
 
 def test_what_comes_back_owns_its_memory(way: str) -> None:
-    """Writing to the results spoils nothing that the backward needs."""
+    """Writing to the results changes nothing that the backward pass needs."""
     case = members(25, 4, 2)
     cotangent = cotangent_of(case)
     expected = run(group_softmax_deposit, case, cotangent)[2:]
@@ -209,7 +209,7 @@ def big(num: int = 1 << 18) -> Case:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("bound", [None, HIGHEST])
 def test_the_same_bits_each_time(bound: float | None, way: str) -> None:
-    """Where the sums are sorted; atomic additions of 2^18 float32 members must differ, or this shows nothing."""
+    """Sorted sums repeat; atomic additions of 2^18 float32 members must differ, or the test shows nothing."""
     case = big()
     cotangent = cotangent_of(case)
     runs = [run(group_softmax_deposit, case, cotangent, bound=bound) for _ in range(4)]

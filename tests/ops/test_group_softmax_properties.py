@@ -1,4 +1,4 @@
-"""What holds for every group softmax, whatever the members: hypothesis looks for a counterexample."""
+"""Properties of every group softmax; hypothesis looks for counterexamples."""
 
 import math
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ class Members(NamedTuple):
 
 @st.composite
 def members(draw: st.DrawFn, min_size: int = 0) -> Members:
-    """Any members, with whole or thin weights; the last group is never hit."""
+    """Any members; weights sum to 1 or less. The last group has no members."""
     num, num_keys = draw(st.integers(min_size, 10)), draw(st.sampled_from([1, 4]))
     num_groups, energy_dim = draw(st.integers(2, 5)), draw(st.integers(1, 3))
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -83,7 +83,7 @@ def test_a_constant_stays_constant_in_whole_groups(case: Members, constant: floa
 @given(members())
 @settings(max_examples=60)
 def test_shares_sum_to_one(case: Members) -> None:
-    """A member has a share where it has a weight; the empty member takes the rest, and nothing of a whole group."""
+    """A member with a weight has a share. The empty member has the rest, which is 0 if the weights sum to 1 or more."""
     shares, mass = case.shares()
     assert (shares >= 0).all()
     assert (shares[~case.belongs] == 0).all()
@@ -96,7 +96,7 @@ def test_shares_sum_to_one(case: Members) -> None:
 @given(members(min_size=1))
 @settings(max_examples=60)
 def test_the_result_is_inside_the_convex_hull_of_the_members_and_0(case: Members) -> None:
-    """And inside that of the members alone where the group is whole."""
+    """If the weights sum to 1 or more, it is in the hull of the members alone."""
     actual, mass = case.deposit()
     shares, _ = case.shares()  # >= 0, and at most one together: so this is a point of the hull
     assert_close(actual, shares @ case.values, size=10)
@@ -140,14 +140,14 @@ def test_gradients_are_finite(case: Members) -> None:
 
 
 def crowd(num: int = 1000) -> Members:
-    """So many members in one group that bfloat16, which ends counting at 256, couldn't sum their weights."""
+    """Too many members in one group for a sum of weights in bfloat16, which can't count beyond 256."""
     generator = torch.Generator().manual_seed(0)
     scores, values = torch.rand(num, generator=generator), torch.randn(num, 2, generator=generator)
     return Members(scores, values, torch.zeros(num, 1, dtype=torch.int64), torch.ones(num, 1), 2)
 
 
 def test_autocast_changes_nothing() -> None:
-    """The lattice hands over float32 or more, also under autocast, and nothing in here may round it down."""
+    """The lattice passes float32 or more, also under autocast, and the operation must not round it."""
     case = crowd()
     expected, expected_mass = case.deposit()
     with torch.autocast("cpu", torch.bfloat16):
@@ -158,7 +158,7 @@ def test_autocast_changes_nothing() -> None:
 
 
 def test_inputs_rounded_to_bfloat16_give_nearly_the_same() -> None:
-    """What passed through bfloat16 on its way is off by its own rounding (2^-9), not by that of the sums."""
+    """Inputs that were rounded to bfloat16 give that error (2^-9), and no larger error from the sums."""
     case = crowd()
     rounded = case._replace(values=case.values.bfloat16().float(), scores=case.scores.bfloat16().float())
     actual, expected = rounded.deposit()[0], case.deposit()[0]

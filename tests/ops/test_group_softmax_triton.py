@@ -1,4 +1,4 @@
-"""The group softmax's Triton kernels on a CPU: its tests once more, in Triton's interpreter."""
+"""The tests of the group softmax once more, with its Triton kernels in Triton's interpreter."""
 
 import os
 import subprocess

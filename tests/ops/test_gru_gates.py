@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from energy_flow.ops import gru_gates
 from energy_flow.ops.backend import use_triton
-from energy_flow.ops.gru_gates import gates_backward, gates_forward
+from energy_flow.ops.gru_gates import gate_gradients, gates_backward, gates_forward
 from tests.ops.kernels import DEVICES, DTYPES, tolerance, wide
 
 SIZES = [(37, 20), (1, 20), (9, 64), (70, 129), (3, 1)]
@@ -39,7 +40,7 @@ def formula(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 def forward(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
-    """`gates_forward` into a poisoned view."""
+    """`gates_forward` into a view whose neighbours are NaN."""
     before, out = gates.clone(), strided(torch.full_like(hidden, torch.nan))
     around = out._base
     assert around is not None
@@ -51,10 +52,10 @@ def forward(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(gates: Tensor, hidden: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`gates_backward` on copies; gradients of the products, of the bias, and of the hidden state past the products."""
-    bias_grad = torch.zeros_like(bias)
-    on_gates, on_hidden = gates_backward(gates.clone(), hidden, grad.clone(), bias, bias_grad)
-    return on_gates, bias_grad, on_hidden
+    """`gates_backward` on copies: gradients of the products, of the bias, and the direct one of the hidden state."""
+    grad_bias = torch.zeros_like(bias)
+    grad_gates, grad_hidden = gates_backward(gates.clone(), hidden, grad.clone(), bias, grad_bias)
+    return grad_gates, grad_bias, grad_hidden
 
 
 def close(actual: Tensor, expected: Tensor, bound: float) -> None:
@@ -79,17 +80,17 @@ def test_with_its_products_it_is_torchs_cell(device: str, dtype: torch.dtype) ->
     bias = torch.cat([b_in, b_ir + b_hr, b_iz + b_hz, b_hn])
     gates = torch.cat([in_, ir + hr, iz + hz, hn], dim=1)
     out = forward(gates, strided(h), bias)
-    on_gates, on_bias, on_hidden = backward(gates, strided(h), bias, cotangent.to(device, dtype))
+    grad_gates, grad_bias, grad_hidden = backward(gates, strided(h), bias, cotangent.to(device, dtype))
 
-    on_new, on_reset, on_update, on_hidden_new = on_gates.chunk(4, dim=1)
-    on_input_products = torch.cat([on_reset, on_update, on_new], dim=1)
-    on_hidden_products = torch.cat([on_reset, on_update, on_hidden_new], dim=1)
-    b_new, b_reset, b_update, b_hidden_new = on_bias.chunk(4)
+    grad_new, grad_reset, grad_update, grad_hidden_new = grad_gates.chunk(4, dim=1)
+    grad_input_products = torch.cat([grad_reset, grad_update, grad_new], dim=1)
+    grad_hidden_products = torch.cat([grad_reset, grad_update, grad_hidden_new], dim=1)
+    b_new, b_reset, b_update, b_hidden_new = grad_bias.chunk(4)
     mine = [
-        on_input_products @ w_input,
-        on_hidden + on_hidden_products @ w_hidden,
-        on_input_products.t() @ x,
-        on_hidden_products.t() @ h,
+        grad_input_products @ w_input,
+        grad_hidden + grad_hidden_products @ w_hidden,
+        grad_input_products.t() @ x,
+        grad_hidden_products.t() @ h,
         torch.cat([b_reset, b_update, b_new]),
         torch.cat([b_reset, b_update, b_hidden_new]),
     ]
@@ -115,14 +116,14 @@ def test_forward(device: str, dtype: torch.dtype, size: tuple[int, int]) -> None
 def test_backward(device: str, dtype: torch.dtype, size: tuple[int, int]) -> None:
     gates, hidden, bias, grad = operands(*size, dtype, device)
     leaves = [tensor.double().clone().requires_grad_() for tensor in (gates, hidden, bias)]
-    on_gates, on_hidden, on_bias = torch.autograd.grad(formula(*leaves), leaves, grad.double())
+    grad_gates, grad_hidden, grad_bias = torch.autograd.grad(formula(*leaves), leaves, grad.double())
     mine, my_bias, my_hidden = backward(gates, hidden, bias, grad)
     assert mine.dtype == my_hidden.dtype == dtype
     bound = 4 * tolerance(dtype, device)  # gradients of up to 3, products of several factors
-    close(mine, on_gates, bound)
-    close(my_hidden, on_hidden, bound)
-    # In plain torch sums of rounded numbers, rounded once more; approximate tanhs of kernels add up.
-    close(my_bias, on_bias, size[0] * bound)
+    close(mine, grad_gates, bound)
+    close(my_hidden, grad_hidden, bound)
+    # Plain torch sums rounded numbers and rounds again; errors of approximate tanhs in kernels add up.
+    close(my_bias, grad_bias, size[0] * bound)
 
 
 @pytest.mark.parametrize("share", [0, 0.4, 1])
@@ -133,14 +134,14 @@ def test_rows_beyond_a_count_give_nothing(device: str, dtype: torch.dtype, size:
     gates, hidden, bias, grad = operands(*size, dtype, device)
     used = int(share * size[0])
     grad[used:] = 0
-    expected, (on_gates, on_bias, on_hidden) = forward(gates, hidden, bias), backward(gates, hidden, bias, grad)
-    if use_triton(gates):  # kernels don't read them: they hold anything
+    expected, (true_gates, true_bias, true_hidden) = forward(gates, hidden, bias), backward(gates, hidden, bias, grad)
+    if use_triton(gates):  # kernels don't read these rows, so they may hold anything
         gates[used:], hidden[used:] = torch.nan, torch.nan
         expected[used:] = 0
-    count, out, bias_grad = torch.tensor(used, device=device), torch.empty_like(hidden), torch.zeros_like(bias)
+    count, out, grad_bias = torch.tensor(used, device=device), torch.empty_like(hidden), torch.zeros_like(bias)
     gates_forward(gates, hidden, bias, out, count)
-    mine, my_hidden = gates_backward(gates, hidden, grad, bias, bias_grad, count)
-    for actual, wanted in ((out, expected), (mine, on_gates), (my_hidden, on_hidden), (bias_grad, on_bias)):
+    mine, my_hidden = gates_backward(gates, hidden, grad, bias, grad_bias, count)
+    for actual, wanted in ((out, expected), (mine, true_gates), (my_hidden, true_hidden), (grad_bias, true_bias)):
         assert torch.equal(actual, wanted)
     assert (mine[used:] == 0).all()
 
@@ -172,3 +173,27 @@ def test_no_rows(device: str) -> None:
     gates, hidden, bias, grad = operands(0, 20, torch.float32, device)
     assert forward(gates, hidden, bias).shape == (0, 20)
     assert torch.equal(backward(gates, hidden, bias, grad)[1], torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_given_kernel_and_in_place(in_place: bool, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both give the values of `gate_gradients`; in place they are in the buffers of the arguments."""
+    gates, hidden, bias, grad = operands(37, 20, torch.float32, "cpu")
+    calls: list[int] = []
+
+    def kernel(*arguments: Tensor) -> Tensor:
+        calls.append(len(arguments[0]))
+        return gate_gradients(*arguments)
+
+    direct, expected_hidden = grad.clone(), grad.clone()
+    expected = gate_gradients(gates, hidden, expected_hidden, bias)
+    monkeypatch.setattr(gru_gates, "_BLOCK_BYTES", gates.nbytes // blocks)
+    grad_bias = torch.zeros_like(bias)
+    found, found_hidden = gates_backward(gates, hidden, direct, bias, grad_bias, kernel=kernel, in_place=in_place)
+    assert calls == ([37] if blocks == 1 or not in_place else [10, 10, 10, 7])
+    close(found, expected, 1e-6)
+    close(found_hidden, expected_hidden, 1e-6)
+    assert found_hidden is direct
+    assert (found is gates) == in_place
+    close(grad_bias, expected.double().sum(0), 1e-5)

@@ -4,20 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from energy_flow.ops.narrow_linear import heads_backward, heads_forward
+from energy_flow.ops.narrow_linear import narrow_linear, narrow_linear_backward
 from tests.ops.kernels import DEVICES, DTYPES, tolerance, wide
 
 SIZES = [(37, 20, 4), (1, 20, 5), (9, 64, 16), (70, 129, 8), (3, 1100, 11)]
 
 
 def operands(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory (columns of a wider matrix of NaN), weight, bias, gradient of the result."""
-    num, hidden, outputs = size
-    memory = torch.full((num, hidden + 6), torch.nan, dtype=dtype)
-    memory[:, 3:-3] = torch.randn(num, hidden)
-    weight = torch.randn(outputs, hidden, dtype=wide(dtype))
+    """Hidden states (columns of a wider matrix of NaN), weight, bias, gradient of the result."""
+    num, columns, outputs = size
+    hidden = torch.full((num, columns + 6), torch.nan, dtype=dtype)
+    hidden[:, 3:-3] = torch.randn(num, columns)
+    weight = torch.randn(outputs, columns, dtype=wide(dtype))
     bias, grad = torch.randn(outputs, dtype=wide(dtype)), torch.randn(num, outputs, dtype=wide(dtype))
-    return memory.to(device)[:, 3:-3], weight.to(device), bias.to(device), grad.to(device)
+    return hidden.to(device)[:, 3:-3], weight.to(device), bias.to(device), grad.to(device)
 
 
 def close(actual: Tensor, expected: Tensor, bound: float) -> None:
@@ -28,11 +28,11 @@ def close(actual: Tensor, expected: Tensor, bound: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_forward(device: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    memory, weight, bias, _ = operands(size, dtype, device)
-    actual = heads_forward(memory, weight, bias)
+    hidden, weight, bias, _ = operands(size, dtype, device)
+    actual = narrow_linear(hidden, weight, bias)
     assert actual.dtype == wide(dtype)
-    expected = memory.double() @ weight.double().t() + bias.double()
-    # Nothing is rounded to the memory's dtype; the error of a sum grows with the root of its length.
+    expected = hidden.double() @ weight.double().t() + bias.double()
+    # Nothing is rounded to the dtype of `hidden`; the error of a sum grows with the root of its length.
     close(actual, expected, tolerance(wide(dtype), device) * size[1] ** 0.5)
 
 
@@ -40,12 +40,12 @@ def test_forward(device: str, dtype: torch.dtype, size: tuple[int, int, int]) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_backward_adds_to_what_is_there(device: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    memory, weight, bias, grad = operands(size, dtype, device)
-    before = [torch.randn(tensor.shape).to(device, tensor.dtype) for tensor in (memory, weight, bias)]
+    hidden, weight, bias, grad = operands(size, dtype, device)
+    before = [torch.randn(tensor.shape).to(device, tensor.dtype) for tensor in (hidden, weight, bias)]
     after = [tensor.clone() for tensor in before]
-    heads_backward(grad, memory, weight, *after)
+    narrow_linear_backward(grad, hidden, weight, *after)
     exact = grad.double()
-    expected = [exact @ weight.double(), exact.t() @ memory.double(), exact.sum(0)]
+    expected = [exact @ weight.double(), exact.t() @ hidden.double(), exact.sum(0)]
     bounds = [
         tolerance(dtype, "cpu") + tolerance(wide(dtype), device) * size[2] ** 0.5,
         *[tolerance(wide(dtype), device) * max(1, size[0] ** 0.5)] * 2,
@@ -56,20 +56,20 @@ def test_backward_adds_to_what_is_there(device: str, dtype: torch.dtype, size: t
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_backward_is_the_gradient_of_forward(device: str) -> None:
-    memory, weight, bias, grad = operands((7, 20, 5), torch.float64, device)
-    leaves = [memory.clone().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    hidden, weight, bias, grad = operands((7, 20, 5), torch.float64, device)
+    leaves = [hidden.clone().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
     theirs = torch.autograd.grad(torch.nn.functional.linear(*leaves), leaves, grad)
     mine = [torch.zeros_like(leaf) for leaf in leaves]
     with torch.no_grad():
-        heads_backward(grad, memory, weight, *mine)
+        narrow_linear_backward(grad, hidden, weight, *mine)
     for a, b in zip(mine, theirs, strict=True):
         close(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_rows(device: str) -> None:
-    memory, weight, bias, grad = operands((0, 20, 5), torch.float32, device)
-    assert heads_forward(memory, weight, bias).shape == (0, 5)
-    gradients = [torch.zeros_like(tensor) for tensor in (memory, weight, bias)]
-    heads_backward(grad, memory, weight, *gradients)
+    hidden, weight, bias, grad = operands((0, 20, 5), torch.float32, device)
+    assert narrow_linear(hidden, weight, bias).shape == (0, 5)
+    gradients = [torch.zeros_like(tensor) for tensor in (hidden, weight, bias)]
+    narrow_linear_backward(grad, hidden, weight, *gradients)
     assert not any(gradient.any() for gradient in gradients)

@@ -1,11 +1,11 @@
-"""Products of as many leading rows as a tensor says."""
+"""Products of the leading rows; their number is in a tensor."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from energy_flow.ops.backend import use_triton
-from energy_flow.ops.prefix_matmul import addmm_leading, mm_leading
+from energy_flow.ops.prefix_matmul import prefix_addmm, prefix_mm
 from tests.ops.kernels import DEVICES, HALVES, INTERPRETED
 from tests.ops.test_gru_gates import strided
 
@@ -31,17 +31,17 @@ def test_rows_in_use_are_those_of_the_whole_product(
     num, inner, columns = size
     used = int(share * num)
     left, right, before = (torch.randn(shape) for shape in ((num, inner), (inner, columns), (num, columns)))
-    left[used:] = 0  # as `addmm_leading` asks for
+    left[used:] = 0  # as `prefix_addmm` requires
     left, right, before = (tensor.to(device, dtype) for tensor in (left, right, before))
     if transposed:
         right = right.t().contiguous().t()
     count, product = torch.tensor(used, device=device), left.double() @ right.double()
 
     out, total = strided(torch.full_like(before, OTHER)), strided(before)
-    if use_triton(left):  # on a CPU torch's bfloat16 products read what lies beside an operand
+    if use_triton(left):  # torch's bfloat16 products on a CPU read beyond an operand
         left = strided(left)
-    mm_leading(left, right, out, count)
-    addmm_leading(left, right, total, count)
+    prefix_mm(left, right, out, count)
+    prefix_addmm(left, right, total, count)
     close(out[:used], product[:used])
     close(total[:used], before[:used].double() + product[:used])
     assert ((out[used:] == OTHER) | (out[used:] == 0)).all()
@@ -57,7 +57,7 @@ def test_rows_in_use_are_those_of_the_whole_product(
 def test_without_a_count_all_rows_are_in_use(device: str) -> None:
     left, right, total = (torch.randn(9, 9, device=device) for _ in range(3))
     out, before = torch.empty_like(left), total.clone()
-    mm_leading(left, right, out, None)
-    addmm_leading(left, right, total, None)
+    prefix_mm(left, right, out, None)
+    prefix_addmm(left, right, total, None)
     assert torch.equal(out, left @ right)
     torch.testing.assert_close(total, before + left @ right)

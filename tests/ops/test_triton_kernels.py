@@ -1,4 +1,4 @@
-"""Triton kernels: their tests once more in the interpreter, and what only a device can show."""
+"""Triton kernels: their tests once more in the interpreter, and tests that need a device."""
 
 import os
 import subprocess
@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from energy_flow.ops.backend import require_adjacent_columns, use_triton
+from energy_flow.ops.backend import use_triton
 from energy_flow.ops.gru_gates import gates_backward, gates_forward, next_hidden
-from energy_flow.ops.narrow_linear import heads_backward, heads_forward
+from energy_flow.ops.launch import require_adjacent_columns, resident_programs
+from energy_flow.ops.narrow_linear import narrow_linear, narrow_linear_backward
 from tests.ops.kernels import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def test_in_the_interpreter(file: str) -> None:
 
 
 def test_kernels_are_picked_by_device() -> None:
-    """In the interpreter on a CPU too: the tests that it runs really run kernels."""
+    """The interpreter picks kernels on a CPU too, so its tests do run kernels."""
     assert use_triton(torch.zeros(1)) == INTERPRETED
     assert not use_triton(torch.zeros(1, device="meta"))
 
@@ -56,34 +57,41 @@ def test_other_column_strides_are_refused() -> None:
         require_adjacent_columns(hidden=torch.zeros(4, 6)[:, ::2])
 
 
+def test_resident_programs() -> None:
+    """On a CPU there is one multiprocessor; shares of its programs are rounded up, and no tile is computed twice."""
+    tensor = torch.zeros(1)
+    assert [resident_programs(tensor, 9, blocks, 8) for blocks in (1, 2, 3, 8, 9)] == [8, 4, 3, 1, 1]
+    assert [resident_programs(tensor, tiles, 1, 8) for tiles in (0, 3, 8, 9)] == [0, 3, 8, 8]
+
+
 def on_device(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
 def gates_step() -> tuple[Callable[[], None], list[Tensor]]:
     gates, hidden, grad, out = on_device(300, 256), on_device(300, 64), on_device(300, 64), on_device(300, 64)
-    bias, bias_grad = on_device(256, dtype=torch.float32), on_device(256, dtype=torch.float32)
+    bias, grad_bias = on_device(256, dtype=torch.float32), on_device(256, dtype=torch.float32)
 
     def step() -> None:
         gates_forward(gates, hidden, bias, out)
-        gates_backward(gates, hidden, grad, bias, bias_grad)
+        gates_backward(gates, hidden, grad, bias, grad_bias)
 
-    return step, [gates, out, grad, bias_grad]
+    return step, [gates, out, grad, grad_bias]
 
 
-def heads_step() -> tuple[Callable[[], None], list[Tensor]]:
-    memory, weight, bias = on_device(300, 64), on_device(5, 64, dtype=torch.float32), on_device(5, dtype=torch.float32)
+def narrow_linear_step() -> tuple[Callable[[], None], list[Tensor]]:
+    hidden, weight, bias = on_device(300, 64), on_device(5, 64, dtype=torch.float32), on_device(5, dtype=torch.float32)
     out = torch.zeros(300, 5, device="cuda")
-    totals = [torch.zeros_like(tensor) for tensor in (memory, weight, bias)]
+    totals = [torch.zeros_like(tensor) for tensor in (hidden, weight, bias)]
 
     def step() -> None:
-        out.copy_(heads_forward(memory, weight, bias))
-        heads_backward(out, memory, weight, *totals)
+        out.copy_(narrow_linear(hidden, weight, bias))
+        narrow_linear_backward(out, hidden, weight, *totals)
 
     return step, [out, *totals]
 
 
-@pytest.mark.parametrize("make", [gates_step, heads_step])
+@pytest.mark.parametrize("make", [gates_step, narrow_linear_step])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replays_from_a_cuda_graph(make: Callable[[], tuple[Callable[[], None], list[Tensor]]]) -> None:

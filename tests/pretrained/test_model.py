@@ -1,4 +1,4 @@
-"""A model as one file: the same numbers, nothing heavy, and clean errors for whatever the file holds."""
+"""A model in one file: the same numbers, no heavy imports, and clear errors for any content."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, described: dict[str, Any] | str, weights: dict[str, Tensor]) -> None:
-    """A file that somebody else wrote, with the right digest."""
+    """A file from another program, with the right digest."""
     text = described if isinstance(described, str) else json.dumps(described)
     save_file(weights, path, {"energy_flow": text, "sha256": card.digest(text, weights)})
 
@@ -138,7 +138,7 @@ def test_what_can_not_be_written(tmp_path: Path) -> None:
 
 
 def test_damaged_bytes_are_found(saved: Path) -> None:
-    """Anywhere in the file: safetensors itself has no checksum."""
+    """A change anywhere in the file is found, though safetensors has no checksum."""
     rng, whole = random.Random(0), saved.read_bytes()
     for _ in range(150):
         damaged = bytearray(whole)
@@ -215,7 +215,7 @@ assert not found, found
 
 
 def write_checkpoint(path: Path, config: dict[str, Any] | None) -> FlowProcessor:
-    """What training writes, as far as a model is made of it."""
+    """The parts of a training checkpoint that a model needs."""
     processor = build().processor
     saved = {
         "hyper_parameters": {**{key: CARD[key] for key in ("dim", "lattice", "model", "seed")}, "loss": {}},

@@ -1,4 +1,4 @@
-"""A tiny Lightning run for callbacks, and reading back what it logged."""
+"""A tiny Lightning run for callbacks, and a reader of its logs."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ Scalars = dict[str, list[tuple[int, float]]]
 
 
 class Pairs(Dataset):
-    """Rows of the shape that the data module delivers."""
+    """Rows with the shapes of the data module."""
 
     def __init__(self, size: int) -> None:
         self.source = torch.nn.functional.normalize(torch.randn(size, DIM), dim=-1)

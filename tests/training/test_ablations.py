@@ -1,4 +1,4 @@
-"""The ablations: each changes what its name says and nothing else, and wins over an experiment."""
+"""Each ablation changes only the settings in its name, and overrides an experiment."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run whose steps stay bad ends, and leaves what is needed to see why."""
+"""Several bad steps in a row end a run. It saves everything that is needed to find the cause."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ BATCH = 8
 
 
 def loader(steps: int, bad: set[int]) -> DataLoader:
-    """Batches in order, those of some steps with a NaN in a row."""
+    """Batches in order; those of some steps have a NaN in one row."""
     rows = make_rows(BATCH * steps)
     for step in bad:
         rows[BATCH * step + 3]["source"][2] = torch.nan
@@ -50,7 +50,7 @@ def fit(folder: Path, steps: int, bad: set[int], *callbacks: Callback, limit: in
 
 
 def test_the_state_from_before_the_fault_and_its_batch_are_kept(tmp_path: Path) -> None:
-    """The step after the last bad one is known to be bad too late, and good: it must not be taken either."""
+    """The host learns of the last bad step one step late. That step is good, but must be skipped too."""
     before = StateAfter(2)
     with pytest.raises(NotFiniteError) as caught:
         fit(tmp_path, 9, {2, 3, 4}, before)

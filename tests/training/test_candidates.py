@@ -1,4 +1,4 @@
-"""The contrastive loss among all training targets, and its temperature when that is learnt."""
+"""The contrastive loss with all training targets as candidates, and the learnt temperature."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> EnergyDataModule:
 
 
 class Batches(Callback):
-    """What was trained on, and the losses."""
+    """The training data and the losses."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, Tensor]] = []
@@ -68,7 +68,7 @@ def test_a_learnt_temperature(tmp_path: Path) -> None:
     assert float(module.temperature()) == pytest.approx(0.05)
     trainer = make_trainer(max_epochs=2)
     trainer.fit(module, make_loader(32))
-    # Not by weight decay, which would go towards 1: the first steps want less than 0.05, or more, but not that.
+    # There is no weight decay: with it, the logarithm would change by more than 0.1.
     assert 1e-4 < abs(math.log(float(module.temperature()) / 0.05)) < 0.1
     trainer.save_checkpoint(tmp_path / "it.ckpt")
     again = type(module).load_from_checkpoint(tmp_path / "it.ckpt")
@@ -79,7 +79,7 @@ def test_a_learnt_temperature(tmp_path: Path) -> None:
 
 
 def test_no_bank_without_its_loss() -> None:
-    """A loader of one's own will do where the contrastive term has no weight."""
+    """A custom loader works if the contrastive term has no weight."""
     module = make_module("loss=mse", "loss.candidates=bank")
     make_trainer().fit(module, make_loader(8))
 

@@ -1,4 +1,4 @@
-"""The CSV file of a run on a disk that fills up: rows are there whole and once."""
+"""The CSV file on a full disk: every row is complete and occurs once."""
 
 import csv
 import signal
@@ -17,7 +17,7 @@ def steps(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["loss", "another"], ids=["same columns", "a new column"])
 def test_rows_that_do_not_fit_are_written_later(tmp_path: Path, name: str) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python starts
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Python's default
     logger = ResumableCSVLogger(str(tmp_path), "", "csv")
     file = tmp_path / "csv" / "metrics.csv"
     logger.log_metrics({"loss": 0.5}, 1)

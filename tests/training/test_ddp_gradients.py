@@ -1,4 +1,4 @@
-"""Several processes train as one with the joined batch: the same gradients, synchronised once per optimiser step."""
+"""Several processes get the gradients of one process with the joined batch, and synchronise once per optimiser step."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ TOLERANCE = 1e-10  # float64: sums over samples in another order
 
 
 class Recorder(Callback):
-    """Writes down the first optimiser step's gradients, and how often gradients were synchronised before each step."""
+    """Record the gradients of the first optimiser step, and the number of synchronisations before each step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class Recorder(Callback):
 
 
 class Shares(Sampler[int]):
-    """Every process takes its part of each joined batch, in order."""
+    """Give every process its part of each joined batch, in order."""
 
     def __init__(self, processes: int) -> None:
         self.share = BATCH // processes
@@ -68,7 +68,7 @@ class Shares(Sampler[int]):
 
 
 def fit(folder: Path, processes: int, *overrides: str) -> list[dict[str, Any]]:
-    """What was recorded by each process."""
+    """The records of each process."""
     path = folder / str(processes)
     trainer = make_trainer(
         Recorder(path),
@@ -90,7 +90,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     [one], (first, second) = fit(tmp_path, 1), fit(tmp_path, PROCESSES)
     assert one["spawned"] > 0
     assert len(one["gradients"]) == OPTIMIZER_STEPS
-    # Also of the second step: the weights after the first were the same, and stayed so on both processes.
+    # The second step too: after the first step, both processes had the same weights.
     for step in range(OPTIMIZER_STEPS):
         for name, expected in one["gradients"][step].items():
             assert expected.abs().max() > 1e-9, name

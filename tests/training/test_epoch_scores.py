@@ -48,7 +48,7 @@ def test_metrics_are_those_of_the_whole_split(split: dict[str, Tensor]) -> None:
 
 
 def test_rows_are_sorted_and_count_once(split: dict[str, Tensor]) -> None:
-    """As a distributed sampler deals them out, with padding."""
+    """The order and the padding of a distributed sampler."""
     scores = make_scores(split, [[*range(0, N, 2), 0], [*range(1, N, 2), 1]])
     assert torch.equal(scores.prediction, split["prediction"])
     assert torch.equal(scores.target, split["target"])

@@ -1,4 +1,4 @@
-"""Parts that stay as they begin: the optimiser leaves them alone, everything else learns."""
+"""Frozen parts keep their initial weights; all other parts are trained."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Terms of the loss against formulas written out, gradients, the joined batch of several processes, settings."""
+"""Loss terms against explicit formulas, gradients, the joined batch of several processes, and settings."""
 
 import math
 from pathlib import Path
@@ -111,7 +111,7 @@ def test_processes_together_are_one_process_with_the_joined_batch() -> None:
 
 
 def test_candidates_in_any_order_and_number() -> None:
-    """Cross entropy against the row that is a prediction's own, also where two predictions share one."""
+    """Cross entropy against each prediction's own row, also if two predictions share a row."""
     prediction, bank, own = numbers(3, 4, seed=14), numbers(7, 4, seed=15), torch.tensor([5, 0, 5])
     loss = embedding_losses(prediction, bank[own], 0.2, Candidates(directions(bank), own))["contrastive"]
     one_by_one = []
@@ -141,7 +141,7 @@ def test_candidates_that_do_not_fit() -> None:
 
 
 def test_a_target_that_occurs_twice_moves_no_optimum() -> None:
-    """Where all probability lies on the two copies, the loss is log 2 and its gradient 0."""
+    """If the probability of both copies together is 1, the loss is log 2 and its gradient is 0."""
     target = torch.eye(3, dtype=torch.float64)[[0, 0, 1]]
     prediction = target.clone().requires_grad_()
     loss = embedding_losses(prediction[:1], target[:1], 0.01, Candidates.of_rows(target, 0, 1))["contrastive"]

@@ -16,7 +16,7 @@ pytestmark = NO_WARNINGS
 
 
 class World:
-    """All that the callback touches, replaced: a clock that ticks a second per look, a device, a heap."""
+    """Stand-ins for everything that the callback uses: a clock that ticks one second per reading, a device, a heap."""
 
     def __init__(self, allocated: int = 10, reserved: int = 95, total: int = 100) -> None:
         self.allocated, self.reserved, self.total = allocated, reserved, total
@@ -64,7 +64,7 @@ class World:
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.batch - 1
             callback.on_train_batch_end(self.trainer, self.module, None, None, 0)
             if callback._trimming is not None:
-                callback._trimming.exception()  # let the thread finish: what it does next is no race here
+                callback._trimming.exception()  # wait for the thread, so that there is no race
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def _no_peak_reset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("interval", [1, 3])
 def test_acts_at_exactly_these_batches(interval: int) -> None:
-    world = World(allocated=95)  # above the threshold, nothing to give back: one look each
+    world = World(allocated=95)  # above the threshold, but nothing is unused: one check each
     world.run(world.callback(interval), batches=12 * interval)
     assert world.removals == [interval * batch for batch in (2, 4, 6, 8, 10, 12)]
     assert world.trims == world.removals

@@ -1,4 +1,4 @@
-"""The LightningModule: what it trains, what it reports, what it leaves behind."""
+"""The LightningModule: training, metrics and checkpoints."""
 
 import gc
 import itertools
@@ -97,7 +97,7 @@ class LiveTensors(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx in self.at:
             gc.collect()
-            # Plain ones: compilers leave tensors without memory of their own behind.
+            # Plain tensors only: compilers leave tensors that own no memory.
             alive = [item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)]
             with_graph = sum(tensor.grad_fn is not None for tensor in alive)
             self.seen[batch_idx] = (len(alive), sum(tensor.nbytes for tensor in alive), with_graph)

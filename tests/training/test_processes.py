@@ -1,4 +1,4 @@
-"""Several processes measure what one measures."""
+"""Several processes report the metrics of one process."""
 
 from pathlib import Path
 

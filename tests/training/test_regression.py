@@ -1,4 +1,4 @@
-"""The task whose results are errors: its metrics, what asks for it, its baselines."""
+"""The regression task: its metrics, its config and its baselines."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Numbers that aren't finite never reach the weights: such a step might as well not have been taken."""
+"""Steps with NaN or Inf change nothing: weights, moments and later steps are as without them."""
 
 import logging
 from collections.abc import Callable
@@ -84,12 +84,12 @@ def in_loss(module: EnergyFlowModule, step: int) -> None:
 
 
 def left_out(module: EnergyFlowModule, step: int) -> None:
-    """The optimiser isn't asked for this step."""
+    """Leave out the optimiser in this step."""
     original = module.optimizer_step
 
     def optimizer_step(epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
         if now(module) == step:
-            closure()  # Lightning insists
+            closure()  # Lightning requires it
         else:
             original(epoch, batch_idx, optimizer, closure)
 
@@ -115,7 +115,7 @@ FAULTS: dict[str, tuple[Inject, str]] = {
         in_gradient("processor.carrier.energy_head.bias", -INF),
         "Inf, or numbers too large to square, in the gradient of processor.c",
     ),
-    # Finite, but AdamW squares it: its second moment would be Inf, and the weight never move again.
+    # It is finite, but its square isn't: AdamW's second moment would be Inf, and the weight would never change again.
     "huge gradient": (
         in_gradient("processor.carrier.energy_head.bias", 1e20),
         "Inf, or numbers too large to square, in the gradient of processor.c",
@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[Inject, str]] = {
 
 
 def fit(inject: Inject, step: int, **options: Any) -> Trainer:
-    """A run of a few steps with warm-up, decay and noise, one of whose steps goes wrong."""
+    """A short run with warm-up, decay and noise, in which one step is bad."""
     module = make_module(*LIVELY, "optimizer.lr=1.0e-2")
     inject(module, step)
     batches = STEPS * options.get("accumulate_grad_batches", 1)
@@ -134,7 +134,7 @@ def fit(inject: Inject, step: int, **options: Any) -> Trainer:
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """All that training goes on from."""
+    """Everything that later steps depend on."""
     optimizer, [schedule] = trainer.optimizers[0], trainer.lr_scheduler_configs
     return {
         **{name: value.clone() for name, value in trainer.lightning_module.state_dict().items()},
@@ -158,7 +158,7 @@ def said_by_the_guard(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_step_might_as_well_not_have_been_taken(fault: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Weights, moments and what comes after, bit for bit; schedule, noise and `global_step` count it."""
+    """Weights, moments and later steps have the same bits; schedule, noise and `global_step` count the step."""
     inject, reason = FAULTS[fault]
     expected = state(fit(left_out, 2))
     with caplog.at_level(logging.WARNING, "energy_flow"):

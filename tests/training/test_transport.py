@@ -1,4 +1,4 @@
-"""Flows that learn where to go: a tiny model's trajectories follow the field that made its data."""
+"""The trajectories of a tiny trained model follow the field of its data."""
 
 import lightning.pytorch as pl
 import torch
@@ -29,7 +29,7 @@ TINY = (
 
 
 def trained(*overrides: str) -> tuple[FlowOutput, TransportSettings, tuple[Tensor, Tensor]]:
-    """The test split's output after training, its data's settings, and the split."""
+    """The output on the test split after training, the settings of the data, and the split."""
     config = compose(*TINY, *overrides)
     pl.seed_everything(config["seed"], verbose=False)
     data = EnergyDataModule.from_config(config)

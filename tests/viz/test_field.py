@@ -1,4 +1,4 @@
-"""The picture of learnt paths over a known field."""
+"""The figure of learnt paths and true landings."""
 
 import numpy as np
 import pytest

@@ -40,7 +40,7 @@ def assert_drawn(figure: Figure) -> None:
 
 
 def assert_no_overlap(figure: Figure) -> None:
-    """Titles, axis labels and legend of a rendered figure keep clear of each other."""
+    """Titles, axis labels and legend of a rendered figure don't overlap."""
     labels = [
         artist
         for axes in figure.axes
@@ -210,7 +210,7 @@ def test_population_shows_the_last_counts() -> None:
         "active": torch.tensor([4, 3, 2]),
         "reached": torch.tensor([0, 1, 3]),
         "removed": torch.tensor([0, 0, 1]),
-        "projected": torch.tensor([0, 0, 0]),  # the usual: nothing ends early, no curve
+        "projected": torch.tensor([0, 0, 0]),  # the usual case: no early convergence, no curve
     }
     figure = population_figure(by_step)
     assert texts(figure)[-4:] == [

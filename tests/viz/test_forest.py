@@ -1,4 +1,4 @@
-"""The forest plot: what its colours and its axis say."""
+"""The forest plot: its colours and its axis."""
 
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def draw(*lines: ForestLine, lower: bool = False) -> Figure:
 
 
 def colours(figure: Figure) -> list[str]:
-    """Of the intervals from top to bottom."""
+    """Colours of the intervals from top to bottom."""
     [axes] = figure.axes
     return [
         to_hex(line.get_color()).upper()

@@ -16,16 +16,14 @@ from energy_flow.ops.counter_noise import counter_noise, drawn, normal_quantiles
 from energy_flow.ops.gru_gates import (
     gate_gradients,
     gates_backward,
-    gates_backward_by,
     gates_forward,
     next_hidden,
 )
 from energy_flow.ops.narrow_linear import (
     add_product,
-    heads_backward,
-    heads_backward_by,
-    heads_forward,
-    heads_forward_torch,
+    narrow_linear,
+    narrow_linear_backward,
+    narrow_linear_torch,
 )
 
 Function = Callable[..., Any]
@@ -62,8 +60,8 @@ def step_kernels(compiled: bool, on_cpu: bool) -> StepKernels:
             move_backward=move_backward,
             gates_forward=gates_forward,
             gates_backward=gates_backward,
-            heads_forward=heads_forward,
-            heads_backward=heads_backward,
+            heads_forward=narrow_linear,
+            heads_backward=narrow_linear_backward,
             counter_noise=counter_noise,
         )
     # On a GPU, gates and heads have kernels of their own.
@@ -73,9 +71,11 @@ def step_kernels(compiled: bool, on_cpu: bool) -> StepKernels:
         move=_compile(move),
         move_backward=_compile(move_backward),
         gates_forward=_compiled_gates(_compile(next_hidden)) if on_cpu else gates_forward,
-        gates_backward=functools.partial(gates_backward_by, _compile(gate_gradients)) if on_cpu else gates_backward,
-        heads_forward=_compile(heads_forward_torch) if on_cpu else heads_forward,
-        heads_backward=functools.partial(heads_backward_by, _compile(add_product)) if on_cpu else heads_backward,
+        gates_backward=functools.partial(gates_backward, kernel=_compile(gate_gradients)) if on_cpu else gates_backward,
+        heads_forward=_compile(narrow_linear_torch) if on_cpu else narrow_linear,
+        heads_backward=functools.partial(narrow_linear_backward, kernel=_compile(add_product))
+        if on_cpu
+        else narrow_linear_backward,
         # Compiled for a CPU (torch 2.13), the last numbers of a row are wrong.
         counter_noise=counter_noise if on_cpu else _compiled_noise(_compile(drawn)),
     )

@@ -16,7 +16,6 @@ from energy_flow.core.engine.compiled import StepKernels
 from energy_flow.core.engine.packed_weights import PackedGradients, PackedWeights
 from energy_flow.core.tensor_pool import TensorPool
 from energy_flow.ops.backend import use_triton
-from energy_flow.ops.gru_gates import gates_backward_in_place
 
 
 @dataclass
@@ -74,7 +73,7 @@ class HiddenTape:
         self._gate_rows = pool.take("gates", gates, dtype, device)
         self._gates_backward = kernels.gates_backward
         if recompute and device.type == "cpu" and not on_triton:
-            self._gates_backward = functools.partial(gates_backward_in_place, kernels.gates_backward)
+            self._gates_backward = functools.partial(kernels.gates_backward, in_place=True)
         self.segment = Segment(0, num_slots, 0, 0)
         for layer in range(layers):
             self._hidden(self.segment, layer, 0).zero_()
@@ -161,7 +160,7 @@ class HiddenTape:
             )
             grad_hidden[number] = grad_before
             if not first:  # the zero hidden state at the start needs no gradient
-                layer.add_memory_gradient(grad_gates, grad_before, count)
+                layer.add_hidden_gradient(grad_gates, grad_before, count)
             if not self._all_at_once:
                 sums.add(grad_gates, xh, len(xh) if first else 0)
             if number > 0:

@@ -143,7 +143,7 @@ class Column:
         ]
         if self.normalize:
             found.append((self.values, survey.zero, "only zeros, so it can't be L2-normalised"))
-        return [self._complaint(array, rows, what) for array, rows, what in found if array is not None and len(rows)]
+        return [self._complaint(array, rows, fault) for array, rows, fault in found if array is not None and len(rows)]
 
     def _decode(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
         values, scale = self.arrays()
@@ -197,9 +197,9 @@ class Column:
                 f"{scale.file}: {scale.name} has shape {scale.shape}; it must be {values.shape[:1]}, one scale per row"
             )
 
-    def _complaint(self, array: StoredArray, rows: NDArray[np.int64], what: str) -> str:
+    def _complaint(self, array: StoredArray, rows: NDArray[np.int64], fault: str) -> str:
         return (
-            f"{array.file}: {array.name} row {rows[0]} holds {what}; {len(rows):,} of {self.num_rows:,} rows do; "
+            f"{array.file}: {array.name} row {rows[0]} holds {fault}; {len(rows):,} of {self.num_rows:,} rows do; "
             "repair or remove them"
         )
 
