@@ -27,7 +27,7 @@ from tests.helpers import DIM, LATTICE, MODEL, fill_parameters, section
 
 CARD: dict[str, Any] = {
     "format_version": 1,
-    "version": "0.1.0",
+    "version": energy_flow.__version__,
     "dim": DIM,
     "lattice": section(LATTICE, {"movement.warmup_steps": 7}),
     "model": MODEL,
