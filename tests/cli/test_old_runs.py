@@ -80,8 +80,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_other(program: Program, old_
     before = weights(interrupted)
     outcome = program.train(*COMMAND, "resume=auto")
     assert (outcome.code, outcome.err) == (0, "")
-    assert f"resume = auto: going on with {interrupted}\n" in outcome.out
-    assert f"going on from step 6 of {interrupted / 'checkpoints' / 'last.ckpt'}" in outcome.out
+    assert f"resume = auto: resuming {interrupted}\n" in outcome.out
+    assert f"resuming from step 6 of {interrupted / 'checkpoints' / 'last.ckpt'}" in outcome.out
     assert outcome.folder == interrupted
     assert (interrupted / "finished").is_file()
     after, expected = weights(interrupted), weights(OLD / "finished")

@@ -109,9 +109,9 @@ def hang_deaf() -> None:
     ("do", "said"),
     [
         (raise_in_worker, "ValueError: a bad row"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "data.num_workers = 1: one of them was ended from outside"),
-        (lambda: time.sleep(1000), "data.timeout = 2: no batch came in this time."),
-        (hang_deaf, "data.timeout = 2: no batch came in this time."),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "data.num_workers = 1: a worker was killed from outside"),
+        (lambda: time.sleep(1000), "data.timeout = 2: no batch arrived within these seconds."),
+        (hang_deaf, "data.timeout = 2: no batch arrived within these seconds."),
     ],
     ids=["raises", "killed", "hangs", "hangs and can't be asked to end"],
 )
@@ -180,7 +180,7 @@ def test_a_signal_to_all_processes_of_a_job(tmp_path: Path) -> None:
     psutil.Process(process.pid).children()[0].kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "data.num_workers = 2: one of them was ended from outside" in err
+    assert "data.num_workers = 2: a worker was killed from outside" in err
     assert err.strip().splitlines()[-2].startswith("to resume from step")
 
 

@@ -44,7 +44,7 @@ def test_ending_before_the_first_validation(
     """A validation then follows the last batch."""
     outcome = program.train("trainer.max_epochs=4", *overrides)
     assert (outcome.code, outcome.err) == (0, "")
-    assert f"training ends after {batches}: validating then" in (outcome.folder / "train.log").read_text()
+    assert f"training ends after {batches}: validating at its end" in (outcome.folder / "train.log").read_text()
     assert [step for step, _ in scalars(outcome.folder / "tensorboard")["val/mrr"]] == [steps - 1]
     for name in ("best", "last"):
         assert load(outcome.folder, name)["global_step"] == steps
