@@ -19,8 +19,8 @@ from energy_flow.errors import ConfigError
 class SaveOnInterrupt(Checkpoint):
     """End training between two steps after a signal, and leave a checkpoint, also after an error.
 
-    Between two batches nothing is half done. A KeyboardInterrupt that is raised anywhere can also get lost: C code that
-    asks an object for an attribute swallows it, as if the attribute were missing, and the run continues.
+    Why not raise KeyboardInterrupt where the signal arrives? It could stop a step that is half done. It could also get
+    lost: C code that asks an object for an attribute swallows it, as if the attribute were missing.
 
     The checkpoint is the end of the last complete step; a resumed run begins an interrupted validation anew. After an
     error in the middle of a step it is saved too, unless the optimiser has begun to write.

@@ -140,7 +140,8 @@ def _fits(
     task: Task, settings: BaselineSettings, num_parameters: int, loss: LossSettings, seed: int, report: Report
 ) -> dict[str, Fit]:
     """All baselines by name."""
-    cosine = loss.model_copy(update={"cosine": 1.0, "mse": 0.0, "contrastive": 0.0, "learn_temperature": False})
+    only_cosine = {**dict.fromkeys(loss.weights(), 0.0), "cosine": 1.0, "learn_temperature": False}
+    cosine = loss.model_copy(update=only_cosine)
     longer = settings.training.model_copy(update={"epochs": COSINE_EPOCHS * settings.training.epochs})
 
     def trained(name: str, build: Build, its_loss: LossSettings = loss, how: TrainingSettings | None = None) -> Fit:

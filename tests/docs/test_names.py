@@ -22,6 +22,7 @@ KEY = re.compile(r"[a-z][a-z_0-9]*(\.[a-z][a-z_0-9]*)+")
 OVERRIDES = re.compile(r"(\+?[a-z_.]+=\S*)( \+?[a-z_.]+=\S*)*")
 CODE = re.compile(r"`[^`]*`")
 LINK = re.compile(r"\]\((?!\w+://)([^)#\s]+)\)")
+DEFINED = re.compile(r"`(\w+)`\s(?:in|of)\s`((?:energy_flow|energy_flow_benchmarks)/[\w/]+\.py)`")
 VARIABLE = re.compile(r"([A-Z][A-Z_]+)=\S+")
 
 # What the tiny runs can't leave behind; the package must name it.
@@ -88,6 +89,20 @@ def test_environment_variables_exist() -> None:
     named = {match[1] for code in inline() if (match := VARIABLE.fullmatch(code.text))}
     assert {"ENERGY_FLOW_TRUST"} <= named
     assert not {name for name in named - OF_OTHERS if f'"{name}"' not in package_source()}
+
+
+def test_names_are_defined_where_the_documents_say() -> None:
+    pages = [*documents(), ROOT / "CONTRIBUTING.md"]
+    named = [(page, name, place) for page in pages for name, place in DEFINED.findall(read(page))]
+    wrong = [f"{page}: {name} in {place}" for page, name, place in named if not defines(ROOT / place, name)]
+    assert not wrong, wrong
+    assert len(named) > 5
+
+
+def defines(path: Path, name: str) -> bool:
+    return (
+        path.is_file() and re.search(rf"^\s*((def|class) {name}\b|{name}\b.* = )", path.read_text(), re.M) is not None
+    )
 
 
 def test_links_lead_somewhere() -> None:
