@@ -17,6 +17,8 @@ from pathlib import Path
 
 import yaml
 
+from energy_flow.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Key:
@@ -55,9 +57,18 @@ def read_file(path: Path, group: str = "") -> ConfigFile:
     Args:
         path: the file.
         group: the group that the file belongs to; "" for the file of a program.
+
+    Raises:
+        ConfigError: the file is no YAML, or holds something other than keys.
     """
-    text = path.read_text(encoding="utf-8")
-    comments, root = _Comments(text), yaml.compose(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read as YAML: {' '.join(str(error).split())}") from error
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: must hold keys with their values")
+    comments = _Comments(text)
     package = group if group and not text.startswith("# @package _global_") else ""
     meaning, examples = comments.head()
     keys: list[Key] = []

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from energy_flow.config import config_dir
 from energy_flow.config_comments import Choice, Key, read_file
+from energy_flow.errors import ConfigError
 
 PROGRAMS = ("train", "evaluate", "predict", "encode", "check", "benchmark")
 HYDRA = "hydra"  # Hydra's own group: `--hydra-help` is about it
@@ -109,7 +110,10 @@ def _read_group(choice: Choice, folders: Sequence[Path], known: set[str]) -> Gro
 
 
 def _read_option(group: str, name: str, path: Path) -> Option:
-    file = read_file(path, group)
+    try:
+        file = read_file(path, group)
+    except ConfigError as error:  # a user's file: the help of all others is still wanted
+        return Option(name, str(error), (), (), ())
     # An option that builds on another one brings no keys: it changes values.
     own = () if file.choices else tuple(key for key in file.keys if f"{key.path}.".startswith(f"{group}."))
     rest = tuple(key for key in file.keys if key not in own)
@@ -189,7 +193,9 @@ def _in_words(schema: dict[str, Any], defs: dict[str, Any]) -> str:
         names = schema.get("properties")
         return f"section with {', '.join(names)}" if names else "section"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {schema[name]:.12g}" for name, sign in bounds.items() if name in schema]
+    # Whole numbers in full, 2/3 with four digits.
+    digits = {name: ".12g" if schema[name] == int(schema[name]) else ".4g" for name in bounds if name in schema}
+    limits = [f"{bounds[name]} {schema[name]:{shown}}" for name, shown in digits.items()]
     words = {"boolean": "true or false", "string": "text"}
     kind = schema.get("type", "")
     return " ".join(filter(None, [words.get(kind, kind), ", ".join(limits)]))

@@ -6,6 +6,7 @@ Every class owns its `Settings`; the defaults are in `conf/` only.
 import difflib
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -144,7 +145,8 @@ def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> tuple
 
 
 def _reason(detail: ErrorDetails) -> str:
-    return detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return re.sub(r"\d+\.\d{6,}", lambda limit: f"{float(limit[0]):.4g}", message)  # 2/3 with four digits
 
 
 def _join(found: Iterable[tuple[str, str]]) -> list[str]:

@@ -1,6 +1,7 @@
 """Train a flow lattice: python -m energy_flow.train [key=value ...]"""
 
 import gc
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from energy_flow.runs import resume
 from energy_flow.runs.application import application
 from energy_flow.runs.checks import check_loss, refuse_processes
 from energy_flow.runs.instantiate import build_all, build_loggers
-from energy_flow.runs.job import is_multirun
+from energy_flow.runs.job import hydra_quoted, is_multirun
 from energy_flow.runs.log import filter_warnings
 from energy_flow.runs.results import finish, hyper_parameters, read_metrics, run_test
 from energy_flow.runs.settings import TrainSettings
@@ -48,9 +49,10 @@ def train(config: dict[str, Any]) -> float | None:
             "resume = auto: resumes single runs only. Resume the jobs of a multirun one by one, with ckpt_path"
         )
     if settings.resume == "auto" and run_folder.is_finished(folder):
+        last = shlex.quote(f"ckpt_path={hydra_quoted(str(settings.checkpoint_folder / LAST))}")
         print(
-            f"run folder: {folder}\nfinished already, there is nothing to resume. To train longer, give "
-            f"ckpt_path={settings.checkpoint_folder / LAST} and a higher trainer.max_epochs, without resume"
+            f"run folder: {folder}\nfinished already, there is nothing to resume. To train longer, give {last} and a "
+            "higher trainer.max_epochs, without resume"
         )
         return read_metrics(folder).get(settings.optimized_metric)
     with run_folder.locked(folder), resume.unwritable_explained(settings):

@@ -183,6 +183,17 @@ def test_limits_of_an_annotated_argument(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("content", ["# @package _global_\nlattice: [", "- a\n- b\n"])
+def test_a_broken_file_of_the_user_is_named_and_spoils_no_other_help(tmp_path: Path, content: str) -> None:
+    (tmp_path / "experiment").mkdir()
+    broken = tmp_path / "experiment" / "broken.yaml"
+    broken.write_text(content)
+    (experiment,) = [group for group in read_program("train", [tmp_path, CONF]).groups if group.name == "experiment"]
+    meanings = {option.name: option.meaning for option in experiment.options}
+    assert meanings["broken"].startswith(f"{broken}: ")
+    assert "transport" in meanings
+
+
 def test_a_key_that_its_settings_do_not_have_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rollout").mkdir()
     (tmp_path / "rollout" / "default.yaml").write_text("# Broken.\nnew: 1   # A key\n")

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
 
 from energy_flow import config_reference, signals
 from energy_flow.comparison.jobs import clear_error, write_error
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[dict[str, Any]], Any]
 
-_CONFIG_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # raised by Hydra for a config
+_CONFIG_ERRORS = (HydraException, OmegaConfBaseException, ValueError, YAMLError)  # raised by Hydra for a config
 _FULL_ERROR = "HYDRA_FULL_ERROR"  # unless it is 1 Hydra prints errors itself, with a traceback or with wrong advice
 _RERUN = "--experimental-rerun"
 

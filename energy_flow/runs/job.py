@@ -18,11 +18,11 @@ def resume_command(checkpoint: Path) -> str:
     config = HydraConfig.get()
     overrides = [o for o in config.overrides.task if not o.startswith(("ckpt_path=", "resume="))]
     paths = {"ckpt_path": str(checkpoint), "hydra.run.dir": config.runtime.output_dir}
-    overrides += [f"{key}={_hydra_quoted(path)}" for key, path in paths.items()]
+    overrides += [f"{key}={hydra_quoted(path)}" for key, path in paths.items()]
     return " ".join(["python -m energy_flow.train", *map(shlex.quote, overrides)])
 
 
-def _hydra_quoted(value: str) -> str:
+def hydra_quoted(value: str) -> str:
     """Quote a value for Hydra's grammar, which gives `=`, `,` and spaces a meaning."""
     return value if re.fullmatch(r"[\w/.+-]*", value) else '"' + value.replace('"', '\\"') + '"'
 

@@ -10,6 +10,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from energy_flow.config import config_dir
 from energy_flow.errors import EnergyFlowError
@@ -78,6 +79,10 @@ def _unreadable_override(error: OverrideParseException, config_name: str) -> str
     return f"{error.override}: can't be read as key=value ({message_lines(error)[-2]}); quote special characters"
 
 
+def _broken_file(error: YAMLError, config_name: str) -> str:
+    return f"a config file is not valid YAML: {' '.join(str(error).split())}. Mend the file"
+
+
 def _empty_group(error: Exception, config_name: str) -> str | None:
     if "Config group override must be a string" not in str(error):
         return None
@@ -100,6 +105,7 @@ _EXPLANATIONS: tuple[tuple[type[Exception], Callable[[Any, str], str | None]], .
     (Exception, _unwritable_folder),
     (MissingConfigException, _missing_option),
     (OverrideParseException, _unreadable_override),
+    (YAMLError, _broken_file),
     (Exception, _empty_group),
     (Exception, _unknown_key),
     (Exception, _first_lines),

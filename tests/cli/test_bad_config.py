@@ -81,7 +81,7 @@ VALUES = [
     ("baselines=3", "a group is set to", "name one of its options"),
     ("baselines.training.epochs=0", "baselines.training.epochs = 0", "greater than or equal to 1"),
     ("test=maybe", "test = 'maybe'", "boolean"),
-    ("callbacks.memory_cleanup.threshold=2", "callbacks.memory_cleanup.threshold = 2", "(0, 2/3]"),
+    ("callbacks.memory_cleanup.threshold=2", "callbacks.memory_cleanup.threshold = 2", "less than or equal to 0.6667"),
     ("callbacks.early_stopping.patience=abc", "callbacks.early_stopping.patience = 'abc'", "integer"),
     ("+callbacks.checkpoint.save_top_k=no", "callbacks.checkpoint.save_top_k = 'no'", "integer"),
     ("callbacks.early_stopping.patience=-1", "patience = -1", "must be at least 1"),
@@ -157,6 +157,14 @@ def test_the_folder_of_a_sweep_that_can_not_be_written(program: Program) -> None
 def test_keys_of_groups_that_were_not_chosen(program: Program) -> None:
     message = program.refused("logger=csv", "logger.tensorboard.prefix=x")
     assert "logger.tensorboard" in message
+
+
+def test_a_config_file_that_is_not_yaml(program: Program) -> None:
+    (program.folder / "mine" / "experiment").mkdir(parents=True)
+    (program.folder / "mine" / "experiment" / "broken.yaml").write_text("lattice: [")
+    message = program.refused("experiment=broken", f"hydra.searchpath=[{program.folder / 'mine'}]")
+    assert "not valid YAML" in message
+    assert "broken.yaml" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

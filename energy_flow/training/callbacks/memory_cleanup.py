@@ -108,14 +108,12 @@ class MemoryCleanup(Callback):
     @checked_arguments("callbacks.memory_cleanup")
     def __init__(
         self,
-        interval: Annotated[
-            int, Field(ge=1), Remedy("50 training batches are a good start, null removes the callback")
-        ],
+        interval: Annotated[int, Field(ge=1), Remedy("callbacks.memory_cleanup=null removes the callback")],
         threshold: Annotated[
             float,
             Field(gt=0, le=1 / RAISE),
             Remedy(
-                "it is a share of the device's memory in (0, 2/3], and the cache is emptied above 1.5 times it. "
+                "it is a share of the device's memory, and the cache is emptied above 1.5 times it. "
                 "Lower it, or remove the callback to keep the cache"
             ),
         ],
