@@ -196,7 +196,7 @@ def test_the_count_survives_a_resume(world: World) -> None:
         (
             0,
             0.5,
-            r"callbacks\.memory_cleanup\.interval = 0: should be greater than or equal to 1; callbacks\.memory_cleanup=null",
+            r"callbacks\.memory_cleanup\.interval = 0: should be greater than or equal to 1; callbacks",
         ),
         (True, 0.5, r"callbacks\.memory_cleanup\.interval = true"),
         (1.5, 0.5, r"callbacks\.memory_cleanup\.interval = 1\.5"),
