@@ -113,7 +113,7 @@ class MemoryCleanup(Callback):
             float,
             Field(gt=0, le=1 / RAISE),
             Remedy(
-                "it is a share of the device's memory, and the cache is emptied above 1.5 times it. "
+                "it is a share of the device's memory in (0, 2/3], and the cache is emptied above 1.5 times it. "
                 "Lower it, or remove the callback to keep the cache"
             ),
         ],
