@@ -146,6 +146,8 @@ def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> tuple
 
 def _reason(detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if detail["type"] == "value_error":  # our own words, which may hold the user's value
+        return message
     return re.sub(r"\d+\.\d{6,}", lambda limit: f"{float(limit[0]):.4g}", message)  # 2/3 with four digits
 
 

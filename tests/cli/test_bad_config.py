@@ -112,6 +112,12 @@ def test_rules_over_several_keys(program: Program) -> None:
     assert "lattice.width = 0" in two
 
 
+def test_the_users_value_is_shown_in_full(program: Program) -> None:
+    rules = ("lattice.spawn.enabled=true", "lattice.filter.enabled=true", "lattice.spawn.threshold=0.1")
+    message = program.refused(*rules, "lattice.filter.min_displacement=0.10000001")
+    assert "lattice.filter.min_displacement = 0.10000001" in message
+
+
 def test_the_remedy_for_a_metric_that_is_never_measured(program: Program) -> None:
     """It names every callback that monitors the metric."""
     unmeasured = "+trainer.limit_val_batches=0"
