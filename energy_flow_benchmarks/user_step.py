@@ -7,7 +7,7 @@ one `nn.GRUCell` per layer, and the cells' formula in tensor operations, which a
 Letters: B samples, S cells, N = B * S flows, D embedding dimension, E energy dimension, H hidden size, L layers.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ class UserModel(nn.Module):
 
 def gru_of(carrier: EnergyCarrier) -> nn.GRU:
     """Copy the weights of the carrier's cells into one `nn.GRU`."""
-    cells = carrier.gru_cells()
+    cells = [cast(nn.GRUCell, cell) for cell in carrier.cells]
     first = cells[0].weight_ih
     gru = nn.GRU(cells[0].input_size, carrier.hidden_size, len(cells), device=first.device, dtype=first.dtype)
     with torch.no_grad():

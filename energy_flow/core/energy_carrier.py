@@ -6,6 +6,14 @@ from torch import Tensor, nn
 from energy_flow.ops.gru_cell import gru_cell
 
 
+class GRUCell(nn.GRUCell):
+    """`nn.GRUCell`, differentiable twice on every device."""
+
+    def forward(self, input: Tensor, hx: Tensor) -> Tensor:  # type: ignore[override]
+        """Inputs [N, X] and hidden states [N, H] -> the next hidden states [N, H]."""
+        return gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+
 class EnergyCarrier(nn.Module):
     """Computes from features, energy and hidden state the next energy and the displacement of a flow.
 
@@ -19,24 +27,10 @@ class EnergyCarrier(nn.Module):
     def __init__(self, features: int, energy_dim: int, hidden_size: int, num_layers: int) -> None:
         super().__init__()
         sizes = [features + energy_dim] + [hidden_size] * (num_layers - 1)
-        # `nn.GRUCell` stores the parameters under their standard names; `ops` computes.
-        self.cells = nn.ModuleList(nn.GRUCell(size, hidden_size) for size in sizes)
+        self.hidden_size = hidden_size
+        self.cells = nn.ModuleList(GRUCell(size, hidden_size) for size in sizes)
         self.energy_head = nn.Linear(hidden_size, energy_dim)
         self.displacement_head = nn.Linear(hidden_size, 3)
-
-    @property
-    def num_features(self) -> int:
-        """F."""
-        return self.gru_cells()[0].input_size - self.energy_head.out_features
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.energy_head.in_features
-
-    def gru_cells(self) -> list[nn.GRUCell]:
-        """The L layers, the lowest first."""
-        return [cell for cell in self.cells if isinstance(cell, nn.GRUCell)]
 
     def forward(
         self, features: Tensor, energy: Tensor, hidden: tuple[Tensor, ...] | None = None
@@ -60,15 +54,20 @@ class EnergyCarrier(nn.Module):
 
     def recur(self, inputs: Tensor, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One step of the GRU: inputs [..., F + E] and L hidden states [..., H] -> the next L hidden states."""
-        layer_input, next_hidden = inputs, []
-        for cell, own in zip(self.gru_cells(), hidden, strict=True):
-            layer_input = gru_cell(layer_input, own, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
-            next_hidden.append(layer_input)
+        layer_input, next_hidden = inputs.flatten(0, -2), []  # cells of torch take [N, X]
+        for cell, own in zip(self.cells, hidden, strict=True):
+            layer_input = cell(layer_input, own.flatten(0, -2))
+            next_hidden.append(layer_input.view(*own.shape[:-1], -1))
         return tuple(next_hidden)
 
     def heads(self, hidden: Tensor) -> Tensor:
         """Both heads: [..., H] -> change of energy and direction [..., E + 3]."""
         # The heads set energies and positions: they run in the dtype of their weights, also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.to(self.energy_head.weight.dtype)
+            hidden = hidden.to(parameter_dtype(self.energy_head))
             return torch.cat([self.energy_head(hidden), self.displacement_head(hidden)], dim=-1)
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's first parameter of floats; float32 for a module without, such as a quantised one."""
+    return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)

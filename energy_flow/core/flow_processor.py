@@ -1,5 +1,6 @@
 """The flow processor: map in, rollout, collection, map out."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
@@ -7,17 +8,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from energy_flow.core.energy_carrier import EnergyCarrier
+from energy_flow.core.energy_carrier import EnergyCarrier, parameter_dtype
 from energy_flow.core.energy_lattice import EnergyLattice, Landings, LatticeSettings
-from energy_flow.core.engine.engine import TapeEngine
+from energy_flow.core.engine.engines import Engines
 from energy_flow.core.faults import Faults
 from energy_flow.core.flow_step import MoveRule
 from energy_flow.core.history import Trajectories
 from energy_flow.core.networks import ModelSettings, make_map_in, make_map_out
-from energy_flow.core.rollout import AutogradEngine, Rollout, RolloutCall, RolloutResult, RolloutSettings
+from energy_flow.core.parts import SensingNeuron
+from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings
 from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.statistics import flow_statistics
-from energy_flow.core.tensor_pool import TensorPool
 from energy_flow.core.tensors import held_bytes, map_tensors
 from energy_flow.core.timing import PhaseTimer
 from energy_flow.errors import ConfigError
@@ -78,8 +79,7 @@ class FlowProcessor(nn.Module):
         self.register_buffer("optimizer_step", torch.zeros((), dtype=torch.int64))
         self.last_output: FlowOutput | None = None
         self.rollout_settings = RolloutSettings.automatic() if rollout is None else rollout
-        self._pool = TensorPool()
-        self._engine = self._make_engine()
+        self._engines = Engines(self.rollout_settings)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last_output": None}  # a copy, e.g. for weight averaging, has seen no batch
@@ -87,7 +87,7 @@ class FlowProcessor(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
-        return self.carrier.energy_head.weight.dtype
+        return parameter_dtype(self)
 
     def trained_parts(self) -> dict[str, nn.Module]:
         """The networks by name, without maps that have no parameters."""
@@ -123,6 +123,7 @@ class FlowProcessor(nn.Module):
         embedding: Tensor,
         rows: Tensor | None = None,
         *,
+        context: Mapping[str, Tensor] | None = None,
         record_trajectories: bool = False,
         timer: PhaseTimer | None = None,
     ) -> FlowOutput:
@@ -131,20 +132,24 @@ class FlowProcessor(nn.Module):
         Args:
             embedding: [B, D].
             rows: int64 [B], the samples' rows in their data set. Noise needs them.
+            context: further inputs [B, ...] by name, for a neuron with a method `sense`.
             record_trajectories: keep the path of every flow (detached), for inspection.
             timer: measures the phases place, propagate, collect and aggregate.
 
         Raises:
-            ConfigError: noise is on without rows, or `embedding` has another shape.
+            ConfigError: noise is on without rows, `embedding` has another shape, the weights are halves, a part
+                doesn't keep its protocol, or `rollout.engine = tape` can't run a part.
         """
         if embedding.ndim != 2 or embedding.shape[0] == 0 or embedding.shape[1] != self.dim:
             raise ConfigError(
                 f"embedding of shape {list(embedding.shape)}: the model takes [batch, {self.dim}], batch at least 1"
             )
+        _check_precision(self.dtype)
         with _phase(timer, "place"):
             surface = self.map_in(embedding).to(_geometry_dtype(self.dtype))
+            sensed = self.neuron.sense(surface, dict(context or {})) if isinstance(self.neuron, SensingNeuron) else None
         with _phase(timer, "propagate"):
-            flows, counts, trajectories = self._run(surface, rows, record_trajectories)
+            flows, counts, trajectories = self._run(surface, rows, sensed, record_trajectories)
         with _phase(timer, "collect"):
             landings = self.lattice.landings(flows)
             deposits = self.lattice.collect(landings)
@@ -185,31 +190,42 @@ class FlowProcessor(nn.Module):
         Returns:
             The bytes freed.
         """
-        freed = self._engine.trim() + held_bytes(self.last_output)
+        freed = self._engines.trim() + held_bytes(self.last_output)
         self.last_output = None
         return freed
 
-    def _make_engine(self) -> AutogradEngine | TapeEngine:
-        rollout = Rollout(self.lattice, self.seed, self._pool)
-        if self.rollout_settings.engine == "autograd" or self.settings.num_steps == 0:  # no step: nothing to tape
-            return AutogradEngine(self.neuron, self.carrier, rollout)
-        return TapeEngine(self.neuron, self.carrier, rollout, self.rollout_settings)
-
-    def _run(self, surface: Tensor, rows: Tensor | None, keep_paths: bool) -> RolloutResult:
+    def _run(self, surface: Tensor, rows: Tensor | None, sensed: Any, keep_paths: bool) -> RolloutResult:
         """All steps of all flows."""
+        noisy = self.training and self.settings.noise.std > 0
         call = RolloutCall(
-            sample_ids=rows,
+            # A copy: the caller may change its tensor before the backward pass draws the noise again.
+            sample_ids=rows.clone() if noisy and rows is not None else rows,
             optimizer_step=self.optimizer_step.clone(),
             rule=self.move_rule(),
-            noisy=self.training and self.settings.noise.std > 0,
+            noisy=noisy,
             keep_paths=keep_paths,
+            sensed=sensed,
         )
-        return self._engine.run(surface, call)
+        rollout = Rollout(self.lattice, self.seed)
+        return self._engines.run(self.rollout_settings, self.neuron, self.carrier, rollout, surface, call)
 
 
 def _geometry_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of positions and energies: float32, or float64 for float64 parameters."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _check_precision(dtype: torch.dtype) -> None:
+    """Refuse weights of two bytes.
+
+    Raises:
+        ConfigError: names the way to faster products.
+    """
+    if dtype.itemsize < 4:
+        raise ConfigError(
+            f"parameters of {dtype}: positions need float32, or neighbouring cells become one. Keep the parameters in "
+            "float32 (model.float()), and set trainer.precision=bf16-mixed or use torch.autocast"
+        )
 
 
 def _phase(timer: PhaseTimer | None, name: str) -> AbstractContextManager[Any]:

@@ -1,26 +1,24 @@
 """The rollout: all steps of all flows, by the rules of the lattice.
 
 `Rollout` applies the rules to dense slots [B, M]. A `Stepper` computes the steps and stores the hidden states. There
-are two steppers: plain autograd in this file, and the tape in `engine/tape.py`.
+are two steppers: the modules as they are in this file, and the tape in `engine/tape.py`.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.energy_lattice import Count, EnergyLattice, LatticeSettings
 from energy_flow.core.flow_step import MoveRule, StepResult, move
 from energy_flow.core.history import Counts, History, Trajectories
-from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.tensor_pool import TensorPool
 from energy_flow.core.tensorized_flow_storage import Births, FinishedFlows, FlowState, FlowStatus, TensorizedFlowStorage
-from energy_flow.core.tensors import map_tensors
+from energy_flow.core.tensors import map_tensors, tensors_of
 from energy_flow.errors import ConfigError
 from energy_flow.ops.counter_noise import counter_noise
 from energy_flow.settings import Settings
@@ -41,7 +39,7 @@ class RolloutSettings(Settings):
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.engine == "autograd":
-            for key, value in self.model_dump(exclude={"engine"}).items():
+            for key, value in self.model_dump(exclude={"engine", "chunk"}).items():
                 if value not in ("auto", None) and value is not False:
                     raise ValueError(
                         f"rollout.{key} = {str(value).lower()}: rollout.engine = autograd has no such setting. Set "
@@ -64,10 +62,12 @@ class RolloutCall:
     rule: MoveRule
     noisy: bool
     keep_paths: bool
+    sensed: Any = None  # of a `SensingNeuron`: a record of tensors [B, ...], perhaps with gradients
 
     def samples(self, start: int, stop: int) -> "RolloutCall":
         """The call of samples [start, stop)."""
-        return self if self.sample_ids is None else replace(self, sample_ids=self.sample_ids[start:stop])
+        ids = None if self.sample_ids is None else self.sample_ids[start:stop]
+        return replace(self, sample_ids=ids, sensed=map_tensors(lambda value: value[start:stop], self.sensed))
 
 
 class RolloutResult(NamedTuple):
@@ -114,24 +114,29 @@ class Rollout:
     Args:
         lattice: its settings are the rules.
         seed: of the exploration noise.
-        pool: holds the bookkeeping of the flows while a rollout runs.
     """
 
-    def __init__(self, lattice: EnergyLattice, seed: int, pool: TensorPool) -> None:
-        self.lattice, self.seed, self.pool = lattice, seed, pool
+    def __init__(self, lattice: EnergyLattice, seed: int) -> None:
+        self.lattice, self.seed = lattice, seed
         self.settings: LatticeSettings = lattice.settings
         self._num_cells, self._num_steps = self.settings.num_cells, self.settings.num_steps
 
-    def run(self, surface: Tensor, stepper: Stepper, call: RolloutCall) -> RolloutResult:
+    def run(self, surface: Tensor, stepper: Stepper, call: RolloutCall, pool: TensorPool) -> RolloutResult:
         """Run all steps, from surface energies [B, S, E] to flows that have all ended.
 
         Only the device knows which flows are active. Nothing here waits for it.
+
+        Args:
+            surface: energies of the input plane.
+            stepper: computes the steps.
+            call: the other inputs.
+            pool: holds the bookkeeping of the flows while the rollout runs.
 
         Raises:
             ConfigError: noise is on, and the call has no sample ids.
         """
         settings = self.settings
-        storage = TensorizedFlowStorage(self.lattice.place_initial_energy(surface), self._num_cells, self.pool)
+        storage = TensorizedFlowStorage(self.lattice.place_initial_energy(surface), self._num_cells, pool)
         history = History(storage, call.keep_paths)
         convergence = _Convergence(settings, storage)
         for step in range(self._num_steps):
@@ -191,41 +196,55 @@ class _Convergence:
 
 
 class AutogradStepper:
-    """Computes steps with the modules themselves; autograd records them."""
+    """Computes steps with the modules themselves, whatever they are; autograd records them."""
 
     draw_noise = staticmethod(counter_noise)
 
-    def __init__(self, neuron: SimpleNeuron, carrier: EnergyCarrier, rule: MoveRule) -> None:
-        self._neuron, self._carrier, self._rule = neuron, carrier, rule
-        self._hidden: tuple[Tensor, ...] | None = None
+    def __init__(self, neuron: nn.Module, carrier: nn.Module, call: RolloutCall) -> None:
+        self._neuron, self._carrier, self._rule = neuron, carrier, call.rule
+        self._sensed = () if call.sensed is None else (call.sensed,)
+        self._hidden: Any = None
 
     def step(self, state: FlowState, active: Tensor, noise: Tensor | None) -> StepResult:
-        """See `Stepper`."""
-        features = self._neuron(state.position, state.energy)
-        decision, self._hidden = self._carrier(features, state.energy, self._hidden)
+        """See `Stepper`.
+
+        Raises:
+            ConfigError: the carrier doesn't keep the protocol `Carrier`.
+        """
+        features = self._neuron(state.position, state.energy, *self._sensed)
+        result = self._carrier(features, state.energy, self._hidden)
+        decision, self._hidden = _checked_decision(self._carrier, result, state)
+        decision = decision.to(state.position.dtype)
         return StepResult(*move(state.position, state.energy, active, decision, noise, *self._rule), decision)
 
     def give_birth(self, births: Births) -> None:
         """See `Stepper`."""
-        assert self._hidden is not None, "children are born after a step"
-        self._hidden = tuple(births.gather_from_parents(hidden, hidden) for hidden in self._hidden)
+        self._hidden = map_tensors(lambda hidden: births.gather_from_parents(hidden, hidden), self._hidden)
 
 
-class AutogradEngine:
-    """Runs rollouts with plain autograd.
+def _checked_decision(carrier: nn.Module, result: Any, state: FlowState) -> tuple[Tensor, Any]:
+    """Check the result of a carrier's step.
 
-    Args:
-        neuron, carrier: the networks that flows share.
-        rollout: the rules.
+    Raises:
+        ConfigError: names the shapes that the protocol asks for, and those that came.
     """
-
-    def __init__(self, neuron: SimpleNeuron, carrier: EnergyCarrier, rollout: Rollout) -> None:
-        self._neuron, self._carrier, self._rollout = neuron, carrier, rollout
-
-    def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
-        """Run all steps, from surface energies [B, S, E] to flows that have all ended."""
-        return self._rollout.run(surface, AutogradStepper(self._neuron, self._carrier, call.rule), call)
-
-    def trim(self) -> int:
-        """Free buffers that no batch since the last call has needed; returns the bytes freed."""
-        return self._rollout.pool.trim()
+    where = f"processor.carrier ({type(carrier).__name__})"
+    flows, energy_dim = state.energy.shape[:2], state.energy.shape[2]
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor):
+        raise ConfigError(
+            f"{where}: returned {type(result).__name__}, but a step returns the decision [B, M, E + 3] and the next "
+            "hidden state. See energy_flow.core.parts.Carrier"
+        )
+    decision, hidden = result
+    if decision.shape != (*flows, energy_dim + 3):
+        raise ConfigError(
+            f"{where}: returned a decision of shape {list(decision.shape)}, but it must be [B, M, E + 3] = "
+            f"{[*flows, energy_dim + 3]}. See energy_flow.core.parts.Carrier"
+        )
+    for value in tensors_of(hidden):
+        if value.shape[:2] != flows:
+            raise ConfigError(
+                f"{where}: returned a hidden state of shape {list(value.shape)}, but it must begin with [B, M] = "
+                f"{list(flows)}: a state per flow. See energy_flow.core.parts.Carrier"
+            )
+    return decision, hidden

@@ -22,19 +22,14 @@ class SimpleNeuron(nn.Module):
     def forward(self, position: Tensor, energy: Tensor) -> Tensor:
         """Positions [..., 3] and energies [..., E] -> features [..., F]."""
         with torch.autocast(position.device.type, enabled=False):
-            return neuron_features(position, energy, *self.weights)
-
-    @property
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weight and bias of the first layer, then of the second."""
-        first, second = (layer for layer in self.network if isinstance(layer, nn.Linear))
-        return first.weight, first.bias, second.weight, second.bias
+            features: Tensor = self.network(torch.cat([position, energy.to(position.dtype)], dim=-1))
+            return features
 
 
 def neuron_features(
     position: Tensor, energy: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
-    """Two linear layers with a SiLU between them: linear2(silu(linear1([position, energy]))), [..., F]."""
+    """`SimpleNeuron` as a function: linear2(silu(linear1([position, energy]))), [..., F]."""
     place = torch.cat([position, energy.to(position.dtype)], dim=-1)
     hidden = nn.functional.silu(nn.functional.linear(place, weight1, bias1))
     return nn.functional.linear(hidden, weight2, bias2)
@@ -64,7 +59,7 @@ def neuron_features_backward(
     Args:
         position: [N, 3].
         energy: [N, E].
-        weight1, bias1, weight2: see `SimpleNeuron.weights`.
+        weight1, bias1, weight2: of the first linear layer, and the second one's weight.
         grad_features: [N, F].
 
     Returns:

@@ -40,8 +40,9 @@ class Births:
 
     def gather_from_parents(self, own: Tensor, parents: Tensor) -> Tensor:
         """Take `parents` [B, M, ...] at the parent's slot where a child was born, and `own` elsewhere."""
-        index = self.parent[..., None].expand(-1, -1, parents.shape[-1])
-        return torch.where(self.born[..., None], parents.gather(1, index), own)
+        trailing = (1,) * (parents.ndim - 2)
+        index = self.parent.view(*self.parent.shape, *trailing).expand_as(parents)
+        return torch.where(self.born.view(*self.born.shape, *trailing), parents.gather(1, index), own)
 
     def scatter_to_parents(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The backward pass of `gather_from_parents`: gradients of `own` and of `parents`."""

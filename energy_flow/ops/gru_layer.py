@@ -37,7 +37,7 @@ class PackedLayer:
         weight_ih = torch.cat([new, reset, update]).to(dtype)
         if input_size > cell.input_size:
             weight_ih = nn.functional.pad(weight_ih, (0, input_size - cell.input_size))
-        weight_hh = cell.weight_hh.to(dtype)
+        weight_hh = cell.weight_hh.to(dtype, copy=True)  # never the parameter itself, which may change
         bias_ir, bias_iz, bias_in = cell.bias_ih.split(size)
         bias_hr, bias_hz, bias_hn = cell.bias_hh.split(size)
         bias = torch.cat([bias_in, bias_ir + bias_hr, bias_iz + bias_hz, bias_hn])
@@ -91,9 +91,14 @@ class LayerGradients:
     """Sums of the weight gradients of a layer, in the order of `PackedLayer`, in float32 at least.
 
     The matrices are transposed, because products of that shape are faster on CPUs and as fast on GPUs.
+
+    Args:
+        layer: whose gradients.
+        trained: whether to compute the weights' gradients; if not, they stay 0.
     """
 
-    def __init__(self, layer: PackedLayer) -> None:
+    def __init__(self, layer: PackedLayer, trained: bool = True) -> None:
+        self._trained = trained
         self.weight_ih = layer.bias.new_zeros(layer.input_size, 3 * layer.hidden_size)
         self.weight_hh = layer.bias.new_zeros(layer.hidden_size, 3 * layer.hidden_size)
         self.bias = torch.zeros_like(layer.bias)
@@ -106,15 +111,22 @@ class LayerGradients:
             xh: [N, X + H], a view of the tape.
             num_empty: h is 0 in so many leading rows.
         """
+        if not self._trained:
+            return
         width, size = self.weight_ih.shape[0], self.weight_hh.shape[0]
         _add_product(self.weight_ih, xh[:, :width], grad_gates[:, : 3 * size])
         if num_empty < len(xh):
             _add_product(self.weight_hh, xh[num_empty:, width:], grad_gates[num_empty:, size:])
 
-    def unpack(self, cell: nn.GRUCell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The gradients of weight_ih, weight_hh, bias_ih and bias_hh of the cell."""
-        size = cell.hidden_size
-        new, reset, update = self.weight_ih[: cell.input_size].T.split(size)
+    def unpack(self, input_size: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The gradients of weight_ih, weight_hh, bias_ih and bias_hh of the cell.
+
+        Args:
+            input_size: of the cell, without padding; None: there is no padding.
+            dtype: of the cell's parameters.
+        """
+        size = self.weight_hh.shape[0]
+        new, reset, update = self.weight_ih[:input_size].T.split(size)
         bias_in, bias_r, bias_z, bias_hn = self.bias.split(size)
         gradients = (
             torch.cat([reset, update, new]),
@@ -122,8 +134,7 @@ class LayerGradients:
             torch.cat([bias_r, bias_z, bias_in]),
             torch.cat([bias_r, bias_z, bias_hn]),
         )
-        dtype = cell.weight_ih.dtype
-        return tuple(gradient.to(dtype) for gradient in gradients)  # type: ignore[return-value]
+        return tuple(gradient.to(dtype) for gradient in gradients)
 
 
 def _left(matrix: Tensor) -> Tensor:

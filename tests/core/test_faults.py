@@ -187,9 +187,7 @@ def test_filter_below_the_spawn_threshold_is_fine() -> None:
     lattice_settings(filter__enabled=True, filter__min_displacement=5.0)  # no flow spawns
 
 
-@pytest.mark.parametrize(
-    "changes", [{"chunk": 2}, {"recompute": True}, {"compaction": True}, {"cuda_graph": True}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"recompute": True}, {"compaction": True}, {"cuda_graph": True}], ids=str)
 def test_settings_of_the_tape_are_refused_for_plain_autograd(changes: dict[str, Any]) -> None:
     plain = RolloutSettings.automatic().model_dump() | {"engine": "autograd", "compile": False, "chunk": None}
     assert read(RolloutSettings, plain, "rollout").engine == "autograd"

@@ -13,7 +13,7 @@ from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.energy_lattice import Landings
 from energy_flow.core.flow_step import MoveRule, StepResult, fold, fold_slope, move, move_backward
 from energy_flow.core.geometry import deposit_cells
-from energy_flow.core.rollout import AutogradStepper
+from energy_flow.core.rollout import AutogradStepper, RolloutCall
 from energy_flow.core.simple_neuron import SimpleNeuron, neuron_features, neuron_features_backward
 from energy_flow.core.tensorized_flow_storage import Births, FlowState
 from energy_flow.ops.gru_gates import gates_backward, gates_forward
@@ -81,7 +81,8 @@ class Step:
         return result.position, result.energy, *hidden
 
     def result(self) -> tuple[StepResult, tuple[Tensor, ...]]:
-        stepper = AutogradStepper(self.neuron, self.carrier, self.rule)
+        call = RolloutCall(None, torch.tensor(0), self.rule, noisy=False, keep_paths=False)
+        stepper = AutogradStepper(self.neuron, self.carrier, call)
         stepper._hidden = self.hidden
         result = stepper.step(FlowState(self.position, self.energy), self.active, self.noise)
         assert stepper._hidden is not None
@@ -262,7 +263,7 @@ def test_a_layer_of_the_tape(padding: int, empty: bool) -> None:
         torch.testing.assert_close(below, grad_input + 1)
         assert (grad_input[:, inputs:] == 0).all()
         assert_gradients_agree((grad_input[:, :inputs], grad_hidden), (expected_input, expected_hidden))
-        for found, wanted in zip(sums.unpack(cell), expected_weights, strict=True):
+        for found, wanted in zip(sums.unpack(inputs, DTYPE), expected_weights, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
 
 
@@ -275,4 +276,4 @@ def test_weight_gradients_add_up() -> None:
     whole.add(gates, xh, 3)
     parts.add(gates[:5], xh[:5], 0)
     parts.add(gates[5:], xh[5:], 0)
-    assert_gradients_agree(parts.unpack(cell)[:2], whole.unpack(cell)[:2])
+    assert_gradients_agree(parts.unpack(5, DTYPE)[:2], whole.unpack(5, DTYPE)[:2])

@@ -242,7 +242,7 @@ def test_clean_up_gives_back_what_the_last_batch_left() -> None:
     assert processor.last_output is None
     run(processor, 0, batch=2)
     assert processor.cleanup_memory_safe() == left, "the same batch leaves the same behind"
-    pooled = processor._pool.nbytes
+    pooled = processor._engines.tape._pool.nbytes
     assert pooled > 2 * 12 * (1 + 8 + 8), "status, steps and age of every slot, and the tape"
     assert processor.cleanup_memory_safe() == pooled, "no batch since then: no buffer was needed"
     assert processor.cleanup_memory_safe() == 0
@@ -252,11 +252,11 @@ def test_clean_up_gives_back_the_buffers_of_a_larger_batch() -> None:
     processor = CASE.processor()
     run(processor, 0, batch=9)
     processor.cleanup_memory_safe()
-    pooled = processor._pool.nbytes
+    pooled = processor._engines.tape._pool.nbytes
     run(processor, 0, batch=2)
     left = held(processor.last_output)
     freed = processor.cleanup_memory_safe()
-    assert freed - left == pooled - processor._pool.nbytes
+    assert freed - left == pooled - processor._engines.tape._pool.nbytes
     assert freed - left == pytest.approx(pooled * 7 / 9)
     assert torch.equal(run(processor, 1).surface, run(CASE.processor(), 1).surface)
 
@@ -282,7 +282,7 @@ def test_a_copy_of_a_model_is_a_model_of_its_own() -> None:
     processor = CASE.processor()
     output = run(processor, 0)
     copied = copy.deepcopy(processor)
-    assert copied._pool.nbytes == 0 < processor._pool.nbytes
+    assert copied._engines.tape._pool.nbytes == 0 < processor._engines.tape._pool.nbytes
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.mul_(1.1)

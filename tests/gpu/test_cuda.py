@@ -190,7 +190,7 @@ for _ in range(20):
     bits = [output.embedding, output.surface, *grads.values()]
     first = first or [tensor.clone() for tensor in bits]
     assert all(torch.equal(*pair) for pair in zip(first, bits, strict=True))
-print(len(processor._engine._graphs), "recorded")
+print(len(processor._engines.tape._graphs), "recorded")
 """
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

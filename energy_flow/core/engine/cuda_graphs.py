@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from energy_flow.core.engine.chunking import is_out_of_memory
-from energy_flow.core.engine.packed_weights import PackedGradients
+from energy_flow.core.engine.packed_weights import PackedGradients, PackedWeights
 from energy_flow.core.engine.tape import Tape
 from energy_flow.core.rollout import RolloutCall, RolloutResult
 from energy_flow.core.tensors import map_tensors, tensors_of
 from energy_flow.errors import RecordingError
 
-Forward = Callable[[Tensor, RolloutCall], tuple[RolloutResult, Tape]]
+Forward = Callable[[Tensor, RolloutCall, PackedWeights], tuple[RolloutResult, Tape]]
 Backward = Callable[[Tape, Tensor, Tensor], tuple[Tensor, PackedGradients]]
 _Record = TypeVar("_Record")
 
@@ -51,10 +51,10 @@ class ChunkGraph:
         used, self._used = self._used, False
         return used
 
-    def forward(self, run: Forward, surface: Tensor, call: RolloutCall) -> RolloutResult:
+    def forward(self, run: Forward, surface: Tensor, call: RolloutCall, weights: PackedWeights) -> RolloutResult:
         """Run a chunk from surface energies [b, S, E] to ended flows; `run` is plain code without autograd."""
         self._used = True
-        values = (surface, call)
+        values = (surface, call, weights)
         if self._forward is None:
             inputs = _own_copy(values)
             graph = torch.cuda.CUDAGraph()

@@ -8,7 +8,7 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,13 @@ from energy_flow.core.engine.chunking import ChunkSizes
 from energy_flow.core.engine.compaction import Activity
 from energy_flow.core.engine.compiled import step_kernels
 from energy_flow.core.engine.cuda_graphs import GraphCache
+from energy_flow.core.engine.locking import EngineLock
 from energy_flow.core.engine.packed_weights import PackedGradients, PackedWeights, padded, step_parameters
 from energy_flow.core.engine.tape import Compaction, Tape, most_segments
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings, join_chunks
 from energy_flow.core.simple_neuron import SimpleNeuron
+from energy_flow.core.tensor_pool import TensorPool
+from energy_flow.core.tensors import tensors_of
 from energy_flow.errors import ConfigError
 from energy_flow.ops.backend import has_triton, use_triton
 
@@ -37,6 +40,17 @@ class ExecutionPlan(NamedTuple):
     compaction: Compaction
 
 
+@dataclass(frozen=True, eq=False)
+class TapeJob:
+    """A batch to run: everything besides its surface, as it was at the call. Forward pass and replays use the same."""
+
+    rollout: Rollout
+    call: RolloutCall
+    weights: PackedWeights  # copies: later changes of the parameters don't reach a replay
+    plan: ExecutionPlan
+    keep: bool  # for a backward pass
+
+
 # Gradients of positions and energies at the end -> gradients of the energies at the start, and of the weights.
 _Backward = Callable[[Tensor, Tensor], tuple[Tensor, PackedGradients]]
 
@@ -44,54 +58,62 @@ _Backward = Callable[[Tensor, Tensor], tuple[Tensor, PackedGradients]]
 class _Taped(NamedTuple):
     """The samples whose tape the buffers hold, and its backward pass."""
 
-    call: RolloutCall
+    job: TapeJob
     start: int
     stop: int
     backward: _Backward
 
 
 class TapeEngine:
-    """Runs rollouts on a tape.
+    """Runs rollouts of the shipped networks on a tape, one batch at a time.
 
     Args:
-        neuron, carrier: the networks that flows share; their parameters get gradients.
-        rollout: the rules. Its pool also provides the tape's buffers.
         settings: how rollouts are computed.
     """
 
-    def __init__(
-        self,
-        neuron: SimpleNeuron,
-        carrier: EnergyCarrier,
-        rollout: Rollout,
-        settings: RolloutSettings,
-    ) -> None:
-        self._neuron, self._carrier, self._rollout, self._settings = neuron, carrier, rollout, settings
+    def __init__(self, settings: RolloutSettings) -> None:
+        self._settings = settings
         self._sizes = ChunkSizes(settings.chunk)
         self._activity = Activity()
         self._taped: _Taped | None = None
         self._graphs = GraphCache()
-        rollout.pool.dependants.append(self._graphs)  # graphs write to fixed addresses
+        self._lock = EngineLock()
+        self._pool = TensorPool()
+        self._pool.dependants.append(self._graphs)  # graphs write to fixed addresses
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model, e.g. for weight averaging, starts without a tape.
         return self.__dict__ | {"_taped": None, "_activity": Activity()}
 
-    def run(self, surface: Tensor, call: RolloutCall) -> RolloutResult:
+    @torch.compiler.disable
+    def run(
+        self, neuron: SimpleNeuron, carrier: EnergyCarrier, rollout: Rollout, surface: Tensor, call: RolloutCall
+    ) -> RolloutResult:
         """Run all steps, from surface energies [B, S, E] to flows that have all ended; differentiable once.
+
+        Args:
+            neuron, carrier: exactly the shipped networks; their parameters get gradients.
+            rollout: the rules.
+            surface: energies of the input plane.
+            call: the other inputs.
 
         Raises:
             ConfigError: the device doesn't support a setting.
         """
         _check(self._settings, surface)
-        parameters = step_parameters(self._neuron, self._carrier)
+        parameters = step_parameters(neuron, carrier)
         dtype = _products_dtype(surface, parameters[0])
-        plan = ExecutionPlan(dtype, self._compaction(surface, dtype))
-        keep = torch.is_grad_enabled() and any(value.requires_grad for value in (surface, *parameters))
+        job = TapeJob(
+            rollout=rollout,
+            call=call,
+            weights=PackedWeights.pack(neuron, carrier, dtype),
+            plan=ExecutionPlan(dtype, self._compaction(surface, dtype)),
+            keep=torch.is_grad_enabled() and any(value.requires_grad for value in (surface, *parameters)),
+        )
         results: list[RolloutResult] = []
-        position, energy = _TapedRollout.apply(self, call, plan, keep, results, surface, *parameters)
+        position, energy = _TapedRollout.apply(self, job, results, surface, *parameters)
         result = results.pop()
-        if keep and surface.is_cuda:
+        if job.keep and surface.is_cuda:
             self._activity.put(result.counts, result.flows.status.numel())
         flows = replace(result.flows, position=position, energy=energy)
         return result._replace(flows=flows)
@@ -101,114 +123,105 @@ class TapeEngine:
 
         While a graph is in use, the buffers stay.
         """
-        self._taped = None
-        self._graphs.drop_unused()
-        return 0 if len(self._graphs) else self._rollout.pool.trim()
+        with self._lock:
+            self._taped = None
+            self._graphs.drop_unused()
+            return 0 if len(self._graphs) else self._pool.trim()
 
     def release(self) -> None:
         """Free all buffers."""
         self._taped = None
-        self._rollout.pool.clear()
+        self._pool.clear()
 
-    def forward(self, surface: Tensor, call: RolloutCall, plan: ExecutionPlan, keep: bool) -> RolloutResult:
-        """Run all chunks; with `keep`, keep the tape of the last one for the backward pass."""
+    def forward(self, surface: Tensor, job: TapeJob) -> RolloutResult:
+        """Run all chunks; keep the tape of the last one where there will be a backward pass."""
 
         def attempt(chunk: int) -> RolloutResult:
             starts = range(0, len(surface), chunk)
             return join_chunks(
-                [
-                    self._chunk(surface, call, plan, start, start + chunk, keep and start == starts[-1])
-                    for start in starts
-                ]
+                [self._chunk(surface, job, start, start + chunk, job.keep and start == starts[-1]) for start in starts]
             )
 
-        return self._within_memory(surface, plan, keep, attempt)
+        with self._lock.on(surface.device):
+            return self._within_memory(surface, job, job.keep, attempt)
 
     def backward(
-        self, surface: Tensor, call: RolloutCall, plan: ExecutionPlan, grad_position: Tensor, grad_energy: Tensor
+        self, surface: Tensor, job: TapeJob, grad_position: Tensor, grad_energy: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradients of the surface and of `step_parameters`. Chunks without a tape run forward once more."""
 
         def attempt(chunk: int) -> tuple[Tensor, list[Tensor]]:
-            gradients = PackedGradients(self._weights(plan.dtype))
+            gradients = PackedGradients(job.weights)
             grad_surface = torch.empty_like(surface)
             for start in reversed(range(0, len(surface), chunk)):
                 part = slice(start, start + chunk)
-                backward = self._backward_of(surface, call, plan, start, start + chunk)
+                backward = self._backward_of(surface, job, start, start + chunk)
                 grad_start, of_chunk = backward(grad_position[part], grad_energy[part])
                 grad_surface[part] = grad_start[:, : surface.shape[1]]
                 gradients.add(of_chunk)
                 del backward, grad_start, of_chunk  # frees the tape before the next chunk makes its own
-            return grad_surface, gradients.unpack(self._carrier)
+            return grad_surface, gradients.unpack()
 
-        return self._within_memory(surface, plan, True, attempt)
+        with self._lock.on(surface.device):
+            return self._within_memory(surface, job, True, attempt)
 
-    def _backward_of(self, surface: Tensor, call: RolloutCall, plan: ExecutionPlan, start: int, stop: int) -> _Backward:
+    def _backward_of(self, surface: Tensor, job: TapeJob, start: int, stop: int) -> _Backward:
         """The backward pass of samples [start, stop). They run forward again if the buffers don't hold their tape."""
-        if self._taped is None or self._taped[:3] != (call, start, stop):
-            self._chunk(surface, call, plan, start, stop, keep=True)
+        if self._taped is None or self._taped[:3] != (job, start, stop):
+            self._chunk(surface, job, start, stop, keep=True)
         taped, self._taped = self._taped, None
         assert taped is not None
         return taped.backward
 
-    def _chunk(
-        self, surface: Tensor, call: RolloutCall, plan: ExecutionPlan, start: int, stop: int, keep: bool
-    ) -> RolloutResult:
+    def _chunk(self, surface: Tensor, job: TapeJob, start: int, stop: int, keep: bool) -> RolloutResult:
         """Run samples [start, stop) forward."""
         self._taped = None
-        part, own = surface[start:stop], call.samples(start, stop)
-        kind = self._kind(part, own, plan, keep)
-        replayed = self._replay(kind, part, own, plan, keep)
-        if replayed is not None:
-            result, backward = replayed
+        values = surface[start:stop], job.call.samples(start, stop), job.weights
+        kind = self._kind(values[0], job, keep)
+        run = functools.partial(self._run, job=job, keep=keep)
+        graph = None if kind is None else self._graphs.get(kind, surface.device)
+        if graph is not None:
+            result = graph.forward(run, *values)
+            backward = functools.partial(graph.backward, _backward)
         else:
-            result, tape = self._run(part, own, plan, keep)
+            result, tape = run(*values)
             backward = functools.partial(_backward_and_count, self._graphs, tape, kind)
             if not keep:
                 self._graphs.count_run(kind)
         if keep:
-            self._taped = _Taped(call, start, stop, backward)
+            self._taped = _Taped(job, start, stop, backward)
         return result
 
-    def _replay(
-        self, kind: Hashable, surface: Tensor, call: RolloutCall, plan: ExecutionPlan, keep: bool
-    ) -> tuple[RolloutResult, _Backward] | None:
-        """Run a chunk as CUDA graphs; None if its kind has none."""
-        graph = None if kind is None else self._graphs.get(kind, surface.device)
-        if graph is None:
-            return None
-        result = graph.forward(functools.partial(self._run, plan=plan, keep=keep), surface, call)
-        return result, functools.partial(graph.backward, _backward)
-
-    def _run(self, surface: Tensor, call: RolloutCall, plan: ExecutionPlan, keep: bool) -> tuple[RolloutResult, Tape]:
-        lattice, settings = self._rollout.settings, self._settings
-        on_cpu = surface.device.type == "cpu"
+    def _run(
+        self, surface: Tensor, call: RolloutCall, weights: PackedWeights, *, job: TapeJob, keep: bool
+    ) -> tuple[RolloutResult, Tape]:
+        """Run a chunk; `surface`, `call` and `weights` may be the copies of a CUDA graph."""
+        lattice, device = job.rollout.settings, surface.device
         tape = Tape(
-            weights=self._weights(plan.dtype),
-            kernels=step_kernels(self._compiles(surface.device), on_cpu),
+            weights=weights,
+            kernels=step_kernels(self._compiles(device, weights.hidden_size), device.type == "cpu"),
             rule=call.rule,
             num_steps=lattice.num_steps,
             num_slots=len(surface) * lattice.capacity,
             keep=keep,
-            recompute=settings.recompute,
-            compaction=plan.compaction,
+            recompute=self._settings.recompute,
+            compaction=job.plan.compaction,
             spawning=lattice.spawn.enabled,
-            pool=self._rollout.pool,
+            pool=self._pool,
         )
-        return self._rollout.run(surface, tape, call), tape
+        return job.rollout.run(surface, tape, call, self._pool), tape
 
-    def _kind(self, surface: Tensor, call: RolloutCall, plan: ExecutionPlan, keep: bool) -> Hashable:
+    def _kind(self, surface: Tensor, job: TapeJob, keep: bool) -> Hashable:
         """The kind of a chunk: one CUDA graph fits all chunks of a kind. None: run it without a graph."""
+        call, rollout = job.call, job.rollout
         wanted = surface.is_cuda if self._settings.cuda_graph == "auto" else self._settings.cuda_graph
         if not wanted or call.keep_paths:
             return None
-        addresses = tuple(parameter.data_ptr() for parameter in step_parameters(self._neuron, self._carrier))
         modes = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
         inputs = surface.shape, surface.dtype, call.noisy, call.sample_ids is None
-        return inputs, plan, keep, torch.is_inference_mode_enabled(), modes, addresses
-
-    def _weights(self, dtype: torch.dtype) -> PackedWeights:
-        return PackedWeights.pack(self._neuron, self._carrier, dtype)
+        rules = rollout.settings, rollout.seed, call.rule.residual_energy
+        weights = tuple(value.shape for value in tensors_of(job.weights)), job.weights.trained
+        return inputs, job.plan, keep, torch.is_inference_mode_enabled(), modes, rules, weights
 
     def _compaction(self, surface: Tensor, dtype: torch.dtype) -> Compaction:
         wanted = self._settings.compaction
@@ -223,33 +236,34 @@ class TapeEngine:
             wanted = fits and self._activity.is_low()
         return "active_first" if wanted else "none"
 
-    def _compiles(self, device: torch.device) -> bool:
+    def _compiles(self, device: torch.device, hidden_size: int) -> bool:
         """Whether to compile the kernels."""
         if self._settings.compile != "auto":
             return self._settings.compile
         if device.type == "cpu":
-            return self._carrier.hidden_size >= _WORTH_COMPILING and _has_compiler()
+            return hidden_size >= _WORTH_COMPILING and _has_compiler()
         return has_triton()
 
-    def _bytes_per_sample(self, surface: Tensor, plan: ExecutionPlan, keep: bool) -> int:
+    def _bytes_per_sample(self, surface: Tensor, job: TapeJob, keep: bool) -> int:
         """Bytes that one sample needs: tape, gates, gradients of the hidden states, states of all steps."""
-        carrier, steps = self._carrier, self._rollout.settings.num_steps
-        layers, size, energy_dim = len(carrier.cells), carrier.hidden_size, surface.shape[2]
-        row = padded(carrier.num_features + energy_dim) + layers * size
+        weights, lattice, steps = job.weights, job.rollout.settings, job.rollout.settings.num_steps
+        layers, size, energy_dim = len(weights.layers), weights.hidden_size, surface.shape[2]
+        row = padded(weights.num_features + energy_dim) + layers * size
         gates = layers * steps if keep and not self._settings.recompute else 1
-        segments = most_segments(steps, plan.compaction, self._rollout.settings.spawn.enabled)
+        segments = most_segments(steps, job.plan.compaction, lattice.spawn.enabled)
         slabs = steps + layers * segments if keep else (layers + 1) * min(segments, 2)
         products = slabs * row + gates * 4 * size + (layers + 2) * size
-        states = (steps if keep else 3) * (10 + 3 * energy_dim) + 4 * carrier.num_features
-        return self._rollout.settings.capacity * (products * plan.dtype.itemsize + states * surface.element_size())
+        states = (steps if keep else 3) * (10 + 3 * energy_dim) + 4 * weights.num_features
+        return lattice.capacity * (products * job.plan.dtype.itemsize + states * surface.element_size())
 
-    def _within_memory(self, surface: Tensor, plan: ExecutionPlan, keep: bool, attempt: Any) -> Any:
+    def _within_memory(self, surface: Tensor, job: TapeJob, keep: bool, attempt: Any) -> Any:
+        bytes_per_sample = self._bytes_per_sample(surface, job, keep)
         return self._sizes.within_memory(
             len(surface),
             surface.device,
-            kind=(plan, keep),
-            bytes_per_sample=lambda: self._bytes_per_sample(surface, plan, keep),
-            held=lambda: self._rollout.pool.nbytes,
+            kind=(job.plan, keep, bytes_per_sample),
+            bytes_per_sample=lambda: bytes_per_sample,
+            held=lambda: self._pool.nbytes,
             release=self.release,
             attempt=attempt,
         )
@@ -262,30 +276,27 @@ class _TapedRollout(torch.autograd.Function):
     def forward(
         ctx: Any,
         engine: TapeEngine,
-        call: RolloutCall,
-        plan: ExecutionPlan,
-        keep: bool,
+        job: TapeJob,
         results: list[RolloutResult],
         surface: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(surface.device.type, enabled=False):
-            result = engine.forward(surface.detach(), call, plan, keep)
-        ctx.engine, ctx.call, ctx.plan = engine, call, plan
-        # The engine knows them. Saving them makes torch raise if they change before the backward pass.
-        ctx.save_for_backward(surface, *parameters)
+            result = engine.forward(surface.detach(), job)
+        ctx.engine, ctx.job = engine, job
+        ctx.trained = [value.requires_grad for value in parameters]
+        ctx.save_for_backward(surface)  # so torch raises if it changes before the backward pass
         results.append(result)
         return result.flows.position, result.flows.energy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
-        surface, *_ = ctx.saved_tensors
+        (surface,) = ctx.saved_tensors
         with torch.autocast(surface.device.type, enabled=False):
-            grad_surface, grad_parameters = ctx.engine.backward(
-                surface.detach(), ctx.call, ctx.plan, grad_position, grad_energy
-            )
-        return None, None, None, None, None, grad_surface, *grad_parameters
+            grad_surface, gradients = ctx.engine.backward(surface.detach(), ctx.job, grad_position, grad_energy)
+        trained = zip(gradients, ctx.trained, strict=True)
+        return None, None, None, grad_surface, *(gradient if wanted else None for gradient, wanted in trained)
 
 
 # Functions, not methods: the engine keeps them with a tape, and must not keep itself alive.

@@ -1,10 +1,10 @@
 """The weights of a step in the layout of the tape's kernels, and the sums of their gradients."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.simple_neuron import SimpleNeuron
@@ -15,7 +15,7 @@ _ALIGNMENT = 32  # elements, so that matrix units can read a row: 16 bytes on a 
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """All weights of a step, packed once per rollout."""
+    """All weights of a step, copied and packed once per rollout."""
 
     neuron: tuple[Tensor, ...]  # weight1, bias1, weight2, bias2
     layers: tuple[PackedLayer, ...]
@@ -24,21 +24,27 @@ class PackedWeights:
     num_features: int  # F
     input_size: int  # X: F + E, padded for alignment
     hidden_size: int  # H
+    energy_dim: int  # E
+    trained: tuple[bool, ...]  # of each layer: whether any of its weights needs a gradient
 
     @classmethod
+    @torch.no_grad()
     def pack(cls, neuron: SimpleNeuron, carrier: EnergyCarrier, dtype: torch.dtype) -> Self:
-        """Pack the weights of both networks; `dtype` is that in which the GRU's products run."""
-        cells = carrier.gru_cells()
+        """Pack copies of the weights of both networks; `dtype` is that in which the GRU's products run."""
+        cells = _cells(carrier)
         width = padded(cells[0].input_size)
         layers = [PackedLayer.pack(cell, width if i == 0 else cell.input_size, dtype) for i, cell in enumerate(cells)]
+        energy_dim = carrier.energy_head.out_features
         return cls(
-            neuron=neuron.weights,
+            neuron=tuple(weight.clone() for weight in _neuron_weights(neuron)),
             layers=tuple(layers),
             head_weight=torch.cat([carrier.energy_head.weight, carrier.displacement_head.weight]),
             head_bias=torch.cat([carrier.energy_head.bias, carrier.displacement_head.bias]),
-            num_features=cells[0].input_size - carrier.energy_head.out_features,
+            num_features=cells[0].input_size - energy_dim,
             input_size=width,
-            hidden_size=cells[0].hidden_size,
+            hidden_size=carrier.hidden_size,
+            energy_dim=energy_dim,
+            trained=tuple(any(weight.requires_grad for weight in cell.parameters()) for cell in cells),
         )
 
     @property
@@ -56,8 +62,10 @@ class PackedGradients:
     """Gradients of `PackedWeights`, summed over flows and steps. They start at 0."""
 
     def __init__(self, weights: PackedWeights) -> None:
+        self._num_features, self._energy_dim = weights.num_features, weights.energy_dim
         self.neuron = [torch.zeros_like(weight) for weight in weights.neuron]
-        self.layers = [LayerGradients(layer) for layer in weights.layers]
+        pairs = zip(weights.layers, weights.trained, strict=True)
+        self.layers = [LayerGradients(layer, trained) for layer, trained in pairs]
         self.head_weight = torch.zeros_like(weights.head_weight)
         self.head_bias = torch.zeros_like(weights.head_bias)
 
@@ -73,17 +81,28 @@ class PackedGradients:
         layers = [tensor for layer in self.layers for tensor in (layer.weight_ih, layer.weight_hh, layer.bias)]
         return [*self.neuron, *layers, self.head_weight, self.head_bias]
 
-    def unpack(self, carrier: EnergyCarrier) -> list[Tensor]:
-        """The gradients of the modules' parameters, in the order of `step_parameters`."""
-        cells = [layer.unpack(cell) for layer, cell in zip(self.layers, carrier.gru_cells(), strict=True)]
-        energy_dim = carrier.energy_head.out_features
-        heads = [*self.head_weight.split([energy_dim, 3]), *self.head_bias.split([energy_dim, 3])]
+    def unpack(self) -> list[Tensor]:
+        """The gradients of the modules' parameters, in the order of `step_parameters` and in the heads' dtype."""
+        inputs = self._num_features + self._energy_dim
+        dtype = self.head_weight.dtype
+        cells = [layer.unpack(inputs if i == 0 else None, dtype) for i, layer in enumerate(self.layers)]
+        heads = [*self.head_weight.split([self._energy_dim, 3]), *self.head_bias.split([self._energy_dim, 3])]
         return [*self.neuron, *(gradient for cell in cells for gradient in cell), *heads]
 
 
 def step_parameters(neuron: SimpleNeuron, carrier: EnergyCarrier) -> list[Tensor]:
     """All parameters of a step."""
-    cells = [(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh) for cell in carrier.gru_cells()]
+    cells = [(cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh) for cell in _cells(carrier)]
     energy, displacement = carrier.energy_head, carrier.displacement_head
     heads = [energy.weight, displacement.weight, energy.bias, displacement.bias]
-    return [*neuron.weights, *(parameter for cell in cells for parameter in cell), *heads]
+    return [*_neuron_weights(neuron), *(parameter for cell in cells for parameter in cell), *heads]
+
+
+def _neuron_weights(neuron: SimpleNeuron) -> tuple[Tensor, ...]:
+    """Weight and bias of the first linear layer, then of the second."""
+    first, second = cast(nn.Linear, neuron.network[0]), cast(nn.Linear, neuron.network[2])
+    return first.weight, first.bias, second.weight, second.bias
+
+
+def _cells(carrier: EnergyCarrier) -> list[nn.GRUCell]:
+    return [cast(nn.GRUCell, cell) for cell in carrier.cells]

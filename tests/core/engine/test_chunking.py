@@ -148,7 +148,7 @@ def test_a_failed_attempt_is_freed_before_the_next(memory: Memory) -> None:
     train(processor)
     small = processor_of(CASE, tape(chunk=2))
     train(small)
-    assert processor._pool.nbytes == small._pool.nbytes
+    assert processor._engines.tape._pool.nbytes == small._engines.tape._pool.nbytes
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
@@ -231,12 +231,12 @@ def test_auto_starts_from_a_size_that_fits(
     case = dataclasses.replace(CASE, batch=16, model={"num_layers": 2, "hidden_size": 32})
     processor = processor_of(case, tape(chunk=1, **changes))
     everything(case, {}, processor=processor)
-    budget = (fitting + 0.9) * processor._pool.nbytes
+    budget = (fitting + 0.9) * processor._engines.tape._pool.nbytes
     monkeypatch.setattr(chunks, "free_bytes", lambda device: int(budget / chunks._SHARE))
     memory.seen = {"forward": [], "backward": []}
     processor = processor_of(case, auto(**changes))
     everything(case, {}, processor=processor)
-    assert processor._pool.nbytes <= budget
+    assert processor._engines.tape._pool.nbytes <= budget
     largest = max(memory.seen["forward"])
     assert largest <= fitting
     assert fitting == 1 or largest > fitting / 2
@@ -247,19 +247,19 @@ def test_an_evaluation_does_not_set_the_size_of_training(memory: Memory, monkeyp
     """Lightning evaluates before it trains; without a tape many more samples fit."""
     budget = 3.9 * everything_held(tape(chunk=1))
     processor = processor_of(CASE, auto())
-    left = lambda device: int((budget - processor._pool.nbytes) / chunks._SHARE)  # noqa: E731
+    left = lambda device: int((budget - processor._engines.tape._pool.nbytes) / chunks._SHARE)  # noqa: E731
     monkeypatch.setattr(chunks, "free_bytes", left)
     with torch.no_grad():
         processor(CASE.embedding(), CASE.rows())
     train(processor)
-    assert processor._pool.nbytes <= budget
+    assert processor._engines.tape._pool.nbytes <= budget
 
 
 def everything_held(way: dict[str, Any]) -> int:
     """Bytes of the buffers after a training step."""
     processor = processor_of(CASE, way)
     train(processor)
-    return processor._pool.nbytes
+    return processor._engines.tape._pool.nbytes
 
 
 def test_buffers_of_the_pool_count_as_available(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_buffers_of_the_pool_count_as_available(memory: Memory, monkeypatch: pyt
     monkeypatch.setattr(chunks, "free_bytes", lambda device: 0)
     for held, chunk in ((0, 1), (2**26, 7)):
         processor = processor_of(CASE, auto())
-        processor._pool.take("held", (held,), torch.uint8, CPU)
+        processor._engines.tape._pool.take("held", (held,), torch.uint8, CPU)
         train(processor)
         assert max(memory.seen["forward"]) == chunk
 

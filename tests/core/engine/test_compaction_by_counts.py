@@ -102,7 +102,7 @@ def test_the_choice_of_compaction(monkeypatch: pytest.MonkeyPatch) -> None:
     half, single = torch.bfloat16, torch.float32
     monkeypatch.setattr(tape_engine, "use_triton", lambda tensor: True)
     chosen = {
-        setting: functools.partial(CHOSEN, processor_of(CASES["everything"], {"compaction": setting})._engine)
+        setting: functools.partial(CHOSEN, processor_of(CASES["everything"], {"compaction": setting})._engines.tape)
         for setting in ("auto", True, False)
     }
     assert [chosen[False](on_gpu, half), chosen[False](on_cpu, half)] == ["none", "none"]

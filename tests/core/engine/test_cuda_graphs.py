@@ -12,9 +12,10 @@ from torch import Tensor
 from energy_flow.core.engine import cuda_graphs
 from energy_flow.core.engine import engine as tape_engine
 from energy_flow.core.engine.cuda_graphs import ChunkGraph, GraphCache
-from energy_flow.core.engine.engine import ExecutionPlan, TapeEngine
+from energy_flow.core.engine.engine import ExecutionPlan, TapeEngine, TapeJob
+from energy_flow.core.engine.packed_weights import PackedWeights
 from energy_flow.core.flow_processor import FlowProcessor
-from energy_flow.core.rollout import RolloutCall
+from energy_flow.core.rollout import Rollout, RolloutCall
 from energy_flow.core.tensors import tensors_of
 from tests.helpers import Case
 
@@ -24,9 +25,9 @@ CASE = Case({"spawn.enabled": True}, training=True)
 def with_graphs(monkeypatch: pytest.MonkeyPatch, graph: type) -> FlowProcessor:
     """A processor that treats the CPU as a device with graphs, one kind per batch size."""
     processor = CASE.processor()
-    engine = processor._engine
+    engine = processor._engines.tape
     assert isinstance(engine, TapeEngine)
-    monkeypatch.setattr(engine, "_kind", lambda surface, call, dtype, keep: (len(surface), keep))
+    monkeypatch.setattr(engine, "_kind", lambda surface, job, keep: (len(surface), keep))
     monkeypatch.setattr(engine, "_settings", engine._settings.model_copy(update={"cuda_graph": True}))
     monkeypatch.setattr(tape_engine, "_check", lambda *_: None)
     monkeypatch.setattr(cuda_graphs, "ChunkGraph", graph)
@@ -42,9 +43,9 @@ class Replay:
     def __init__(self, device: torch.device) -> None:
         self._addresses: set[int] | None = None
 
-    def forward(self, run: Any, surface: Tensor, call: Any) -> Any:
+    def forward(self, run: Any, *values: Any) -> Any:
         before = self._buffers()
-        result, self.tape = run(surface, call)
+        result, self.tape = run(*values)
         if self._addresses is None:
             type(self).recorded += 1
             assert self._buffers() == before, "a buffer was allocated while the graph was recorded"
@@ -60,7 +61,7 @@ class Replay:
 
     @classmethod
     def _buffers(cls) -> set[int]:
-        return {buffer.data_ptr() for buffer in cls.processor._pool._buffers.values()}
+        return {buffer.data_ptr() for buffer in cls.processor._engines.tape._pool._buffers.values()}
 
 
 def test_graphs_are_recorded_again_after_their_buffers_moved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,19 +120,24 @@ def test_a_replay_reads_fixed_inputs_and_gives_copies_of_its_outputs(monkeypatch
     monkeypatch.setattr(cuda_graphs, "_free_stream", lambda device: None)
     monkeypatch.setattr(cuda_graphs, "_recording", lambda *_: contextlib.nullcontext())
     processor = CASE.processor()
-    engine = processor._engine
+    engine = processor._engines.tape
     assert isinstance(engine, TapeEngine)
-    recorded: list[tuple[Tensor, RolloutCall]] = []
+    recorded: list[tuple[Any, ...]] = []
+    rollout, plan = Rollout(processor.lattice, processor.seed), ExecutionPlan(torch.float64, "none")
 
-    def run(surface: Tensor, call: RolloutCall) -> Any:
-        recorded.append((surface, call))
-        return engine._run(surface, call, ExecutionPlan(torch.float64, "none"), keep=True)
+    def run(surface: Tensor, call: RolloutCall, weights: PackedWeights) -> Any:
+        recorded.append((surface, call, weights))
+        job = TapeJob(rollout, call, weights, plan, keep=True)
+        return engine._run(surface, call, weights, job=job, keep=True)
 
-    def inputs(seed: int) -> tuple[Tensor, RolloutCall]:
+    def inputs(seed: int) -> tuple[Tensor, RolloutCall, PackedWeights]:
         rule = processor.move_rule()._replace(scale=torch.tensor(0.5 + seed, dtype=torch.float64))
         ids = torch.arange(3) + 10 * seed
         call = RolloutCall(sample_ids=ids, optimizer_step=torch.tensor(seed), rule=rule, noisy=True, keep_paths=False)
-        return torch.full((3, 6, 1), 0.1 * seed, dtype=torch.float64), call
+        with torch.no_grad():
+            processor.carrier.energy_head.weight.fill_(0.1 * seed)
+        weights = PackedWeights.pack(processor.neuron, processor.carrier, torch.float64)
+        return torch.full((3, 6, 1), 0.1 * seed, dtype=torch.float64), call, weights
 
     graph = ChunkGraph(torch.device("cpu"))
     results = [graph.forward(run, *inputs(seed)) for seed in (1, 2)]

@@ -85,7 +85,7 @@ def test_a_model_is_freed_with_its_last_reference(way: dict[str, Any], trained: 
         step(processor, 0)
     else:
         run(processor, 0)
-    pool = weakref.ref(processor._pool)
+    pool = weakref.ref(processor._engines.tape._pool)
     gc.collect()
     gc.disable()
     try:
@@ -126,7 +126,7 @@ def test_buffers_grow_with_the_chunk_and_not_with_the_batch(recompute: bool, com
     for chunk, batch in ((2, 4), (2, 16), (4, 16)):
         processor = processor_of(CASE, tape(chunk=chunk, recompute=recompute, compaction=compaction))
         step(processor, 0, batch)
-        sizes[chunk, batch] = processor._pool.nbytes
+        sizes[chunk, batch] = processor._engines.tape._pool.nbytes
     assert sizes[2, 16] == sizes[2, 4]
     assert 1.7 * sizes[2, 16] < sizes[4, 16] <= 2 * sizes[2, 16]
 
@@ -136,7 +136,7 @@ def test_recompute_keeps_no_gates() -> None:
     for recompute in (False, True):
         processor = processor_of(CASE, tape(recompute=recompute))
         step(processor, 0)
-        bytes_held.append(processor._pool.nbytes)
+        bytes_held.append(processor._engines.tape._pool.nbytes)
     layers, steps, capacity, batch, size, double = 2, 4, 16, 3, 5, 8
     gates = capacity * batch * 4 * size * double
     assert bytes_held[0] - bytes_held[1] == (layers * steps - 1) * gates

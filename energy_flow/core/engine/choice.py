@@ -1,0 +1,142 @@
+"""Which engine may run a rollout: the tape only where every part is exactly one that its kernels know."""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
+
+from energy_flow.core.energy_carrier import EnergyCarrier, GRUCell
+from energy_flow.core.energy_lattice import EnergyLattice
+from energy_flow.core.simple_neuron import SimpleNeuron
+
+_CELL = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}
+# The classes that the tape's kernels replace, with their parameters. Subclasses don't count.
+_KNOWN: dict[type[nn.Module], set[str]] = {
+    SimpleNeuron: set(),
+    EnergyCarrier: set(),
+    EnergyLattice: set(),
+    nn.Sequential: set(),
+    nn.ModuleList: set(),
+    nn.SiLU: set(),
+    nn.Linear: {"weight", "bias"},
+    nn.GRUCell: _CELL,
+    GRUCell: _CELL,
+}
+_FORWARDS = {kind: kind.forward for kind in _KNOWN}
+_HOOKS = {
+    "_forward_hooks": "a forward hook",
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+}
+
+
+def tape_obstacle(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module, surface: Tensor) -> str | None:
+    """Why the tape can't run these parts as they are now; None if it can.
+
+    Args:
+        neuron, carrier, lattice: of the processor.
+        surface: the input surface, for its type and device.
+    """
+    found = _traced(surface) or _kinds(neuron, carrier, lattice)
+    if found is not None:
+        return found
+    names = {"neuron": neuron, "carrier": carrier}
+    parts = [(f"{top}.{name}".rstrip("."), part) for top, one in names.items() for name, part in one.named_modules()]
+    for name, part in [*parts, ("lattice", lattice)]:
+        reason = _changed(part)
+        if reason is not None:
+            return f"processor.{name} {reason}"
+    return _unlike_sizes(neuron, carrier) or _mixed(neuron, carrier, surface)
+
+
+def _traced(surface: Tensor) -> str | None:
+    """Whether something runs the code with stand-ins for tensors."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms the call"
+    if torch.compiler.is_exporting():
+        return "torch.export traces the call"
+    if type(surface) not in (Tensor, FakeTensor) or surface.is_meta:
+        return f"the input is a {type(surface).__name__} on the device {surface.device.type}"
+    return None
+
+
+def _kinds(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module) -> str | None:
+    """The first part that isn't exactly of the shipped kind."""
+    for name, part, kind in _expected(neuron, carrier, lattice):
+        if type(part) not in (kind if isinstance(kind, tuple) else (kind,)):
+            return f"processor.{name} is a {_name(part)}"
+    return None
+
+
+def _expected(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module) -> Iterator[tuple[str, object, object]]:
+    """Names of parts, the parts, and the classes that they may have. A part is only reached if its owner is right."""
+    yield "lattice", lattice, EnergyLattice
+    yield "neuron", neuron, SimpleNeuron
+    network = getattr(neuron, "network", None)
+    yield "neuron.network", network, nn.Sequential
+    kinds = (nn.Linear, nn.SiLU, nn.Linear)
+    layers = list(network.children()) if isinstance(network, nn.Module) else []
+    for index, kind in enumerate(kinds):
+        yield f"neuron.network.{index}", layers[index] if len(layers) == len(kinds) else None, kind
+    yield "carrier", carrier, EnergyCarrier
+    cells = getattr(carrier, "cells", None)
+    yield "carrier.cells", cells, nn.ModuleList
+    for index, cell in enumerate(cells if isinstance(cells, nn.ModuleList) else ()):
+        yield f"carrier.cells.{index}", cell, (GRUCell, nn.GRUCell)
+    for head in ("energy_head", "displacement_head"):
+        yield f"carrier.{head}", getattr(carrier, head, None), nn.Linear
+
+
+def _changed(part: nn.Module) -> str | None:
+    """How a part of a known kind was changed."""
+    for attribute, hook in _HOOKS.items():
+        if getattr(part, attribute):
+            return f"has {hook}"
+        if getattr(torch_module, f"_global{attribute}", None):
+            return f"has {hook}, registered for all modules"
+    kind, own = type(part), vars(part)
+    if "forward" in own or kind.forward is not _FORWARDS.get(kind):
+        return "has a forward method of its own"
+    names = {name for name, value in part._parameters.items() if value is not None}
+    if names != _KNOWN.get(kind, set()):
+        return f"has the parameters {', '.join(sorted(names)) or 'none'} instead of {', '.join(sorted(_KNOWN[kind]))}"
+    for name, value in part._parameters.items():
+        if type(value) not in (nn.Parameter, Tensor) or name in own:
+            return f"has a {type(value).__name__} as its {name}"
+    return None
+
+
+def _unlike_sizes(neuron: nn.Module, carrier: nn.Module) -> str | None:
+    """Sizes that only the modules themselves can explain."""
+    neuron, carrier = cast(SimpleNeuron, neuron), cast(EnergyCarrier, carrier)
+    first, second = cast(nn.Linear, neuron.network[0]), cast(nn.Linear, neuron.network[2])
+    heads = (carrier.energy_head, carrier.displacement_head)
+    size, inputs = carrier.hidden_size, second.out_features + heads[0].out_features
+    wanted = [inputs] + [size] * (len(carrier.cells) - 1)
+    cells = [(cell.weight_ih.shape, cell.weight_hh.shape) for cell in cast(list[nn.GRUCell], carrier.cells)]
+    fits = (
+        cells == [((3 * size, width), (3 * size, size)) for width in wanted]
+        and all(head.weight.shape == (head.out_features, size) for head in heads)
+        and (heads[1].out_features, first.weight.shape[1]) == (3, 3 + heads[0].out_features)
+        and second.weight.shape[1] == first.weight.shape[0]
+    )
+    return None if fits else "the sizes of processor.neuron and processor.carrier don't fit together"
+
+
+def _mixed(neuron: nn.Module, carrier: nn.Module, surface: Tensor) -> str | None:
+    """Parameters of several dtypes or devices."""
+    values = [*neuron.parameters(), *carrier.parameters()]
+    kinds = {(value.dtype, value.device) for value in values} | {(surface.dtype, surface.device)}
+    if len(kinds) == 1:
+        return None
+    listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+    return f"parameters and input surface have several dtypes or devices ({listed})"
+
+
+def _name(part: object) -> str:
+    kind = type(part)
+    return kind.__qualname__ if kind.__module__.startswith("torch.") else f"{kind.__module__}.{kind.__qualname__}"

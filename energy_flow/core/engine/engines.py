@@ -1,0 +1,80 @@
+"""The engines of a processor, and the choice between them at every call."""
+
+import logging
+from typing import cast
+
+from torch import Tensor, nn
+
+from energy_flow.core.energy_carrier import EnergyCarrier
+from energy_flow.core.engine.autograd import AutogradEngine
+from energy_flow.core.engine.choice import tape_obstacle
+from energy_flow.core.engine.engine import TapeEngine
+from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings
+from energy_flow.core.simple_neuron import SimpleNeuron
+from energy_flow.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Engines:
+    """Runs every rollout on the engine that is right for the parts as they are at the call.
+
+    Args:
+        settings: how rollouts are computed.
+    """
+
+    def __init__(self, settings: RolloutSettings) -> None:
+        self._said: set[str] = set()
+        self._build(settings)
+
+    def run(
+        self,
+        settings: RolloutSettings,
+        neuron: nn.Module,
+        carrier: nn.Module,
+        rollout: Rollout,
+        surface: Tensor,
+        call: RolloutCall,
+    ) -> RolloutResult:
+        """Run all steps, from surface energies [B, S, E] to flows that have all ended.
+
+        Args:
+            settings: how rollouts are computed.
+            neuron, carrier: the networks that flows share.
+            rollout: the rules.
+            surface: energies of the input plane.
+            call: the other inputs.
+
+        Raises:
+            ConfigError: `rollout.engine = tape` can't run the parts.
+        """
+        if settings is not self._settings:  # changed by the user
+            self._build(settings)
+        if settings.engine != "autograd" and rollout.settings.num_steps > 0:  # without a step there is nothing to tape
+            obstacle = tape_obstacle(neuron, carrier, rollout.lattice, surface)
+            if obstacle is None:
+                return self.tape.run(cast(SimpleNeuron, neuron), cast(EnergyCarrier, carrier), rollout, surface, call)
+            if settings.engine == "tape":
+                raise ConfigError(
+                    f"rollout.engine = tape: {obstacle}, and the tape knows only the shipped parts as they are. Set "
+                    "rollout.engine=auto"
+                )
+            self._say(obstacle)
+        return self.autograd.run(neuron, carrier, rollout, surface, call)
+
+    def trim(self) -> int:
+        """Free graphs and buffers that no batch since the last call has needed; returns the bytes freed."""
+        return self.tape.trim()
+
+    def _build(self, settings: RolloutSettings) -> None:
+        self._settings, self.tape, self.autograd = settings, TapeEngine(settings), AutogradEngine(settings)
+
+    def _say(self, obstacle: str) -> None:
+        """Say once why rollouts are slower than they could be."""
+        if obstacle not in self._said:
+            self._said.add(obstacle)
+            log.warning(
+                "rollout.engine = auto: %s, so the modules run as they are. That is right for any part, and slower "
+                "than the fused step of the shipped parts (see docs/performance.md)",
+                obstacle,
+            )
