@@ -8,16 +8,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from energy_flow.core.energy_carrier import EnergyCarrier, parameter_dtype
+from energy_flow.core.energy_carrier import parameter_dtype
 from energy_flow.core.energy_lattice import EnergyLattice, Landings, LatticeSettings
 from energy_flow.core.engine.engines import Engines
 from energy_flow.core.faults import Faults
 from energy_flow.core.flow_step import MoveRule
 from energy_flow.core.history import Trajectories
-from energy_flow.core.networks import ModelSettings, make_map_in, make_map_out
+from energy_flow.core.networks import ModelSettings, make_carrier, make_map_in, make_map_out, make_neuron
 from energy_flow.core.parts import SensingNeuron
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings
-from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.statistics import flow_statistics
 from energy_flow.core.tensors import held_bytes, map_tensors
 from energy_flow.core.timing import PhaseTimer
@@ -70,9 +69,9 @@ class FlowProcessor(nn.Module):
         energy = model.energy_dim
         self.settings, self.model, self.seed, self.dim = lattice, model, seed, dim
         self.map_in = make_map_in(dim, lattice, model)
-        self.neuron = SimpleNeuron(energy, model.features)
-        self.carrier = EnergyCarrier(model.features, energy, model.hidden_size, model.num_layers)
-        map_out = make_map_out(dim, self.map_in, model)
+        self.neuron = make_neuron(lattice, model)
+        self.carrier = make_carrier(lattice, model)
+        map_out = make_map_out(dim, self.map_in, lattice, model)
         self.skip_gain = nn.Parameter(torch.ones(())) if model.skip else None
         self.lattice = EnergyLattice(lattice, energy, map_out, bounded_energy=not model.residual_energy)
         # On the device and in the checkpoint: noise and displacement schedule depend on it, also in evaluation.
@@ -146,7 +145,7 @@ class FlowProcessor(nn.Module):
             )
         _check_precision(self.dtype)
         with _phase(timer, "place"):
-            surface = self.map_in(embedding).to(_geometry_dtype(self.dtype))
+            surface = self._surface(embedding)
             sensed = self.neuron.sense(surface, dict(context or {})) if isinstance(self.neuron, SensingNeuron) else None
         with _phase(timer, "propagate"):
             flows, counts, trajectories = self._run(surface, rows, sensed, record_trajectories)
@@ -178,6 +177,7 @@ class FlowProcessor(nn.Module):
     def read_out(self, surface: Tensor, embedding: Tensor) -> Tensor:
         """Map an output surface [B, S, E] to embeddings [B, D]; add the skip from the input where there is one."""
         output: Tensor = self.lattice.map_out(surface)
+        _check_shape("processor.lattice.map_out", output, "[B, D]", (len(surface), self.dim))
         return output if self.skip_gain is None else output + self.skip_gain * embedding
 
     def cleanup_memory_safe(self) -> int:
@@ -193,6 +193,13 @@ class FlowProcessor(nn.Module):
         freed = self._engines.trim() + held_bytes(self.last_output)
         self.last_output = None
         return freed
+
+    def _surface(self, embedding: Tensor) -> Tensor:
+        """Energies of the input plane, [B, S, E]."""
+        surface: Tensor = self.map_in(embedding)
+        shape = (len(embedding), self.settings.num_cells, self.model.energy_dim)
+        _check_shape("processor.map_in", surface, "[B, S, E]", shape)
+        return surface.to(_geometry_dtype(self.dtype))
 
     def _run(self, surface: Tensor, rows: Tensor | None, sensed: Any, keep_paths: bool) -> RolloutResult:
         """All steps of all flows."""
@@ -213,6 +220,18 @@ class FlowProcessor(nn.Module):
 def _geometry_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of positions and energies: float32, or float64 for float64 parameters."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _check_shape(part: str, value: Tensor, letters: str, shape: tuple[int, ...]) -> None:
+    """Check what a part returned.
+
+    Raises:
+        ConfigError: names both shapes.
+    """
+    if value.shape != shape:
+        raise ConfigError(
+            f"{part}: returned a tensor of shape {list(value.shape)}, but it must be {letters} = {list(shape)}"
+        )
 
 
 def _check_precision(dtype: torch.dtype) -> None:

@@ -209,9 +209,15 @@ class AutogradStepper:
         """See `Stepper`.
 
         Raises:
-            ConfigError: the carrier doesn't keep the protocol `Carrier`.
+            ConfigError: a part doesn't keep its protocol.
         """
         features = self._neuron(state.position, state.energy, *self._sensed)
+        if not isinstance(features, Tensor) or features.shape[:-1] != active.shape:
+            found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ConfigError(
+                f"processor.neuron ({type(self._neuron).__name__}): returned {found}, but it must be features "
+                f"[B, M, F] = [{active.shape[0]}, {active.shape[1]}, F]. See energy_flow.core.parts.Neuron"
+            )
         result = self._carrier(features, state.energy, self._hidden)
         decision, self._hidden = _checked_decision(self._carrier, result, state)
         decision = decision.to(state.position.dtype)

@@ -1,0 +1,130 @@
+"""Build an object from a config section that names its class in `_target_`.
+
+A section may come from the user, who wrote it, or from a file of a stranger: a checkpoint, a run folder, a model's
+card. A user's section may name any class. A section from a file may name classes of known packages only; the user adds
+packages in the environment variable ENERGY_FLOW_TRUST.
+"""
+
+import contextvars
+import inspect
+import os
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+
+from energy_flow.errors import ConfigError
+from energy_flow.settings import check_arguments, did_you_mean
+
+# Environment variable with packages whose classes a section from a file may name, separated by commas.
+TRUST = "ENERGY_FLOW_TRUST"
+# Packages that need no trust: their classes don't run code or open files that a section names.
+_KNOWN = ("energy_flow.core", "energy_flow.training", "torch.nn", "torch.optim", "datetime")
+
+_from_user: contextvars.ContextVar[bool] = contextvars.ContextVar("from_user", default=False)
+
+
+@contextmanager
+def from_user() -> Iterator[None]:
+    """Inside, sections are the user's own: they may name any class."""
+    token = _from_user.set(True)
+    try:
+        yield
+    finally:
+        _from_user.reset(token)
+
+
+def build(entry: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
+    """Build the object of a section.
+
+    Args:
+        entry: a mapping with `_target_` and arguments; an argument may be such a section, too.
+        key: of the section in the config.
+        given: further arguments, such as sizes. Each is passed if the class has it, and the section doesn't set it.
+
+    Raises:
+        ConfigError: there is no such class, it isn't trusted, or an argument is unknown, missing or wrong.
+    """
+    if not isinstance(entry, Mapping) or "_target_" not in entry:
+        raise ConfigError(f"{key} = {entry!r}: must be a section with a _target_, the path of a class")
+    target = _find(entry, key)
+    for name, value in entry.items():
+        _check_nested(value, f"{key}.{name}")
+    parameters = inspect.signature(target).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    arguments = {name: value for name, value in entry.items() if name != "_target_"}
+    unknown = [name for name in arguments if name not in parameters and not takes_all]
+    if unknown:
+        raise ConfigError(f"{key}.{unknown[0]}: unknown key; {did_you_mean(unknown[0], set(parameters))}")
+    sizes = {name: value for name, value in (given or {}).items() if name in parameters and name not in arguments}
+    missing = [name for name, p in parameters.items() if _is_required(p) and name not in {**arguments, **sizes}]
+    if missing:
+        raise ConfigError(f"{key}.{missing[0]}: {entry['_target_']} needs this argument. Set it")
+    check_arguments(_constructor(target), arguments, key)
+    try:
+        return hydra.utils.instantiate(dict(entry), _convert_="all", **sizes)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise ConfigError(f"{key}: {one_line(error.__cause__ or error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, or its type."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _constructor(target: Any) -> Callable[..., Any]:
+    return target.__init__ if isinstance(target, type) else target  # type: ignore[misc, no-any-return]
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return parameter.default is inspect.Parameter.empty and not variadic
+
+
+def _check_nested(value: Any, key: str) -> None:
+    """Check an argument at any depth: Hydra builds every mapping that names a class."""
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{key} = {value!r}: would be resolved a second time; leave out the ${{")
+    if isinstance(value, Mapping):
+        if any(isinstance(name, str) and name.startswith("_") for name in value):
+            _find(value, key)
+        for name, part in value.items():
+            _check_nested(part, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            _check_nested(part, f"{key}[{index}]")
+
+
+def _find(entry: Mapping[str, Any], key: str) -> Any:
+    """The class that a section names; modules of other packages than the trusted ones aren't even imported."""
+    path = entry.get("_target_")
+    for name in entry:
+        if isinstance(name, str) and name.startswith("_") and name not in ("_target_", "_partial_"):
+            raise ConfigError(f"{key}.{name}: unknown key; of Hydra's own keys only _target_ and _partial_ may be set")
+    where = f"{key}._target_ = {path}"
+    packages = (*_KNOWN, *filter(None, os.environ.get(TRUST, "").split(",")))
+    refusal = (
+        f"{where}: refused, none of its code was run: it comes from a file, and a file may name classes of "
+        f"{', '.join(packages)} only. To trust another package, name it in the environment: {TRUST}=my_package"
+    )
+    if not isinstance(path, str) or not (_from_user.get() or _within(path, packages)):
+        raise ConfigError(refusal)
+    try:
+        found = hydra.utils.get_object(path)
+    except (ImportError, ValueError, AttributeError, InstantiationException) as error:
+        raise ConfigError(f"{where}: {one_line(error)}") from error
+    if not callable(found):
+        raise ConfigError(f"{where}: is not a class")
+    home = getattr(found, "__module__", None) or ""
+    if not (_from_user.get() or _within(home, packages)):  # the path may reach a class that the module only imports
+        raise ConfigError(refusal)
+    return found
+
+
+def _within(path: str, packages: tuple[str, ...]) -> bool:
+    return any(path == package or path.startswith(f"{package}.") for package in packages)
