@@ -78,7 +78,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _constructor(target: Any) -> Callable[..., Any]:
-    return target.__init__ if isinstance(target, type) else target  # type: ignore[misc, no-any-return]
+    return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
