@@ -13,18 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
 
+from energy_flow.core.aggregation import SoftmaxAggregation
+from energy_flow.core.maps import ConvMapIn, ConvMapOut
+from tests import reference_parts as parts
 from tests.reference_flows import Flow, Margins, ReferenceOutput, Sample, Snapshot, number
 
 NoiseFunction = Callable[[int, int, int], Tensor]  # (rollout step from 0, data row, slot) -> [3] standard normal
-
-
-def fold(x: float) -> float:
-    """Mirror at -1 and +1 until inside: one reflection at a time."""
-    while not -1.0 <= x <= 1.0:
-        x = 2.0 - x if x > 1.0 else -2.0 - x
-    return x
 
 
 def displacement_scale(movement: Any, optimizer_step: int) -> float:
@@ -34,21 +29,6 @@ def displacement_scale(movement: Any, optimizer_step: int) -> float:
         return movement.scale * warm
     progress = min(1.0, max(0, optimizer_step - movement.warmup_steps) / movement.decay_steps)
     return movement.scale * warm * (1.0 + (movement.final_scale - 1.0) * progress)
-
-
-def gru_cell(cell: torch.nn.GRUCell, inputs: Tensor, hidden: Tensor) -> Tensor:
-    """Cho et al. 2014 in the variant of cuDNN: the reset gate acts after the product."""
-    size = hidden.shape[0]
-    gates_i = [
-        cell.weight_ih[g * size : (g + 1) * size] @ inputs + cell.bias_ih[g * size : (g + 1) * size] for g in range(3)
-    ]
-    gates_h = [
-        cell.weight_hh[g * size : (g + 1) * size] @ hidden + cell.bias_hh[g * size : (g + 1) * size] for g in range(3)
-    ]
-    reset = torch.sigmoid(gates_i[0] + gates_h[0])
-    update = torch.sigmoid(gates_i[1] + gates_h[1])
-    candidate = torch.tanh(gates_i[2] + reset * gates_h[2])
-    return (1.0 - update) * candidate + update * hidden
 
 
 class Reference:
@@ -72,6 +52,7 @@ class Reference:
         self.capacity = lattice.max_flows_per_sample
         if self.capacity is None:
             self.capacity = 2 * self.num_cells if lattice.spawn.enabled else self.num_cells
+        self.aggregation = getattr(processor.lattice, "aggregation", SoftmaxAggregation())
         self.margins = Margins()
         self.events: Counter[str] = Counter()
         self.by_step: dict[str, list[int]] = {
@@ -86,7 +67,10 @@ class Reference:
         batch = embedding.shape[0]
         rows = list(range(batch)) if rows is None else rows
         energies = self.map_in(embedding)
-        samples = [Sample(rows[b], self.place(energies[b])) for b in range(batch)]
+        samples = [
+            Sample(rows[b], self.place(energies[b]), sensed=parts.sense(self.processor.neuron, energies[b]))
+            for b in range(batch)
+        ]
         self.record(samples)
         for k in range(1, self.max_steps + 1):
             for sample in samples:
@@ -115,6 +99,8 @@ class Reference:
         batch, dim = embedding.shape
         if self.processor.model.maps == "identity":
             return embedding.reshape(batch, self.num_cells, self.processor.model.energy_dim)
+        if isinstance(mapper, ConvMapIn):
+            return torch.stack([parts.conv_map_in(mapper, row) for row in embedding])
         spread = mapper.network(embedding * math.sqrt(dim)).reshape(batch, self.num_cells, -1)
         return spread + mapper.cell_value
 
@@ -129,8 +115,7 @@ class Reference:
                     2 * y / (height - 1) - 1 if height > 1 else 0.0,
                 ]
                 position = torch.tensor([*centre, 0.0], dtype=energies.dtype)
-                hidden = [torch.zeros(cell.hidden_size, dtype=energies.dtype) for cell in self.processor.carrier.cells]
-                flows.append(Flow(slot=y * width + x, position=position, energy=energies[y * width + x], hidden=hidden))
+                flows.append(Flow(slot=y * width + x, position=position, energy=energies[y * width + x]))
         return flows
 
     # Rules 2 to 4, for one sample and the step k counted from 1
@@ -140,7 +125,7 @@ class Reference:
         moved = sample.active()
         before = {flow.slot: flow.position for flow in moved}
         for flow in moved:
-            self.move(flow, k, sample.row)
+            self.move(flow, k, sample)
         if self.lattice.spawn.enabled and k < self.max_steps:
             for parent in [flow for flow in moved if flow.status == "active"]:
                 self.spawn(sample, parent, before[parent.slot])
@@ -153,25 +138,14 @@ class Reference:
         if self.lattice.convergence.enabled and self.has_converged(sample, k, ended_before):
             self.project(sample.active())
 
-    def move(self, flow: Flow, k: int, row: int) -> None:
-        carrier = self.processor.carrier
-        first, _, second = self.processor.neuron.network
-        features = linear(
-            silu(linear(torch.cat([flow.position, flow.energy]), first.weight, first.bias)), second.weight, second.bias
-        )
-        inputs = torch.cat([features, flow.energy])
-        hidden = []
-        for cell, old in zip(carrier.cells, flow.hidden, strict=True):
-            inputs = gru_cell(cell, inputs, old)
-            hidden.append(inputs)
-        energy = linear(inputs, carrier.energy_head.weight, carrier.energy_head.bias)
+    def move(self, flow: Flow, k: int, sample: Sample) -> None:
+        features = parts.neuron_features(self.processor.neuron, flow.position, flow.energy, sample.sensed, self.margins)
+        decision, flow.hidden = parts.carrier_step(self.processor.carrier, features, flow.energy, flow.hidden)
+        energy = decision[:-3]
         flow.energy = flow.energy + energy if self.residual_energy else torch.tanh(energy)
-        flow.hidden = hidden
-        displacement = self.displacement(
-            linear(inputs, carrier.displacement_head.weight, carrier.displacement_head.bias)
-        )
+        displacement = self.displacement(decision[-3:])
         if self.noise is not None:
-            displacement = displacement + self.exploration(k, row, flow.slot, displacement)
+            displacement = displacement + self.exploration(k, sample.row, flow.slot, displacement)
         flow.length = math.sqrt(sum(number(d) ** 2 for d in displacement))
         self.lengths.append(flow.length)
         position = flow.position + displacement
@@ -234,9 +208,7 @@ class Reference:
             if len(sample.flows) == self.capacity:
                 sample.overflow += 1
                 continue
-            child = Flow(
-                len(sample.flows), position_before, parent.energy, list(parent.hidden), age=0, steps=parent.steps
-            )
+            child = Flow(len(sample.flows), position_before, parent.energy, parent.hidden, age=0, steps=parent.steps)
             sample.flows.append(child)
             self.events["spawned"] += 1
 
@@ -282,14 +254,9 @@ class Reference:
             if not of_cell:
                 cells.append(torch.zeros_like(sample.flows[0].energy))
                 continue
-            mass = sum(weight for weight, _, _ in of_cell)
-            self.hit_cells += number(mass) > 0
-            if mass.requires_grad:
-                self.margins.note("missing share", 1.0 - mass)
-            missing = 1.0 - mass if number(mass) < 1.0 else torch.zeros_like(mass)
-            numerator = sum(weight * score.exp() * energy for weight, score, energy in of_cell)
-            cells.append(numerator / (sum(weight * score.exp() for weight, score, _ in of_cell) + missing))
+            self.hit_cells += number(sum(weight for weight, _, _ in of_cell)) > 0
             self.events["shared_cells"] += len(of_cell) > 1
+            cells.append(parts.aggregate(self.aggregation, of_cell, self.margins))
         return torch.stack(cells)
 
     def score(self, flow: Flow) -> Tensor:
@@ -310,11 +277,8 @@ class Reference:
         if self.lattice.deposit == "nearest":
             self.margins.note("cell", (number(place) + 0.5) - round(number(place) + 0.5))
             return [(min(max(math.floor(number(place) + 0.5), 0), cells - 1), one)]
-        left = min(max(math.floor(number(place)), 0), cells - 2)
-        if coordinate.requires_grad and 1e-12 < number(place) < cells - 1 - 1e-12:
-            self.margins.note("left cell", number(place) - round(number(place)))
-        right_share = place - left
-        return [(left, 1.0 - right_share), (left + 1, right_share)]
+        parts.note_kink(self.margins, coordinate, cells)
+        return parts.bilinear_axis(coordinate, cells)
 
     # Rule 7
 
@@ -322,7 +286,10 @@ class Reference:
         """Divided by sqrt(D), as the map in multiplies by it."""
         if self.processor.model.maps == "identity":
             return surface.reshape(surface.shape[0], -1)
-        embedding = self.processor.lattice.map_out.network(surface.reshape(surface.shape[0], -1))
+        mapper = self.processor.lattice.map_out
+        if isinstance(mapper, ConvMapOut):
+            return torch.stack([parts.conv_map_out(mapper, cells) for cells in surface])
+        embedding = mapper.network(surface.reshape(surface.shape[0], -1))
         return embedding / math.sqrt(embedding.shape[1])
 
     def skip(self, embedding: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Flow:
     slot: int
     position: Tensor  # [3]; of a projected flow: where it was before
     energy: Tensor  # [E]
-    hidden: list[Tensor]  # L x [H]
+    hidden: Any = None  # of its carrier; None: as at the start
     age: int = 0
     steps: int = 0
     status: str = "active"
@@ -52,6 +53,7 @@ class Sample:
 
     row: int
     flows: list[Flow]
+    sensed: Any = None  # by its neuron, of the input surface
     idle: int = 0
     overflow: int = 0
 

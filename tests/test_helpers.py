@@ -19,7 +19,8 @@ from tests.helpers import (
     reference_of,
     section,
 )
-from tests.reference import displacement_scale, fold, gru_cell
+from tests.reference import displacement_scale
+from tests.reference_parts import fold, gru_cell
 
 CASE = CASES["spawn with room for all"]
 

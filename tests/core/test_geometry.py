@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from energy_flow.core.flow_step import fold
 from energy_flow.core.geometry import cell_centres, deposit_cells
-from tests import reference
+from tests import reference_parts
 
 DTYPE = torch.float64
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def test_fold_leaves_values_inside_alone(x: float) -> None:
 def test_fold_ends_inside_as_one_reflection_at_a_time(x: float) -> None:
     folded = fold(torch.tensor(x, dtype=DTYPE)).item()
     assert -1 <= folded <= 1
-    assert folded == pytest.approx(reference.fold(x), abs=1e-13)
+    assert folded == pytest.approx(reference_parts.fold(x), abs=1e-13)
     assert -1 <= fold(torch.tensor(x, dtype=torch.float32)).item() <= 1
 
 
