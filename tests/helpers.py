@@ -37,6 +37,7 @@ LATTICE: dict[str, Any] = {
     "spawn": {"enabled": False, "threshold": 0.3, "max_spawn_per_step": 2},
     "filter": {"enabled": False, "min_displacement": 0.05},
     "convergence": {"enabled": False, "threshold": 0.9, "min_steps": 1, "patience": 2},
+    "aggregation": None,
 }
 MODEL: dict[str, Any] = {
     "energy_dim": 1,
@@ -47,6 +48,10 @@ MODEL: dict[str, Any] = {
     "maps": "learned",
     "map_hidden": None,
     "skip": False,
+    "neuron": None,
+    "carrier": None,
+    "map_in": None,
+    "map_out": None,
 }
 
 

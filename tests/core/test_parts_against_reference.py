@@ -1,0 +1,54 @@
+"""Lattices of every shipped part against the flow-by-flow reference: outputs, landings, counts, all gradients."""
+
+from typing import Any
+
+import pytest
+
+from tests.helpers import Case, check_case
+
+SPAWN = {"spawn.enabled": True, "spawn.threshold": 0.3, "max_steps": 4, "max_flows_per_sample": 14}
+CARRIERS = {
+    "lstm": {"_target_": "energy_flow.core.carriers.LSTMCarrier", "hidden_size": 5, "num_layers": 2},
+    "mgu": {"_target_": "energy_flow.core.carriers.MGUCarrier", "hidden_size": 5, "num_layers": 2},
+    "mlp": {"_target_": "energy_flow.core.carriers.MLPCarrier", "hidden_size": 5, "num_layers": 2},
+    "attention": {"_target_": "energy_flow.core.carriers.AttentionCarrier", "hidden_size": 6, "num_heads": 2},
+}
+LOCAL_FIELD = {"_target_": "energy_flow.core.local_field.LocalFieldNeuron", "channels": 3}
+CONV = {
+    "map_in": {"_target_": "energy_flow.core.maps.ConvMapIn", "hidden": 3},
+    "map_out": {"_target_": "energy_flow.core.maps.ConvMapOut", "hidden": 3},
+}
+AGGREGATIONS = ["SoftmaxAggregation", "MeanAggregation", "SumAggregation"]
+
+
+def check(lattice: dict[str, Any], model: dict[str, Any], *expect: str, **changes: Any) -> None:
+    check_case(Case(lattice, {"energy_dim": 2, **model}, batch=2, expect=expect, **changes))
+
+
+@pytest.mark.parametrize(("name", "displacement"), [(name, 0.7) for name in CARRIERS])
+def test_carriers(name: str, displacement: float) -> None:
+    check(SPAWN, {"carrier": CARRIERS[name]}, "spawned", "projected", displacement=displacement)
+
+
+@pytest.mark.parametrize(("width", "height"), [(3, 2), (1, 4), (1, 1)])
+def test_local_field(width: int, height: int) -> None:
+    check({**SPAWN, "width": width, "height": height}, {"neuron": LOCAL_FIELD}, "spawned", displacement=0.5)
+
+
+def test_maps_by_convolution() -> None:
+    check({"width": 5, "height": 1}, CONV, "projected")
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("deposit", ["bilinear", "nearest"])
+def test_aggregations(aggregation: str, deposit: str) -> None:
+    entry = {"_target_": f"energy_flow.core.aggregation.{aggregation}"}
+    check({"aggregation": entry, "deposit": deposit}, {}, "projected")
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_all_parts_together(carrier: str, aggregation: str) -> None:
+    entry = {"_target_": f"energy_flow.core.aggregation.{aggregation}"}
+    model = {"neuron": LOCAL_FIELD, "carrier": CARRIERS[carrier], **CONV}
+    check({"width": 5, "height": 1, "aggregation": entry, **SPAWN}, model, "spawned", displacement=0.5)
