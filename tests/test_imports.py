@@ -29,7 +29,7 @@ TIERS = {
 WITHOUT_CORE = {"metrics", "checkpoints", "config"}
 # `core` is what a lattice is, `core.engine` the same numbers, faster: one module chooses between them.
 MAY_USE_ENGINE = [["core", "flow_processor"]]
-FREE = {"atomic", "errors", "settings", "signals", "tables", "version"}
+FREE = {"atomic", "errors", "settings", "signals", "tables", "targets", "version"}
 HEAVY = {"lightning", "hydra", "omegaconf", "matplotlib", "tensorboard"}
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "synchronize"}
 # Called between batches, by whoever looks at a result, or on a CPU alone: these may wait.
