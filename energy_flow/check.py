@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 from rich.console import Console
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.data import read_data_settings
 from energy_flow.data.inspection import DataReport, SideReport, SplitReport, inspect
 from energy_flow.errors import DataError
@@ -38,7 +38,7 @@ def check(config: dict[str, Any]) -> None:
     report = inspect(read_data_settings(config["data"]))
     seconds = time.perf_counter() - started
     path = Path(settings.paths.output_dir, "check.json")
-    write_whole(path, (json.dumps({**report.as_json(), "seconds": seconds}, indent=2) + "\n").encode())
+    atomic_write(path, json.dumps({**report.as_json(), "seconds": seconds}, indent=2) + "\n")
     show(report, console)
     for warning in report.warnings:
         print_text(console, f"warning: {warning}")

@@ -15,7 +15,7 @@ from rich.text import Text
 from safetensors.torch import save
 from torch import Tensor
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.data import EnergyDataModule
 from energy_flow.data.gallery import Gallery
 from energy_flow.errors import CheckpointError, ConfigError
@@ -170,8 +170,8 @@ def _write(folder: Path, inputs: Inputs, embedding: Tensor, gallery: Gallery, sc
             for candidate, at, value in zip(found, rows, scores, strict=True)
         ]
         lines.append(json.dumps({"row": number, "name": label, "neighbours": neighbours}, ensure_ascii=False))
-    write_whole(folder / "predictions.safetensors", save(arrays))
-    write_whole(folder / "neighbours.jsonl", ("\n".join(lines) + "\n").encode())
+    atomic_write(folder / "predictions.safetensors", save(arrays))
+    atomic_write(folder / "neighbours.jsonl", "\n".join(lines) + "\n")
 
 
 @application("predict")

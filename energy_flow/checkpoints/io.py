@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from energy_flow.atomic import whole_file
+from energy_flow.atomic import atomic_writer
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.checkpoints.lightning_loops import carries_weights_back
 
@@ -74,7 +74,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path, keep=path.with_name(BEFORE_LAST) if path.name == LAST else None) as file:
+            with atomic_writer(path, keep=path.with_name(BEFORE_LAST) if path.name == LAST else None) as file:
                 _write(checkpoint, file)
         except OSError as error:
             self.failed[str(path)] = error.strerror or str(error)

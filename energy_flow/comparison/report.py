@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.comparison.compare import Comparison, Method, bounds
 from energy_flow.comparison.models import Pair, has_several, pairs_of
 from energy_flow.metrics.bootstrap import LEVEL, Interval
@@ -29,10 +29,10 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
         OSError: a file can't be written.
     """
     write_csv(folder / "comparison.csv", [_values(comparison, method) for method in comparison.methods.values()])
-    write_whole(folder / "comparison.md", _page(comparison).encode())
+    atomic_write(folder / "comparison.md", _page(comparison))
     picture = io.BytesIO()
     _figure(comparison).savefig(picture, format="png")
-    write_whole(folder / "comparison.png", picture.getvalue())
+    atomic_write(folder / "comparison.png", picture.getvalue())
 
 
 def comparison_table(comparison: Comparison) -> Table:

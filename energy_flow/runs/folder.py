@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from energy_flow.atomic import UNFINISHED, write_whole
+from energy_flow.atomic import UNFINISHED, atomic_write
 from energy_flow.errors import ConfigError
 
 try:
@@ -92,7 +92,7 @@ def is_finished(folder: Path) -> bool:
 def mark_finished(folder: Path) -> None:
     """Mark a run that has all its results; on the first process."""
     if is_first_process():
-        write_whole(folder / FINISHED, f"{datetime.now().isoformat(timespec='seconds')}\n".encode())
+        atomic_write(folder / FINISHED, f"{datetime.now().isoformat(timespec='seconds')}\n")
 
 
 def mark_unfinished(folder: Path) -> None:

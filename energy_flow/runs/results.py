@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from torch import Tensor
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.comparison.baselines import BaselineResults, BaselineSettings, run_baselines
 from energy_flow.comparison.compare import ALONE
 from energy_flow.comparison.trained_baselines import Pairs
@@ -171,7 +171,7 @@ def write_metrics(metrics: Mapping[str, float], output_dir: str | Path) -> None:
     """Write `metrics.json`; a value that is not finite becomes null, with a warning."""
     path = Path(output_dir) / "metrics.json"
     finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-    write_whole(path, (json.dumps(finite, indent=2) + "\n").encode())
+    atomic_write(path, json.dumps(finite, indent=2) + "\n")
     bad = [key for key, value in finite.items() if value is None]
     if bad:
         Console(stderr=True).print(f"not finite, null in {path}: {', '.join(bad)}", style="bold red")
