@@ -111,6 +111,15 @@ def _wrong_value(value: Any, annotation: Any, key: str) -> list[str]:
     return []
 
 
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted keys; an empty section counts as a value."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
+    return flat
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt `name`: the closest of the `known` names, or all of them."""
     known = sorted(known)

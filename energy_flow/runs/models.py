@@ -20,26 +20,16 @@ from energy_flow.training.module import EnergyFlowModule
 
 @dataclass(frozen=True)
 class Model:
-    """A model to test.
+    """A model to test."""
 
-    Attributes:
-        key: `model` for a single model, otherwise a short name.
-        path: as given in the config.
-        loss: trains the baselines that are compared with this model.
-    """
-
-    key: str
-    path: str
+    key: str  # `model` for a single model, otherwise a short name
+    path: str  # as given in the config
     module: EnergyFlowModule
-    loss: LossSettings
+    loss: LossSettings  # trains the baselines that are compared with this model
 
 
 def model_keys(paths: Sequence[str]) -> list[str]:
-    """Keys of the models in files.
-
-    Raises:
-        ConfigError: a file is given twice.
-    """
+    """Keys of the models in files; a ConfigError if a file is given twice."""
     files = [Path(path).expanduser().absolute() for path in paths]
     for number, file in enumerate(files):
         if file.resolve() in [other.resolve() for other in files[:number]]:
@@ -50,11 +40,8 @@ def model_keys(paths: Sequence[str]) -> list[str]:
 def load_checkpoint(path: str, loss: LossSettings) -> dict[str, Any]:
     """Read a training checkpoint, or a file of `save_pretrained` in the same form.
 
-    The optimiser's settings are left out: evaluation doesn't need them, and an old checkpoint may lack a newer key.
-
-    Args:
-        path: a .ckpt or .safetensors file.
-        loss: for a .safetensors file, which has no loss; the temperature is not learned.
+    The optimiser's settings are left out: evaluation doesn't need them, and an old checkpoint may lack a newer key. A
+    .safetensors file has no loss: it gets `loss` with a fixed temperature.
 
     Raises:
         CheckpointError: the file is missing or unusable.
@@ -90,15 +77,7 @@ def restore_model(
     rollout: dict[str, Any],
     loss: LossSettings,
 ) -> Model:
-    """Build a model from its checkpoint, on a lattice of any size.
-
-    Args:
-        key, path: see `Model`.
-        checkpoint: from `load_checkpoint`.
-        data: must have the model's embedding dimension and normalisation.
-        width, height: cells of the lattice; None: as in the checkpoint.
-        rollout: config section `rollout`.
-        loss: of a model from `save_pretrained`.
+    """Build the model of `load_checkpoint` on a lattice of `width` and `height` cells; None: as in the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint does not match the data or this version.

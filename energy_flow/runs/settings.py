@@ -48,11 +48,7 @@ class TrainSettings(Settings):
 
 
 def find_device(name: str) -> torch.device:
-    """The device for a value of the config key `device`: cpu, cuda or auto.
-
-    Raises:
-        ConfigError: the value is cuda, but there is no GPU.
-    """
+    """The device for the config key `device`: cpu, cuda (a ConfigError without a GPU) or auto."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=auto")
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
