@@ -96,9 +96,7 @@ def log_results(trainer: Trainer, settings: TrainSettings, metrics: Mapping[str,
     data = {name: settings.data[name] for name in ("name", "batch_size")}
     fitting = {name: settings.trainer[name] for name in ("max_epochs", "precision")}
     flat = flatten({"seed": settings.seed, **sections, "data": data, "trainer": fitting})
-    hyper_parameters = {
-        key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()
-    }
+    hparams = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
     task = task_of(settings.optimized_metric)
     names = [*(f"test/{metric}" for metric in task.headings), *task.optimized, "params", "fit_seconds"]
     results = {f"result/{name}": metrics[name] for name in names if name in metrics}
