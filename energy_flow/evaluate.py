@@ -12,8 +12,15 @@ from rich.console import Console
 from torch import Tensor
 
 from energy_flow.comparison.baselines import BaselineResults, BaselineSettings
-from energy_flow.comparison.compare import ALONE, Comparison, Method
-from energy_flow.comparison.models import flat_metrics, mean_metrics, mean_model, pairs_of
+from energy_flow.comparison.compare import (
+    ALONE,
+    Comparison,
+    Method,
+    flat_metrics,
+    mean_metrics,
+    mean_model,
+    pairs_of,
+)
 from energy_flow.comparison.report import interval_table
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import CheckpointError, ConfigError, EnergyFlowError

@@ -35,9 +35,11 @@ def user_error(error: Exception) -> Exception:
 def unwritable(error: BaseException | None) -> str | None:
     """Explain an error of a disk that can't be written: file, reason, remedy. None: it is another error."""
     while error is not None:
-        # Without a file name, a missing permission may be of a process.
-        of_file = isinstance(error, OSError) and (error.filename or error.errno not in (errno.EACCES, errno.EPERM))
-        if of_file and error.errno in _UNWRITABLE:
+        if (
+            isinstance(error, OSError)
+            and error.errno in _UNWRITABLE
+            and (error.filename or error.errno not in (errno.EACCES, errno.EPERM))  # without a file: of a process
+        ):
             in_run = HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir")
             place = error.filename or (run_folder() if in_run else "the disk")
             return f"{place}: {error.strerror}. {_UNWRITABLE[error.errno]} and repeat the command"

@@ -1,5 +1,6 @@
 """Load trained models, to test one or several of them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.comparison.baselines import NEEDS
-from energy_flow.comparison.models import MEAN, short_names
+from energy_flow.comparison.compare import MEAN
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import ConfigError
 from energy_flow.metrics.row_scores import MODEL
@@ -35,6 +36,25 @@ def model_keys(paths: Sequence[str]) -> list[str]:
         if file.resolve() in [other.resolve() for other in files[:number]]:
             raise ConfigError(f"ckpt_path = {paths[number]}: given twice; leave one out")
     return [MODEL] if len(files) == 1 else short_names(files, {MODEL, MEAN, *NEEDS})
+
+
+def short_names(paths: Sequence[Path], taken: set[str]) -> list[str]:
+    """Shortest path suffixes that distinguish the files.
+
+    `checkpoints` folders and file suffixes are left out where possible, and a file name that all files share. A file
+    whose folders don't distinguish it, or whose name is taken, gets its number as its name.
+    """
+    full = [(*path.parent.parts, path.name) for path in paths]
+    short = [(*(part for part in path.parent.parts if part != "checkpoints"), path.stem) for path in paths]
+    parts = short if len(set(short)) == len(paths) else full
+    if len(parts) > 1 and len({own[-1] for own in parts}) == 1:
+        parts = [own[:-1] for own in parts]
+    endings = [["-".join(own[-length:]) for length in range(1, len(own))] for own in parts]
+    counts = Counter(name for names in endings for name in names)
+    return [
+        next((name for name in names if counts[name] == 1 and name not in taken), str(number))
+        for number, names in enumerate(endings, 1)
+    ]
 
 
 def load_checkpoint(path: str, loss: LossSettings) -> dict[str, Any]:
