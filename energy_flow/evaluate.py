@@ -87,15 +87,10 @@ def evaluate(config: dict[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Tested:
-    """Test results of a model.
+    """Test results of a model."""
 
-    Attributes:
-        metrics: by their names in `metrics.json` of a single model.
-        row_scores: [N] by suffix; missing where the test was limited to some rows.
-    """
-
-    metrics: dict[str, float]
-    row_scores: dict[str, Tensor]
+    metrics: dict[str, float]  # by their names in `metrics.json` of a single model
+    row_scores: dict[str, Tensor]  # [N] by suffix; missing where the test was limited to some rows
 
 
 class Evaluation:
@@ -107,8 +102,11 @@ class Evaluation:
         bar, folder = ProgressBar(leave=False), settings.paths.output_dir
         self.trainer = build_trainer(settings.trainer, callbacks=[bar], loggers=[], output_dir=folder)
         self.console = Console(quiet=not self.trainer.is_global_zero)
-        self.all_targets = _all_targets(data) if self.task is RETRIEVAL else None
         self.suffixes = ("", _ALL) if self.task is RETRIEVAL else ("",)
+        self.all_targets: AllTargets | None = None
+        if self.task is RETRIEVAL and data.test is not None:
+            target = torch.cat([split.all()[1] for split in data.splits().values()])  # the test split is the last one
+            self.all_targets = AllTargets(target, len(target) - len(data.test))
 
     def run(self) -> float:
         """Test the models; on the first process also compare them with the baselines, write and show all results."""
@@ -166,17 +164,9 @@ class Evaluation:
 
     def _fit_baselines(self) -> BaselineResults:
         """Fit the baselines with the first model's size and loss; add their row scores to the file of every model."""
-        baselines = fit_baselines(
-            self.settings.baselines,
-            self.data,
-            self.task,
-            num_parameters=self.models[0].module.num_parameters,
-            loss=self.models[0].loss,
-            seed=self.settings.seed,
-            device=self.trainer.strategy.root_device,
-            console=self.console,
-            all_targets=self.all_targets,
-        )
+        first, settings = self.models[0], self.settings
+        where = (self.trainer, first.module, self.data, self.console)
+        baselines = fit_baselines(settings.baselines, self.task, *where, first.loss, settings.seed, self.all_targets)
         scores = {"": baselines.row_scores, _ALL: baselines.all_row_scores}
         for model in self.models:
             for suffix in self.suffixes:
@@ -220,13 +210,6 @@ class Evaluation:
             print_text(self.console, f"baselines: as many parameters as {self.models[0].key}, and its loss")
         if len(self.models) == 1 and self.task is RETRIEVAL:
             show_examples(self.models[0].module, self.data, self.console)
-
-
-def _all_targets(data: EnergyDataModule) -> AllTargets:
-    """The targets of all splits, the test split last."""
-    target = torch.cat([dataset.all()[1] for dataset in data.splits().values()])
-    assert data.test is not None
-    return AllTargets(target, len(target) - len(data.test))
 
 
 def _all_have(tested: Mapping[str, Tested], suffix: str) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from torch import Tensor
@@ -28,17 +27,16 @@ from energy_flow.training.module import EnergyFlowModule
 
 def fit_baselines(
     settings: BaselineSettings,
-    data: EnergyDataModule,
     task: Task,
-    *,
-    num_parameters: int,
+    trainer: Trainer,
+    module: EnergyFlowModule,
+    data: EnergyDataModule,
+    console: Console,
     loss: LossSettings,
     seed: int,
-    device: torch.device,
-    console: Console,
     all_targets: AllTargets | None = None,
 ) -> BaselineResults:
-    """Fit and test the baselines on the run's data; no results if they are disabled or there is no test split."""
+    """Fit and test baselines of a module's size; no results if they are disabled or there is no test split."""
     if not settings.enabled or data.test is None:
         return BaselineResults()
     with console.status("baselines") as status:
@@ -48,10 +46,10 @@ def fit_baselines(
             data.test.all(),
             task=task,
             settings=settings,
-            num_parameters=num_parameters,
+            num_parameters=module.num_parameters,
             loss=loss,
             seed=seed,
-            device=device,
+            device=trainer.strategy.root_device,
             report=lambda step: status.update(f"baselines: {step}"),
             all_targets=all_targets,
         )
@@ -91,16 +89,7 @@ def finish(
     write_metrics(metrics, folder)  # even if the baselines fail
     if f"test/{task.primary}" not in metrics:
         return
-    baselines = fit_baselines(
-        settings.baselines,
-        data,
-        task,
-        num_parameters=module.num_parameters,
-        loss=module.loss,
-        seed=settings.seed,
-        device=trainer.strategy.root_device,
-        console=console,
-    )
+    baselines = fit_baselines(settings.baselines, task, trainer, module, data, console, module.loss, settings.seed)
     flat = {f"baseline/{name}/{metric}": v for name, row in baselines.metrics.items() for metric, v in row.items()}
     write_metrics({**metrics, **flat}, folder)
     add_row_scores(folder / FILE, baselines.row_scores, console)
