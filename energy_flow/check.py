@@ -62,36 +62,27 @@ def show(report: DataReport, console: Console) -> None:
         rows = [[name, *(cells[name] for cells in sides.values())] for name in names]
         console.print(rich_table(["", *sides], rows, title="Data", left=[""]))
     if report.shared:
-        rows = [
-            [split, other, *(f"{found.count:,}" for found in sides.values())]
-            for (split, other), sides in report.shared.items()
-        ]
         headings = ["of", "in", "source", "target", "pair"]
+        rows = [[*splits, *(f"{found.count:,}" for found in sides.values())] for splits, sides in report.shared.items()]
         console.print(rich_table(headings, rows, title="Rows shared between splits", left=["of", "in"]))
 
 
 def _cells(split: SplitReport, side: SideReport) -> dict[str, str]:
-    numbers = {
-        "norm, min": side.norm_min,
-        "norm, median": side.norm_median,
-        "norm, max": side.norm_max,
-        "rms": side.rms,
-    }
-    counts = {
-        "NaN or Inf": side.not_finite,
-        "bad scales": side.bad_scales,
-        "zero rows": side.zero_rows,
-        "duplicates": side.copies.count,
-        "duplicate pairs": split.pair_copies.count,
-        "far-off norms": side.far_off,
-        "constant columns": len(side.constant_columns),
-    }
     return {
         "rows": f"{split.rows:,}",
         "dimension": str(split.dim),
         "stored as": side.dtype,
-        **{name: f"{count:,}" for name, count in counts.items()},
-        **{name: f"{value:.4g}" for name, value in numbers.items()},
+        "NaN or Inf": f"{side.not_finite:,}",
+        "bad scales": f"{side.bad_scales:,}",
+        "zero rows": f"{side.zero_rows:,}",
+        "duplicates": f"{side.copies.count:,}",
+        "duplicate pairs": f"{split.pair_copies.count:,}",
+        "far-off norms": f"{side.far_off:,}",
+        "constant columns": f"{len(side.constant_columns):,}",
+        "norm, min": f"{side.norm_min:.4g}",
+        "norm, median": f"{side.norm_median:.4g}",
+        "norm, max": f"{side.norm_max:.4g}",
+        "rms": f"{side.rms:.4g}",
     }
 
 

@@ -87,11 +87,7 @@ def predict(config: dict[str, Any]) -> None:
 
 
 def load_model(ckpt_path: str | None) -> EnergyFlowModel:
-    """Load the model of a .ckpt or .safetensors; None: the model that the package ships.
-
-    Raises:
-        CheckpointError: the file is missing or unusable.
-    """
+    """Load the model of a .ckpt or .safetensors; None: the model that the package ships."""
     if ckpt_path is None:
         if not SHIPPED.is_file():
             raise CheckpointError(
@@ -160,16 +156,15 @@ def _rank_of_true(true: str, embedding: Tensor, gallery: Gallery) -> str:
 def _write(folder: Path, inputs: Inputs, embedding: Tensor, gallery: Gallery, score: Tensor, index: Tensor) -> None:
     """Write `predictions.safetensors` (embedding [N, D], neighbour_row and score [N, k]) and `neighbours.jsonl`."""
     row = gallery.row[index]
-    arrays = {"embedding": embedding.contiguous(), "neighbour_row": row, "score": score}
     lines = []
-    for number, (label, scores, found, rows) in enumerate(
-        zip(inputs.labels, score.tolist(), index.tolist(), row.tolist(), strict=True)
-    ):
+    results = zip(inputs.labels, score.tolist(), index.tolist(), row.tolist(), strict=True)
+    for number, (label, scores, found, rows) in enumerate(results):
         neighbours = [
             {"name": gallery.names[candidate], "row": at, "score": value}
             for candidate, at, value in zip(found, rows, scores, strict=True)
         ]
         lines.append(json.dumps({"row": number, "name": label, "neighbours": neighbours}, ensure_ascii=False))
+    arrays = {"embedding": embedding.contiguous(), "neighbour_row": row, "score": score}
     atomic_write(folder / "predictions.safetensors", save(arrays))
     atomic_write(folder / "neighbours.jsonl", "\n".join(lines) + "\n")
 
