@@ -13,18 +13,16 @@ from energy_flow.data import read_data_settings
 from energy_flow.data.inspection import DataReport, SideReport, SplitReport, inspect
 from energy_flow.errors import DataError
 from energy_flow.runs.application import application
-from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.settings import ProgramSettings, read
 from energy_flow.tables import print_text, rich_table
 
 
-class CheckSettings(Settings):
+class CheckSettings(ProgramSettings):
     """The whole config of a check."""
 
-    task_name: str
     seed: int = Field(ge=0)
     optimized_metric: str
     data: dict[str, Any]
-    paths: PathSettings
 
 
 def check(config: dict[str, Any]) -> None:

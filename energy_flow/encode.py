@@ -14,14 +14,13 @@ from energy_flow.data.text.encoding import PartialResult, assemble, check_output
 from energy_flow.data.text.pairs import TextPairs, read_texts
 from energy_flow.runs.application import application
 from energy_flow.runs.settings import find_device
-from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.settings import ProgramSettings, read
 from energy_flow.tables import print_text
 
 
-class EncodeSettings(Settings):
+class EncodeSettings(ProgramSettings):
     """The whole config of an encoding."""
 
-    task_name: str
     input: str
     output: str
     source_key: str
@@ -31,7 +30,6 @@ class EncodeSettings(Settings):
     batch_size: Annotated[int, Field(ge=1)]
     save_every: Annotated[int, Field(ge=1)]
     device: Literal["auto", "cpu", "cuda"]
-    paths: PathSettings
 
 
 def encode(config: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from energy_flow.runs.application import application
 from energy_flow.runs.checks import check_normalisation
 from energy_flow.runs.inputs import Inputs, input_of_split, inputs_of_file, inputs_of_texts
 from energy_flow.runs.settings import find_device
-from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.settings import ProgramSettings, read
 from energy_flow.tables import print_text, rich_table
 
 _SHOWN = 5  # inputs of a file on the screen
@@ -33,10 +33,9 @@ _SHOWN = 5  # inputs of a file on the screen
 Words = Annotated[str, Field(pattern=r"\S")]
 
 
-class PredictSettings(Settings):
+class PredictSettings(ProgramSettings):
     """The whole config of a prediction."""
 
-    task_name: str
     seed: int
     ckpt_path: str | None
     text: Words | Annotated[list[Words], Field(min_length=1)] | None
@@ -48,7 +47,6 @@ class PredictSettings(Settings):
     k: Annotated[int, Field(ge=1)]
     device: Literal["auto", "cpu", "cuda"]
     data: dict[str, Any]
-    paths: PathSettings
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:

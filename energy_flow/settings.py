@@ -31,6 +31,13 @@ class PathSettings(Settings):
     output_dir: str
 
 
+class ProgramSettings(Settings):
+    """The keys that the configs of all programs share."""
+
+    task_name: str
+    paths: PathSettings
+
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 P = ParamSpec("P")
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from torch import Tensor
 
 from energy_flow.atomic import atomic_write
-from energy_flow.comparison.baselines import BaselineResults, BaselineSettings, run_baselines
+from energy_flow.comparison.baselines import BaselineResults, run_baselines
 from energy_flow.comparison.compare import ALONE
 from energy_flow.data import EnergyDataModule
 from energy_flow.metrics.retrieval import AllTargets
 from energy_flow.metrics.row_scores import FILE, read_row_scores, write_row_scores
-from energy_flow.metrics.task import RETRIEVAL, Task, task_of
+from energy_flow.metrics.task import RETRIEVAL, task_of
 from energy_flow.runs.screen import show_examples, show_metrics, show_notes
-from energy_flow.runs.settings import TrainSettings
+from energy_flow.runs.settings import ScoredSettings, TrainSettings
 from energy_flow.runs.training import ended_by_signals
 from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.losses import LossSettings
@@ -26,29 +26,26 @@ from energy_flow.training.module import EnergyFlowModule
 
 
 def fit_baselines(
-    settings: BaselineSettings,
-    task: Task,
+    settings: ScoredSettings,
     trainer: Trainer,
     module: EnergyFlowModule,
     data: EnergyDataModule,
-    console: Console,
     loss: LossSettings,
-    seed: int,
     all_targets: AllTargets | None = None,
 ) -> BaselineResults:
     """Fit and test baselines of a module's size; no results if they are disabled or there is no test split."""
-    if not settings.enabled or data.test is None:
+    if not settings.baselines.enabled or data.test is None:
         return BaselineResults()
-    with console.status("baselines") as status:
+    with Console().status("baselines") as status:
         return run_baselines(
             None if data.train is None else data.train.all(),
             None if data.val is None else data.val.all(),
             data.test.all(),
-            task=task,
-            settings=settings,
+            task=task_of(settings.optimized_metric),
+            settings=settings.baselines,
             num_parameters=module.num_parameters,
             loss=loss,
-            seed=seed,
+            seed=settings.seed,
             device=trainer.strategy.root_device,
             report=lambda step: status.update(f"baselines: {step}"),
             all_targets=all_targets,
@@ -89,7 +86,7 @@ def finish(
     write_metrics(metrics, folder)  # even if the baselines fail
     if f"test/{task.primary}" not in metrics:
         return
-    baselines = fit_baselines(settings.baselines, task, trainer, module, data, console, module.loss, settings.seed)
+    baselines = fit_baselines(settings, trainer, module, data, module.loss)
     flat = {f"baseline/{name}/{metric}": v for name, row in baselines.metrics.items() for metric, v in row.items()}
     write_metrics({**metrics, **flat}, folder)
     add_row_scores(folder / FILE, baselines.row_scores, console)
