@@ -18,7 +18,6 @@ def atomic_writer(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file in the same folder, and rename it to `path` at the end, if nothing was raised.
 
     Args:
-        path: the file to write.
         keep: the new name of the file that `path` had before; None: it is replaced. A kill between the two renames
             leaves no file at `path`, but the old one here.
 

@@ -42,7 +42,8 @@ def measure(config: dict[str, Any]) -> None:
         raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=cpu")
     device = torch.device(settings.device)
     console, folder = Console(), Path(settings.paths.output_dir)
-    machine = describe_machine(device, _command())
+    command = shlex.join(["python", "-m", "energy_flow.benchmark", *HydraConfig.get().overrides.task])
+    machine = describe_machine(device, command)
     try:
         with console.status("measuring") as status:
 
@@ -58,15 +59,7 @@ def measure(config: dict[str, Any]) -> None:
         print_text(console, f"run folder: {folder}")
 
 
-def _command() -> str:
-    return shlex.join(["python", "-m", "energy_flow.benchmark", *HydraConfig.get().overrides.task])
-
-
-@application("benchmark")
-def main(config: dict[str, Any]) -> None:
-    """Run the program."""
-    measure(config)
-
+main = application("benchmark")(measure)
 
 if __name__ == "__main__":
     main()

@@ -84,11 +84,7 @@ def _cells(split: SplitReport, side: SideReport) -> dict[str, str]:
     }
 
 
-@application("check")
-def main(config: dict[str, Any]) -> None:
-    """Entry point."""
-    check(config)
-
+main = application("check")(check)
 
 if __name__ == "__main__":
     main()

@@ -92,11 +92,7 @@ def _run(
         )
 
 
-@application("encode")
-def main(config: dict[str, Any]) -> None:
-    """Entry point."""
-    encode(config)
-
+main = application("encode")(encode)
 
 if __name__ == "__main__":
     main()

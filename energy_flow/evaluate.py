@@ -57,11 +57,8 @@ class EvaluateSettings(ScoredSettings):
 
 
 def evaluate(config: dict[str, Any]) -> float:
-    """Test one or several models and compare them with the baselines.
-
-    Returns:
-        The test metric that corresponds to `optimized_metric`; for several models their mean.
-    """
+    """Test one or several models and compare them with the baselines; returns the (mean) test metric to optimize."""
+    filter_warnings()
     settings = read(EvaluateSettings, config, "")
     task_of(settings.optimized_metric)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
@@ -209,12 +206,7 @@ def _flat(tested: Mapping[str, Metrics]) -> dict[str, float]:
     return {**flat, **{name: value for name, value in means.items() if name.startswith("test/")}}
 
 
-@application("evaluate")
-def main(config: dict[str, Any]) -> float:
-    """Entry point."""
-    filter_warnings()
-    return evaluate(config)
-
+main = application("evaluate")(evaluate)
 
 if __name__ == "__main__":
     main()

@@ -167,15 +167,10 @@ def _write(folder: Path, inputs: Inputs, embedding: Tensor, gallery: Gallery, sc
     atomic_write(folder / "neighbours.jsonl", "\n".join(lines) + "\n")
 
 
-@application("predict")
-def _main(config: dict[str, Any]) -> None:
-    predict(config)
-
-
 def main() -> None:
-    """Entry point."""
+    """Run the program."""
     sys.argv[1:] = [_quoted(word) for word in sys.argv[1:]]
-    _main()
+    application("predict")(predict)()
 
 
 def _quoted(word: str) -> str:

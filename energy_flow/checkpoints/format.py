@@ -106,22 +106,18 @@ def refusal(path: Path, error: CorruptCheckpointError) -> CheckpointError:
     return CheckpointError(f"ckpt_path = {path}: refused: corrupt, or no checkpoint ({error}). {remedy}")
 
 
-def load_without_siblings(path: Path) -> dict[str, Any]:
-    """Read and verify a checkpoint as `load` does, but look at no other file.
+def read_step(path: Path) -> int:
+    """The optimiser steps before a checkpoint, which is verified without loading a tensor."""
+    return int(load_without_siblings(path, outline=True).get("global_step", 0))
+
+
+def load_without_siblings(path: Path, *, outline: bool = False) -> dict[str, Any]:
+    """Read and verify a checkpoint as `load` does, but look at no other file; an outline has tensors on `meta`.
 
     Raises:
         CorruptCheckpointError: the bytes are not those of a checkpoint.
         CheckpointError: missing, or not written by energy_flow.
     """
-    return _read(path)
-
-
-def read_step(path: Path) -> int:
-    """The optimiser steps before a checkpoint, which is verified as in `load_without_siblings`; loads no tensor."""
-    return int(_read(path, outline=True).get("global_step", 0))
-
-
-def _read(path: Path, *, outline: bool = False) -> dict[str, Any]:
     if path.is_dir():
         raise CheckpointError(f"ckpt_path = {path}: is a folder; give a checkpoint in it, such as best.ckpt")
     if not path.is_file():

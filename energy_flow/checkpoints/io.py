@@ -37,10 +37,6 @@ class LoadedCheckpoint:
         unchanged = path == self.path and self._stamp is not None and _stamp(path) == self._stamp
         return contents if unchanged else None
 
-    def drop(self) -> None:
-        """Free the memory of the contents."""
-        self.contents = None
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to the disk, with checkpoints that are never half written.

@@ -80,17 +80,12 @@ def _reference(config_name: str) -> str:
 
 
 class _Job:
-    """A task as Hydra calls it: with plain config, errors written and reported.
-
-    Attributes:
-        full_error: the user's value of HYDRA_FULL_ERROR.
-        raised: the error that the task has ended with, if it is a fault of the program.
-    """
+    """A task as Hydra calls it: with plain config, errors written and reported."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self.full_error = "0"
-        self.raised: Exception | None = None
+        self.full_error = "0"  # the user's value of HYDRA_FULL_ERROR
+        self.raised: Exception | None = None  # the error that ended the task, if it is a fault of the program
 
     def __call__(self, config: DictConfig) -> Any:
         self.raised = None

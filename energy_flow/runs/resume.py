@@ -58,11 +58,7 @@ def _read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
 
 
 def check_resume(resumed: LoadedCheckpoint, module: EnergyFlowModule, data: EnergyDataModule, console: Console) -> None:
-    """Check that a checkpoint has a module's architecture, weights and optimiser; print its step, and differing data.
-
-    Raises:
-        CheckpointError: it hasn't.
-    """
+    """Raise a CheckpointError unless a checkpoint fits a module; print its step, and which data differ."""
     assert resumed.contents is not None
     compatibility.check_resume(resumed.contents, module.hparams, resumed.path)
     compatibility.check_weights(resumed.contents["state_dict"], module, resumed.path)

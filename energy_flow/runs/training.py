@@ -54,7 +54,7 @@ def fit(
         NotFiniteError: anomaly mode found the operation that made a NaN.
     """
     if resumed is not None and kill_spawned_processes(trainer):
-        resumed.drop()  # every spawned process reads the file itself
+        resumed.contents = None  # every spawned process reads the file itself
     ckpt_path = None if resumed is None else str(resumed.path)
     try:
         with ended_by_signals(trainer):
