@@ -43,17 +43,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     A checkpoint is written to a temporary file, brought to the disk, and only then renamed; a kill at any time leaves
     the one before. The `last.ckpt` before becomes `last-1.ckpt`. A checkpoint that can't be written is reported and
-    doesn't end training.
-
-    Args:
-        loaded: a checkpoint that was verified already; Lightning gets it instead of a second reading of the same file.
-
-    Attributes:
-        failed: path -> reason, of the checkpoints that couldn't be written; only on the process that writes.
+    doesn't end training. Lightning gets the `loaded` checkpoint instead of a second reading of the same file.
     """
 
     def __init__(self, loaded: LoadedCheckpoint | None = None) -> None:
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = {}  # path -> reason, of those not written; only on the process that writes
         self._loaded = loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

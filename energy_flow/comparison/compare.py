@@ -36,13 +36,7 @@ class Method:
 
 
 class Comparison:
-    """Methods with bootstrap intervals of the primary metric.
-
-    Args:
-        task: how the methods were measured.
-        methods: models first, then their mean if there are several tested models, then baselines. The first paired
-            model is the reference.
-    """
+    """Methods with bootstrap intervals of the primary metric: models first, then their mean if any, then baselines."""
 
     def __init__(self, task: Task, methods: Sequence[Method]) -> None:
         self.task = task

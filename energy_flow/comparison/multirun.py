@@ -55,9 +55,8 @@ def compare_jobs(jobs: Sequence[Job]) -> Comparison | None:
     measure, _ = reference.source
     task = next(task for task in TASKS if task.row_measure == measure)
     models = [_model(group, reference, task) for group in groups]
-    return Comparison(
-        task, models + [_baseline(name, reference, task) for name in task.baselines if reference.runs(name)]
-    )
+    baselines = [_baseline(name, reference, task) for name in task.baselines if reference.runs(name)]
+    return Comparison(task, models + baselines)
 
 
 def _groups(jobs: Sequence[Job]) -> list[_Group]:

@@ -96,7 +96,7 @@ def _two_cells(comparison: Comparison, interval: Interval | None, sign: str = ""
 
 def _title(comparison: Comparison) -> str:
     count = len(comparison.models)
-    return f"Comparison of {count} model{'s' * (count != 1)}"
+    return f"Comparison of {count} model{'s' if count != 1 else ''}"
 
 
 def _cells(comparison: Comparison, method: Method) -> dict[str, str]:
