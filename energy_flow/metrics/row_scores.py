@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from energy_flow.atomic import digest, write_whole
+from energy_flow.atomic import atomic_write, digest
 from energy_flow.errors import DataError
 
 FILE = "test_rows.safetensors"
@@ -55,7 +55,7 @@ def write_row_scores(path: Path, scores: RowScores) -> None:
     if wrong:
         raise ValueError(wrong)
     metadata = {_MEASURE: scores.measure, _FINGERPRINT: scores.fingerprint}
-    write_whole(path, save(values, {**metadata, _DIGEST: digest(_text(metadata), values)}))
+    atomic_write(path, save(values, {**metadata, _DIGEST: digest(_text(metadata), values)}))
 
 
 def read_row_scores(path: Path) -> RowScores:

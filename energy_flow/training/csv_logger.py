@@ -11,7 +11,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 
 Rows = Iterable[dict[str, Any]]
 
@@ -96,4 +96,4 @@ def _write(path: Path, fieldnames: list[str], rows: Rows) -> None:
     writer = csv.DictWriter(text, fieldnames=fieldnames)
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue())

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.core.energy_lattice import name_samples
 from energy_flow.core.faults import name_rows
 from energy_flow.core.host_copy import HostCopy
@@ -53,7 +53,7 @@ class BadStep:
         if rows:
             content["row"] = torch.cat(rows)
         content = {name: value.detach().cpu().contiguous() for name, value in content.items()}
-        write_whole(path, save(content, metadata={"step": str(self.step), "reason": self.reason, "where": self.where}))
+        atomic_write(path, save(content, metadata={"step": str(self.step), "reason": self.reason, "where": self.where}))
 
 
 @dataclass(frozen=True)

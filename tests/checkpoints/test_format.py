@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from energy_flow.checkpoints import format as checkpoints
-from energy_flow.checkpoints.archive import read_archive, read_outline
+from energy_flow.checkpoints.archive import read_archive
 from energy_flow.checkpoints.format import Contents, HyperParameters, Provenance
 from energy_flow.errors import CheckpointError
 from energy_flow.training.module import EnergyFlowModule
@@ -31,7 +31,7 @@ def test_what_is_written_is_the_schema(valid: dict[str, Any]) -> None:
 def test_an_outline_has_everything_but_the_numbers(tmp_path: Path, valid: dict[str, Any]) -> None:
     path = tmp_path / "it.ckpt"
     path.write_bytes(saved({**valid, "global_step": 12}))
-    outline, contents = read_outline(path), read_archive(path)
+    outline, contents = read_archive(path, outline=True), read_archive(path)
     weights = outline.pop("state_dict")
     assert {name: value.shape for name, value in weights.items()} == {
         name: value.shape for name, value in contents.pop("state_dict").items()

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.data.pairs import PairDataset
 from energy_flow.data.storage.arrays import SIDES, read_sides
 from energy_flow.data.storage.names import read_names
@@ -49,11 +49,11 @@ class PartialResult:
             self._compare(json.loads(described.read_text()), identity)
         else:
             self.folder.mkdir(exist_ok=True)
-            write_whole(described, json.dumps(identity, indent=2).encode())
+            atomic_write(described, json.dumps(identity, indent=2))
 
     def add(self, start: int, arrays: Arrays) -> None:
         """Save the rows from `start` on: `source` and `target`, with scales for int8."""
-        write_whole(self._part(start), save(arrays))
+        atomic_write(self._part(start), save(arrays))
 
     def parts(self) -> Iterator[Arrays]:
         """The saved parts in order, up to the first missing one.
@@ -212,8 +212,8 @@ def assemble(
         DataError: rows are wrong; the output is not written.
     """
     whole = partial.folder / output.name
-    write_whole(whole, save(partial.joined(), metadata))
-    write_whole(whole.with_suffix(".jsonl"), name_lines(texts).encode())
+    atomic_write(whole, save(partial.joined(), metadata))
+    atomic_write(whole.with_suffix(".jsonl"), name_lines(texts))
     lowest = _check(whole, texts, encoder)
     if not output.with_suffix(".jsonl").exists():  # it may be the input, or left by an interrupted attempt
         os.replace(whole.with_suffix(".jsonl"), output.with_suffix(".jsonl"))
