@@ -59,7 +59,6 @@ class PairDataset(Samples):
 
     @property
     def dim(self) -> int:
-        """D."""
         return self._source.dim
 
     @property
@@ -69,22 +68,16 @@ class PairDataset(Samples):
     @property
     def description(self) -> str:
         normalised = "L2-normalised" if self.normalize else "not normalised"
-        return f"stored as {self.storage}, {normalised}, {'named' if self.names else 'without names'}"
-
-    @property
-    def storage(self) -> str:
-        """Format of the numbers in words: "int8 with row scales", "float32"."""
+        columns = (self._source, self._target)
         kinds = dict.fromkeys(
-            f"{column.values.kind}{' with row scales' if column.scale else ''}"
-            for column in (self._source, self._target)
+            f"{column.values.kind} with row scales" if column.scale else column.values.kind for column in columns
         )
-        return " and ".join(kinds)
+        return f"stored as {' and '.join(kinds)}, {normalised}, {'named' if self.names else 'without names'}"
 
     def __len__(self) -> int:
         return self._source.num_rows
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
-        """A batch: source and target float32 [B, D], row int64 [B], for 0 <= row < N; one read per side."""
         index = np.asarray(rows, dtype=np.int64)
         return {
             "source": torch.from_numpy(self._source.read(index)),
@@ -93,11 +86,9 @@ class PairDataset(Samples):
         }
 
     def all(self) -> tuple[Tensor, Tensor]:
-        """All rows: source and target, float32 [N, D]."""
         return torch.from_numpy(self._source.all()), torch.from_numpy(self._target.all())
 
     def take_hashes(self) -> PairHashes | None:
-        """Hand over the hashes for finding duplicate rows and forget them; None after the first call."""
         taken, self._hashes = self._hashes, None
         return taken
 
