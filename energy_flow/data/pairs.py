@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from energy_flow.data.samples import Batch, Samples
-from energy_flow.data.storage.arrays import SIDES, read_npy, read_sides
+from energy_flow.data.storage.arrays import SIDES, read_arrays
 from energy_flow.data.storage.columns import Column, Survey
 from energy_flow.data.storage.duplicates import PairHashes
 from energy_flow.data.storage.names import read_names
@@ -108,10 +108,7 @@ def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column
     Raises:
         DataError: an array is missing, or the shapes don't match.
     """
-    if len(files) not in (1, 2):
-        raise DataError(f"{len(files)} files given; give one file or two .npy: [source.npy,target.npy]")
-    pair = {name: read_npy(path, name) for name, path in zip(SIDES, files, strict=True)} if len(files) == 2 else {}
-    arrays = pair or read_sides(files[0])
+    arrays = read_arrays(files)
     source, target = (Column(arrays[side], arrays.get(f"{side}_scale"), normalize) for side in SIDES)
     if source.num_rows != target.num_rows:
         raise DataError(

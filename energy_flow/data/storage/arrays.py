@@ -64,33 +64,29 @@ class StoredArray:
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape, order)
 
 
-def read_sides(path: Path, sides: Sequence[str] = SIDES) -> dict[str, StoredArray]:
-    """Find the arrays of `sides`, and their `*_scale` if present, in a .safetensors or .npz file.
+def read_arrays(files: Sequence[Path], sides: Sequence[str] = SIDES) -> dict[str, StoredArray]:
+    """Find the arrays of `sides`, and their `*_scale` if present.
+
+    Args:
+        files: one .safetensors or .npz with all arrays, or one .npy per side.
+        sides: names of the arrays; those of .npy files, in order.
 
     Raises:
-        DataError: the file is missing, empty, damaged or has an unknown suffix; an array is missing or not numeric.
+        DataError: a file is missing, empty, damaged or has a wrong suffix; an array is missing or not numeric.
     """
     readers = {".safetensors": _safetensors, ".npz": _npz}
-    if path.suffix == ".npy":
-        raise DataError(f"{path}: one .npy holds one array; give the pair as a list: [source.npy,target.npy]")
-    if path.suffix not in readers:
-        raise DataError(
-            f"{path}: unknown suffix {path.suffix!r}; give a .safetensors, a .npz or a list of two .npy: "
-            "[source.npy,target.npy]"
-        )
-    return readers[path.suffix](path, sides)
-
-
-def read_npy(path: Path, name: str) -> StoredArray:
-    """Find the array of a .npy file and call it `name`.
-
-    Raises:
-        DataError: the file is missing, empty, damaged or has another suffix; the array is not numeric.
-    """
-    if path.suffix != ".npy":
-        raise DataError(f"{path}: a list must hold two .npy files; give a {path.suffix or 'file'} without a list")
-    with _opened(path) as file:
-        return _npy_array(file, path, name, path.stat().st_size)
+    pair, path = "[source.npy,target.npy]", files[0]
+    if len(files) == 1 and path.suffix in readers:
+        return readers[path.suffix](path, sides)
+    if len(files) == 1 and path.suffix != ".npy":
+        both = f"a .safetensors, a .npz or a list of two .npy: {pair}"
+        remedy = both if len(sides) > 1 else f"a .safetensors or .npz with {sides[0]}, or a .npy"
+        raise DataError(f"{path}: unknown suffix {path.suffix!r}; give {remedy}")
+    if len(files) == 1 < len(sides):
+        raise DataError(f"{path}: one .npy holds one array; give the pair as a list: {pair}")
+    if len(files) != len(sides):
+        raise DataError(f"{len(files)} files given; give one file or two .npy: {pair}")
+    return {name: _npy(path, name) for name, path in zip(sides, files, strict=True)}
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -104,6 +100,13 @@ def _opened(path: Path) -> IO[bytes]:
         return path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: can't be opened: {error.strerror}") from error
+
+
+def _npy(path: Path, name: str) -> StoredArray:
+    if path.suffix != ".npy":
+        raise DataError(f"{path}: a list must hold two .npy files; give a {path.suffix or 'file'} without a list")
+    with _opened(path) as file:
+        return _npy_array(file, path, name, path.stat().st_size)
 
 
 def _safetensors(path: Path, sides: Sequence[str]) -> dict[str, StoredArray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from energy_flow.data.storage.arrays import read_npy, read_sides
+from energy_flow.data.storage.arrays import read_arrays
 from energy_flow.data.storage.columns import Column
 from energy_flow.data.storage.names import read_names
 from energy_flow.errors import DataError
@@ -34,13 +34,7 @@ class Rows:
     def __init__(self, path: str | Path, side: str, normalize: bool, key: str) -> None:
         self.file = Path(path).expanduser().absolute()
         try:
-            if self.file.suffix not in (".safetensors", ".npz", ".npy"):
-                raise DataError(
-                    f"{self.file}: unknown suffix {self.file.suffix!r}; give a .safetensors or .npz with {side}, "
-                    "or a .npy"
-                )
-            npy = self.file.suffix == ".npy"
-            arrays = {side: read_npy(self.file, side)} if npy else read_sides(self.file, (side,))
+            arrays = read_arrays((self.file,), (side,))
             self._column = Column(arrays[side], arrays.get(f"{side}_scale"), normalize)
             self._column.check()
             self.names = read_names((self.file,), len(self))

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from energy_flow.atomic import write_whole
 from energy_flow.data.pairs import PairDataset
-from energy_flow.data.storage.arrays import SIDES, read_sides
+from energy_flow.data.storage.arrays import SIDES, read_arrays
 from energy_flow.data.storage.names import read_names
 from energy_flow.data.text.encoder import TextEncoder
 from energy_flow.data.text.pairs import TextPairs
@@ -74,7 +74,7 @@ class PartialResult:
         """
         start = 0
         while (path := self._part(start)).is_file():
-            arrays = {name: array.open() for name, array in read_sides(path).items()}
+            arrays = {name: array.open() for name, array in read_arrays((path,)).items()}
             yield arrays
             start += len(arrays["source"])
 
