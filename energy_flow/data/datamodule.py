@@ -17,7 +17,7 @@ from energy_flow.data.kinds import read_data_settings
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.sampling import ResumableLoader, epoch_sampler
 from energy_flow.data.settings import SPLITS, DataSettings, misfits, missing_splits
-from energy_flow.data.storage.duplicates import PairHashes, duplicate_warnings
+from energy_flow.data.storage.duplicates import Hashes, duplicate_warnings
 from energy_flow.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class EnergyDataModule(LightningDataModule):
         """
         for missing in missing_splits(self.settings, stage or ""):
             raise ConfigError(missing)
-        hashes: dict[str, PairHashes] = {}
+        hashes: dict[str, Hashes] = {}
         for split in SPLITS:
             if not self.settings.has(split) or getattr(self, split) is not None:
                 continue
@@ -85,8 +85,8 @@ class EnergyDataModule(LightningDataModule):
             self.fingerprint[split] = dataset.fingerprint
             pairs = f"{len(dataset):,} pairs of dimension {dataset.dim}"
             _info("data.%s: %s: %s, %s", split, dataset.where, pairs, dataset.description)
-            if (found := dataset.take_hashes()) is not None:
-                hashes[split] = found
+            if dataset.hashes is not None:
+                hashes[split], dataset.hashes = dataset.hashes, None
         for warning in duplicate_warnings(hashes):
             _warn(warning)
 

@@ -18,10 +18,11 @@ from energy_flow.data.storage.arrays import SIDES
 from energy_flow.data.storage.columns import Column, Survey
 from energy_flow.data.storage.duplicates import (
     Duplicates,
-    PairHashes,
+    Hashes,
     duplicate_warnings,
     duplicates_between,
     duplicates_within,
+    pair_hashes,
 )
 from energy_flow.errors import DataError
 
@@ -102,7 +103,7 @@ def inspect(settings: DataSettings) -> DataReport:
     whole, as in training.
     """
     report = DataReport(refused=missing_splits(settings, "fit"))
-    hashes: dict[str, PairHashes] = {}
+    hashes: dict[str, Hashes] = {}
     odd: dict[str, list[str]] = {}  # oddity -> splits that have it
     for split in SPLITS:
         if not settings.has(split):
@@ -119,13 +120,12 @@ def inspect(settings: DataSettings) -> DataReport:
     )
     for one, other in combinations(hashes, 2):
         report.shared[other, one] = {
-            side: duplicates_between(getattr(hashes[other], side), getattr(hashes[one], side))
-            for side in (*SIDES, "pair")
+            kind: duplicates_between(found, hashes[one][kind]) for kind, found in hashes[other].items()
         }
     return report
 
 
-def _inspect_split(report: DataReport, split: str, columns: tuple[Column, Column]) -> PairHashes:
+def _inspect_split(report: DataReport, split: str, columns: tuple[Column, Column]) -> Hashes:
     sides, surveys = {}, []
     for side, column in zip(SIDES, columns, strict=True):
         statistics = _Statistics(column)
@@ -138,8 +138,8 @@ def _inspect_split(report: DataReport, split: str, columns: tuple[Column, Column
     num_rows, dim = columns[0].num_rows, columns[0].dim
     others = {name: known.dim for name, known in report.splits.items()}
     report.refused += misfits(split, num_rows, dim, where, others)
-    hashes = PairHashes.of(*surveys)
-    copies = duplicates_within(hashes.pair)
+    hashes = pair_hashes(*surveys)
+    copies = duplicates_within(hashes["pair"])
     report.splits[split] = SplitReport(where, num_rows, dim, fingerprint(*surveys), sides, copies)
     return hashes
 

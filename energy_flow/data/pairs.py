@@ -15,7 +15,7 @@ from torch import Tensor
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.storage.arrays import SIDES, read_arrays
 from energy_flow.data.storage.columns import Column, Survey
-from energy_flow.data.storage.duplicates import PairHashes
+from energy_flow.data.storage.duplicates import pair_hashes
 from energy_flow.data.storage.names import read_names
 from energy_flow.errors import DataError
 
@@ -55,7 +55,7 @@ class PairDataset(Samples):
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
         self.fingerprint = fingerprint(*surveys)
-        self._hashes: PairHashes | None = PairHashes.of(*surveys)
+        self.hashes = pair_hashes(*surveys)
 
     @property
     def dim(self) -> int:
@@ -88,12 +88,8 @@ class PairDataset(Samples):
     def all(self) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(self._source.all()), torch.from_numpy(self._target.all())
 
-    def take_hashes(self) -> PairHashes | None:
-        taken, self._hashes = self._hashes, None
-        return taken
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hashes": None}  # workers don't need them
+        return {**self.__dict__, "hashes": None}  # workers don't need them
 
 
 def find_files(path: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:
@@ -121,6 +117,31 @@ def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column
             "encode both with the same model"
         )
     return source, target
+
+
+def read_rows(path: PathLike, side: str, normalize: bool, key: str) -> tuple[Tensor, list[str] | None]:
+    """Read one side of a file: sources for predictions, or targets for a gallery.
+
+    Args:
+        path: a .safetensors or .npz with an array of that name, or a .npy. For dtypes see `PairDataset`.
+        side: "source" or "target".
+        normalize: L2-normalise every row.
+        key: config key of the file, for messages.
+
+    Returns:
+        All rows, float32 [N, D], and their names from a .jsonl with the same stem; None without such a file.
+
+    Raises:
+        DataError: the data are unusable; the message names key, file, fault and remedy.
+    """
+    files = find_files(path)
+    try:
+        arrays = read_arrays(files, (side,))
+        column = Column(arrays[side], arrays.get(f"{side}_scale"), normalize)
+        column.check()
+        return torch.from_numpy(column.all()), read_names(files, column.num_rows)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
 
 
 def fingerprint(source: Survey, target: Survey) -> str:

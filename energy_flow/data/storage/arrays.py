@@ -75,17 +75,19 @@ def read_arrays(files: Sequence[Path], sides: Sequence[str] = SIDES) -> dict[str
         DataError: a file is missing, empty, damaged or has a wrong suffix; an array is missing or not numeric.
     """
     readers = {".safetensors": _safetensors, ".npz": _npz}
-    pair, path = "[source.npy,target.npy]", files[0]
-    if len(files) == 1 and path.suffix in readers:
-        return readers[path.suffix](path, sides)
-    if len(files) == 1 and path.suffix != ".npy":
-        both = f"a .safetensors, a .npz or a list of two .npy: {pair}"
-        remedy = both if len(sides) > 1 else f"a .safetensors or .npz with {sides[0]}, or a .npy"
-        raise DataError(f"{path}: unknown suffix {path.suffix!r}; give {remedy}")
-    if len(files) == 1 < len(sides):
-        raise DataError(f"{path}: one .npy holds one array; give the pair as a list: {pair}")
-    if len(files) != len(sides):
+    pair = "[source.npy,target.npy]"
+    if len(files) not in (1, len(sides)):
         raise DataError(f"{len(files)} files given; give one file or two .npy: {pair}")
+    path = files[0]
+    if len(files) == 1:
+        if path.suffix in readers:
+            return readers[path.suffix](path, sides)
+        if path.suffix != ".npy":
+            both = f"a .safetensors, a .npz or a list of two .npy: {pair}"
+            remedy = both if len(sides) > 1 else f"a .safetensors or .npz with {sides[0]}, or a .npy"
+            raise DataError(f"{path}: unknown suffix {path.suffix!r}; give {remedy}")
+        if len(sides) > 1:
+            raise DataError(f"{path}: one .npy holds one array; give the pair as a list: {pair}")
     return {name: _npy(path, name) for name, path in zip(sides, files, strict=True)}
 
 
