@@ -83,9 +83,13 @@ def read_arrays(files: Sequence[Path], sides: Sequence[str] = SIDES) -> dict[str
         if path.suffix in readers:
             return readers[path.suffix](path, sides)
         if path.suffix != ".npy":
-            both = f"a .safetensors, a .npz or a list of two .npy: {pair}"
-            remedy = both if len(sides) > 1 else f"a .safetensors or .npz with {sides[0]}, or a .npy"
-            raise DataError(f"{path}: unknown suffix {path.suffix!r}; give {remedy}")
+            if len(sides) == 1:
+                raise DataError(
+                    f"{path}: unknown suffix {path.suffix!r}; give a .safetensors or .npz with {sides[0]}, or a .npy"
+                )
+            raise DataError(
+                f"{path}: unknown suffix {path.suffix!r}; give a .safetensors, a .npz or a list of two .npy: {pair}"
+            )
         if len(sides) > 1:
             raise DataError(f"{path}: one .npy holds one array; give the pair as a list: {pair}")
     return {name: _npy(path, name) for name, path in zip(sides, files, strict=True)}
