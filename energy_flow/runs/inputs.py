@@ -12,8 +12,8 @@ from torch import Tensor
 
 from energy_flow.data import EnergyDataModule
 from energy_flow.data.gallery import names_of
+from energy_flow.data.pairs import read_rows
 from energy_flow.data.storage.names import read_source_text
-from energy_flow.data.storage.rows import Rows
 from energy_flow.data.text.encoder import TextEncoder
 from energy_flow.errors import ConfigError
 from energy_flow.pretrained import ModelCard
@@ -53,10 +53,15 @@ def inputs_of_texts(
 
 
 def inputs_of_file(path: str, card: ModelCard) -> Inputs:
-    """Read the sources of a file."""
-    rows = Rows(path, "source", card.normalize, "input")
-    _check_dim(f"input = {path}", rows.dim, card)
-    return Inputs(rows.all(), rows.names or [f"row {row}" for row in range(len(rows))])
+    """Read the sources of a file.
+
+    Raises:
+        ConfigError: the file has another embedding dimension than the model.
+        DataError: the file is unusable.
+    """
+    source, names = read_rows(path, "source", card.normalize, "input")
+    _check_dim(f"input = {path}", source.shape[1], card)
+    return Inputs(source, names or [f"row {row}" for row in range(len(source))])
 
 
 def input_of_split(split: str, row: int, data: EnergyDataModule, card: ModelCard) -> Inputs:

@@ -38,7 +38,8 @@ def test_written_files(pairs: Program, dtype: str, error: float) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert "checked: 50 pairs with names, all rows finite and of length 1" in outcome.out
     dataset = PairDataset(pairs.folder / "out.safetensors", normalize=False)
-    assert dataset.storage == {"int8": "int8 with row scales"}.get(dtype, dtype)
+    stored = {"int8": "int8 with row scales"}.get(dtype, dtype)
+    assert dataset.description == f"stored as {stored}, not normalised, named"
     assert dataset.names == [target for _, target in PAIRS]
     for side, rows in enumerate(dataset.all()):
         torch.testing.assert_close(rows, rows_of(side), atol=error, rtol=0)

@@ -72,6 +72,7 @@ def test_folder_unknown_suffix_single_npy_and_wrong_lists(tmp_path, good):
     refused(tmp_path / "x.npy", "[source.npy,target.npy]")
     refused([npz(tmp_path, **good)] * 2, "two .npy")
     refused([tmp_path / "x.npy"] * 3, "3 files")
+    refused([], "0 files")
 
 
 def test_missing_arrays_name_the_existing_ones(tmp_path, good):

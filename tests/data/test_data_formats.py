@@ -73,7 +73,7 @@ def test_int8_rows_are_scaled(tmp_path, form):
     source, target = dataset.all()
     np.testing.assert_array_equal(source.numpy(), arrays["source"] * scales["source_scale"][:, None])
     np.testing.assert_array_equal(target.numpy(), arrays["target"] * scales["target_scale"][:, None])
-    assert dataset.storage == "int8 with row scales"
+    assert dataset.description == "stored as int8 with row scales, not normalised, without names"
 
 
 def test_bfloat16_is_read_exactly(tmp_path):
