@@ -136,7 +136,7 @@ class EnergyFlowModule(pl.LightningModule):
         return output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        source, target, rows = unpack_batch(batch, self.processor.dtype)
+        source, target, rows = self._unpack(batch)
         output = self(source, rows)
         self._faults.put(output.faults)
         losses = self._losses(output, target, rows)
@@ -275,7 +275,7 @@ class EnergyFlowModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
         """Run an evaluation batch and keep its outputs for the metrics of the epoch."""
-        source, target, rows = unpack_batch(batch, self.processor.dtype)
+        source, target, rows = self._unpack(batch)
         output = self(source, rows)
         self._faults.put(output.faults, rows)
         assert self.scores is not None
@@ -294,6 +294,9 @@ class EnergyFlowModule(pl.LightningModule):
         for name, value in self.scores.metrics(self.temperature()).items():
             # All processes have the same value; `sync_dist` only avoids a warning of Lightning.
             self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == monitored, sync_dist=True)
+
+    def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        return unpack_batch(batch, self.processor.dtype)
 
     def _gather(self, value: Tensor) -> Tensor:
         """The values of all processes, joined along the first dimension."""
