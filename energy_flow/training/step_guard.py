@@ -94,13 +94,9 @@ class StepGuard:
         self._batches, self._checked = [], deque()
 
     def record(self, source: Tensor, target: Tensor, rows: Tensor | None, results: Mapping[str, Tensor]) -> None:
-        """Record a batch of the next step.
+        """Record a batch of the next step: source and target [B, D], rows int64 [B].
 
-        Args:
-            source: [B, D].
-            target: [B, D].
-            rows: int64 [B].
-            results: tensors computed from the batch, by name, in the order of their computation.
+        `results` are tensors computed from the batch, by name, in the order of their computation.
         """
         quantities = {"source": source, "target": target, **results}
         self._batches.append(RecordedBatch(source, target, rows, list(quantities), _norms(quantities.values())))

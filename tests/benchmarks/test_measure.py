@@ -12,7 +12,7 @@ import torch
 from energy_flow_benchmarks import measure as measuring
 from energy_flow_benchmarks.findings import Measured
 from energy_flow_benchmarks.machine import describe_machine
-from energy_flow_benchmarks.measure import Effort, Prepared, measure, peak_memory
+from energy_flow_benchmarks.measure import Effort, Prepared, measure, peak_memory, require_near
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -139,6 +139,21 @@ def test_other_errors_are_errors() -> None:
 
     with pytest.raises(RuntimeError, match="wrong shapes"):
         measure({"it": lambda: run}, CPU, ONCE)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(2), r"it has shape \[2\], the reference \[3\]"),
+        (torch.tensor([1.0, 2.0, 3.1]), "it differs from the reference by 0.0333 of the largest entry, allowed 0.01"),
+        (torch.full((3,), torch.nan), "it differs from the reference by nan"),
+    ],
+)
+def test_results_that_differ_are_refused(wrong: torch.Tensor, message: str) -> None:
+    right = torch.tensor([1.0, 2.0, 3.0])
+    require_near("it", right, right + 0.01, 0.01)
+    with pytest.raises(RuntimeError, match=message):
+        require_near("it", right, wrong, 0.01)
 
 
 def test_a_rate_needs_a_time() -> None:
