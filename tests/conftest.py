@@ -1,8 +1,8 @@
-"""Shared by all tests: one thread, no GPU unless it is asked for, fixed seeds, a fast hypothesis profile."""
+"""Settings of all tests: one thread, a GPU only with `-m gpu`, fixed seeds, a fast hypothesis profile."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
+os.environ["OMP_NUM_THREADS"] = "1"  # also for programs that tests start
 
 import pytest
 import torch

@@ -63,6 +63,6 @@ def test_trajectories_follow_the_field() -> None:
     assert (output.embedding - target).square().mean() < 0.15 * target.var()
 
 
-def test_without_movement_nothing_is_learned_of_it() -> None:
+def test_without_movement_the_field_is_not_learned() -> None:
     output, _, (_, target) = trained("lattice.movement.scale=1.0e-9", "trainer.max_steps=100")
     assert (output.embedding - target).square().mean() > 0.3 * target.var()
