@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What isn't a test of a GPU compares bits and memory of a CPU, and runs several processes at once."""
+    """Hide GPUs from all other tests: they compare bits and memory of a CPU, and run several processes at once."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -1,4 +1,4 @@
-"""One forward pass of a flow lattice, flow by flow. It is slow, simple, and written from the rules alone.
+"""One forward pass of a flow lattice, flow by flow. It is slow and simple, and follows only the rules.
 
 It takes only parameters from a `FlowProcessor`, and computes everything in loops over samples, flows, steps and
 cells. Everything is differentiable: `backward()` gives gradients of the processor's own parameters.

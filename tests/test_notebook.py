@@ -1,4 +1,4 @@
-"""The notebook runs in any folder, and its stored outputs are those of a clean run."""
+"""The notebook runs in any folder, and its stored outputs come from a clean run."""
 
 import os
 import re

@@ -109,7 +109,7 @@ class Program:
     patch: pytest.MonkeyPatch
 
     def train(self, *overrides: str, multirun: bool = False, more_callbacks: Sequence[Callback] = ()) -> Outcome:
-        """Run the training program; `more_callbacks` come after those of the config."""
+        """Run the training program; `more_callbacks` come after the callbacks of the config."""
         build = train.build_trainer
 
         def build_with_more(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:

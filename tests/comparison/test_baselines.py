@@ -224,10 +224,10 @@ def check_complete(results: BaselineResults) -> None:
 
 
 def test_report() -> None:
-    said: list[str] = []
-    run_baselines(*three_splits(rotation(5)), **SETTINGS, report=said.append)
-    assert said[:4] == ["identity", "mean", "ridge", "procrustes"]
-    assert said[4:8] == ["linear", "linear epoch 1/2", "linear epoch 2/2", "mlp"]
+    reported: list[str] = []
+    run_baselines(*three_splits(rotation(5)), **SETTINGS, report=reported.append)
+    assert reported[:4] == ["identity", "mean", "ridge", "procrustes"]
+    assert reported[4:8] == ["linear", "linear epoch 1/2", "linear epoch 2/2", "mlp"]
 
 
 def test_mismatched_shapes() -> None:

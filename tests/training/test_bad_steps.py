@@ -58,8 +58,8 @@ def test_the_state_from_before_the_fault_and_its_batch_are_kept(tmp_path: Path) 
     message = str(caught.value)
     assert "3 steps in a row were skipped" in message
     assert "step 2: NaN in the source (rows 19 of the training data)" in message
-    for said in (str(path), str(file), "optimizer.lr", "debug=anomaly", "max_bad_steps"):
-        assert said in message
+    for part in (str(path), str(file), "optimizer.lr", "debug=anomaly", "max_bad_steps"):
+        assert part in message
     checkpoint = torch.load(path, weights_only=True)
     found = {**checkpoint["state_dict"], **tensors_of(checkpoint["optimizer_states"][0]["state"])}
     assert found.keys() == before.state.keys()

@@ -139,7 +139,7 @@ def test_final_z_is_where_the_flow_was_before_projection() -> None:
         output = TinyModule(**{"movement.scale": 0.1}).processor(torch.randn(2, 5), record_trajectories=True)
     histograms = _histograms(output)
     assert output.landings.projected.all()
-    # No flow moves farther than one displacement in its last step.
+    # The final place is at most one displacement away from the place before the last step.
     assert output.trajectories is not None
     before = output.trajectories.position[-2, ..., 2].flatten()
     last_move = output.trajectories.displacement[-1].flatten()

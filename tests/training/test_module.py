@@ -170,10 +170,10 @@ def test_overflow_is_logged_with_the_needed_number_and_the_key(caplog: pytest.Lo
     overrides = ("lattice.spawn.enabled=true", "lattice.spawn.threshold=0.0001", "lattice.max_flows_per_sample=21")
     with caplog.at_level(logging.WARNING, "energy_flow"):
         make_trainer().fit(make_module(*overrides), make_loader(32))
-    said = [record.getMessage() for record in caplog.records if "overflow" in record.getMessage()]
-    assert said
-    assert "lattice.max_flows_per_sample = 21. Raise it to" in said[0]
-    assert len(said) < 4, "logged again only if more is needed than before"
+    messages = [record.getMessage() for record in caplog.records if "overflow" in record.getMessage()]
+    assert messages
+    assert "lattice.max_flows_per_sample = 21. Raise it to" in messages[0]
+    assert len(messages) < 4, "logged again only if more is needed than before"
 
 
 def test_biases_norms_and_cell_values_are_not_decayed() -> None:

@@ -169,9 +169,9 @@ def test_a_bad_step_changes_nothing(fault: str, caplog: pytest.LogCaptureFixture
     counted = {float(value) for name, value in found.items() if name.endswith(".step")}
     assert counted == {STEPS - 1}, "the optimiser counts only the steps that it took"
     assert trainer.lightning_module.guard.skipped == 1
-    [said] = messages_of_the_guard(caplog)
-    assert said.startswith("step 2 skipped: ")
-    assert reason in said
+    [message] = messages_of_the_guard(caplog)
+    assert message.startswith("step 2 skipped: ")
+    assert reason in message
 
 
 @pytest.mark.parametrize(
@@ -246,10 +246,10 @@ def test_averaged_weights_skip_the_bad_step_too() -> None:
 def test_rows_of_every_accumulated_batch_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "energy_flow"):
         fit(FAULTS["nan in gradient"][0], 1, accumulate_grad_batches=2)
-    said = messages_of_the_guard(caplog)
-    assert "(rows 16, 17, 18, 19, 20, 21, 22, 23 of the training data; rows 24, 25" in said[0]
-    assert said[1] == f"rows of a batch of step 1: {list(range(16, 24))}"
-    assert said[2] == f"rows of a batch of step 1: {list(range(24, 32))}"
+    messages = messages_of_the_guard(caplog)
+    assert "(rows 16, 17, 18, 19, 20, 21, 22, 23 of the training data; rows 24, 25" in messages[0]
+    assert messages[1] == f"rows of a batch of step 1: {list(range(16, 24))}"
+    assert messages[2] == f"rows of a batch of step 1: {list(range(24, 32))}"
 
 
 def test_the_count_is_logged(tmp_path: Path) -> None:
