@@ -264,10 +264,10 @@ def test_the_linear_map_has_the_loss_of_the_model(monkeypatch: pytest.MonkeyPatc
     assert bank[0] == pytest.approx(functional.cross_entropy(logits, rows).item(), rel=1e-5)
     assert batch[0] < bank[0] - 0.5
     monkeypatch.setattr(trained_baselines, "BATCH", 50)
-    learnt = curve(LOSS.model_copy(update={"learn_temperature": True}), splits, monkeypatch)
-    # A learnt temperature is exp(log(0.05)): float32 rounds log(0.05) by up to 1.2e-7, and each processor rounds exp.
-    assert learnt[0] == pytest.approx(batch[0], rel=1e-6)
-    assert learnt[-1] != batch[-1]
+    learned = curve(LOSS.model_copy(update={"learn_temperature": True}), splits, monkeypatch)
+    # A learned temperature is exp(log(0.05)): float32 rounds log(0.05) by up to 1.2e-7, and each processor rounds exp.
+    assert learned[0] == pytest.approx(batch[0], rel=1e-6)
+    assert learned[-1] != batch[-1]
 
 
 @pytest.mark.gpu
