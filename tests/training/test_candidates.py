@@ -63,7 +63,7 @@ def test_the_candidates_are_freed(data: EnergyDataModule) -> None:
     assert all("bank" not in name for name in module.state_dict())
 
 
-def test_a_learnt_temperature(tmp_path: Path) -> None:
+def test_a_learned_temperature(tmp_path: Path) -> None:
     module = make_module("loss.learn_temperature=true", "optimizer.lr=1.0e-2", "optimizer.weight_decay=10.0")
     assert float(module.temperature()) == pytest.approx(0.05)
     trainer = make_trainer(max_epochs=2)
