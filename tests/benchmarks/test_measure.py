@@ -1,4 +1,4 @@
-"""Measuring: alternation and medians by a fake clock, peaks of known size. Never how long something takes."""
+"""Measuring: alternation and medians with a fake clock, peaks of known size. No test measures real time."""
 
 import gc
 import itertools
@@ -22,7 +22,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 
 
 class Watch:
-    """A clock that work moves on."""
+    """A clock that only the measured work advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -64,7 +64,7 @@ def test_the_median_of_a_turn_and_over_the_rounds() -> None:
     assert watch.seconds(long, a=watch.build("a", 0, 1, 100, 2)) == {"a": 2}
 
 
-def test_every_run_has_a_preparation_of_its_own_which_does_not_count() -> None:
+def test_every_run_has_its_own_untimed_setup() -> None:
     watch = Watch()
     made: list[int] = []
 
@@ -98,7 +98,7 @@ def test_variants_are_freed_after_their_turn() -> None:
     assert seen == [f"{what} {name}" for name in "ab" for what in ("run", "run", "free")] * 2
 
 
-def test_the_garbage_collector_is_off_meanwhile() -> None:
+def test_the_garbage_collector_is_off_during_a_turn() -> None:
     states: list[bool] = []
 
     def broken() -> None:
@@ -179,7 +179,7 @@ def test_the_peak_counts_from_before_a_variant_is_built() -> None:
 @LINUX
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_peak_is_the_memory_held_at_once(blocks: int) -> None:
-    size = 64 * MIB  # large enough to be given back to the system at once
+    size = 64 * MIB  # large enough for the allocator to return it to the system at once
 
     def run() -> None:
         for _ in range(3):
@@ -192,7 +192,7 @@ def test_the_peak_is_the_memory_held_at_once(blocks: int) -> None:
 
 
 @LINUX
-def test_objects_count_and_earlier_memory_does_not() -> None:
+def test_the_peak_counts_objects_but_no_earlier_memory() -> None:
     before = torch.ones(64 * MIB, dtype=torch.uint8)
     count = 20_000
     peak = peak_memory(lambda: [torch.zeros(1) for _ in range(count)], CPU)
@@ -201,7 +201,7 @@ def test_objects_count_and_earlier_memory_does_not() -> None:
     assert before.numel() == 64 * MIB
 
 
-def test_a_system_without_a_mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_system_without_a_peak_counter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measuring, "_CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
     ran: list[int] = []
     assert peak_memory(lambda: ran.append(1), CPU) is None

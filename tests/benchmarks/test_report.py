@@ -138,7 +138,7 @@ def test_curves_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         report._curve_rows(tiny(), CPU, 1)
 
 
-def test_steps_of_both_sides_start_alike_and_leave_the_random_state_alone() -> None:
+def test_steps_of_both_sides_start_alike_and_keep_the_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -160,7 +160,7 @@ def test_steps_of_both_sides_start_alike_and_leave_the_random_state_alone() -> N
         ({"fows": 1}, ("benchmark.fows", "did you mean flows?")),
     ],
 )
-def test_settings_that_can_not_work(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
+def test_invalid_settings(changes: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as error:
         tiny(**changes)
     for part in parts:

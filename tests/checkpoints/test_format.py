@@ -1,4 +1,4 @@
-"""One schema: the arguments of the module, the written provenance and a whole checkpoint agree with it."""
+"""The arguments of the module, the written provenance and a whole checkpoint agree with the one schema."""
 
 import inspect
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_what_is_written_is_the_schema(valid: dict[str, Any]) -> None:
     assert set(valid) | {"global_step"} == names
 
 
-def test_an_outline_has_everything_but_the_numbers(tmp_path: Path, valid: dict[str, Any]) -> None:
+def test_an_outline_has_all_but_the_numbers(tmp_path: Path, valid: dict[str, Any]) -> None:
     path = tmp_path / "it.ckpt"
     path.write_bytes(saved({**valid, "global_step": 12}))
     outline, contents = read_archive(path, outline=True), read_archive(path)
@@ -52,7 +52,7 @@ def test_the_step_is_read_without_weights(
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_a_step_is_read_from_no_archive_that_lies(tmp_path: Path, case: str) -> None:
+def test_no_step_is_read_from_a_forged_archive(tmp_path: Path, case: str) -> None:
     path = tmp_path / "it.ckpt"
     content, part = ARCHIVES[case]
     path.write_bytes(content)
@@ -60,7 +60,7 @@ def test_a_step_is_read_from_no_archive_that_lies(tmp_path: Path, case: str) -> 
         checkpoints.read_step(path)
 
 
-def test_a_step_is_read_from_no_corrupt_file(tmp_path: Path, valid: dict[str, Any]) -> None:
+def test_no_step_is_read_from_a_corrupt_file(tmp_path: Path, valid: dict[str, Any]) -> None:
     path, content = tmp_path / "it.ckpt", saved({**valid, "global_step": 12})
     record = content.index(valid["state_dict"]["processor.map_in.cell_value"].numpy().tobytes())
     for corrupt in (content[:-1], content[:record] + b"\x01" + content[record + 1 :], b""):

@@ -114,7 +114,7 @@ def test_wrong_shapes(tmp_path, good, shape):
     refused(npz(tmp_path, **good | {"source": np.ones(shape, np.float32)}), f"source has shape {shape}")
 
 
-def test_sides_that_do_not_match(tmp_path, good):
+def test_mismatched_sides(tmp_path, good):
     refused(npz(tmp_path, **good | {"target": good["target"][1:]}), "target has 5 rows, source 6")
     refused(npz(tmp_path, **good | {"target": good["target"][:, 1:]}), "target has dimension 3, source 4")
 
@@ -185,7 +185,7 @@ def test_bad_names(tmp_path, good, text, part):
     refused(npz(tmp_path, **good), "pairs.jsonl", part)
 
 
-def test_headers_that_claim_more_than_the_file_holds(tmp_path, good):
+def test_headers_that_claim_more_than_the_file_has(tmp_path, good):
     header = json.dumps({"source": {"dtype": "F32", "shape": [1 << 40, 768], "data_offsets": [0, 3072 << 40]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     refused(tmp_path / "a.safetensors", "truncated")

@@ -1,4 +1,4 @@
-"""All formats give the same batches, and are memory-mapped if possible."""
+"""All formats give the same batches. Files are memory-mapped if possible."""
 
 import mmap
 import pickle
@@ -23,7 +23,7 @@ def numbers(dtype=np.float32, rows=N, dim=D):
 
 
 def write(folder: Path, form: str, arrays: dict[str, np.ndarray], stem: str = "pairs"):
-    """Write `arrays`; returns the path or paths for the config."""
+    """Write `arrays`. Returns the path or paths for the config."""
     path = folder / f"{stem}.{form.split('-')[0]}"
     if form == "safetensors":
         save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
