@@ -14,11 +14,10 @@ UNFINISHED = ".unfinished"  # suffix of a file that is being written
 
 
 @contextmanager
-def whole_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file in the same folder, and rename it to `path` at the end, if nothing was raised.
 
     Args:
-        path: the file to write.
         keep: the new name of the file that `path` had before; None: it is replaced. A kill between the two renames
             leaves no file at `path`, but the old one here.
 
@@ -39,14 +38,10 @@ def whole_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically.
-
-    Raises:
-        OSError: the path can't be written; the old file is unchanged.
-    """
-    with whole_file(path) as file:
-        file.write(content)
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a file with `atomic_writer`; text as UTF-8."""
+    with atomic_writer(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def _sync_folder(folder: Path) -> None:

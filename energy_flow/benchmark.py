@@ -12,7 +12,7 @@ from rich.console import Console
 
 from energy_flow.errors import ConfigError
 from energy_flow.runs.application import application
-from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.settings import ProgramSettings, read
 from energy_flow.tables import print_text
 from energy_flow_benchmarks import output
 from energy_flow_benchmarks.machine import describe_machine
@@ -21,14 +21,12 @@ from energy_flow_benchmarks.registry import read_benchmark
 log = logging.getLogger(__name__)
 
 
-class BenchmarkSettings(Settings):
+class BenchmarkSettings(ProgramSettings):
     """The whole config of a benchmark. The benchmark itself checks its section."""
 
-    task_name: str
     device: Literal["cpu", "cuda"]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     benchmark: dict[str, Any]
-    paths: PathSettings
 
 
 def measure(config: dict[str, Any]) -> None:
@@ -44,7 +42,8 @@ def measure(config: dict[str, Any]) -> None:
         raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=cpu")
     device = torch.device(settings.device)
     console, folder = Console(), Path(settings.paths.output_dir)
-    machine = describe_machine(device, _command())
+    command = shlex.join(["python", "-m", "energy_flow.benchmark", *HydraConfig.get().overrides.task])
+    machine = describe_machine(device, command)
     try:
         with console.status("measuring") as status:
 
@@ -60,15 +59,7 @@ def measure(config: dict[str, Any]) -> None:
         print_text(console, f"run folder: {folder}")
 
 
-def _command() -> str:
-    return shlex.join(["python", "-m", "energy_flow.benchmark", *HydraConfig.get().overrides.task])
-
-
-@application("benchmark")
-def main(config: dict[str, Any]) -> None:
-    """Run the program."""
-    measure(config)
-
+main = application("benchmark")(measure)
 
 if __name__ == "__main__":
     main()

@@ -8,23 +8,21 @@ from typing import Any
 from pydantic import Field
 from rich.console import Console
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.data import read_data_settings
 from energy_flow.data.inspection import DataReport, SideReport, SplitReport, inspect
 from energy_flow.errors import DataError
 from energy_flow.runs.application import application
-from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.settings import ProgramSettings, read
 from energy_flow.tables import print_text, rich_table
 
 
-class CheckSettings(Settings):
+class CheckSettings(ProgramSettings):
     """The whole config of a check."""
 
-    task_name: str
     seed: int = Field(ge=0)
     optimized_metric: str
     data: dict[str, Any]
-    paths: PathSettings
 
 
 def check(config: dict[str, Any]) -> None:
@@ -38,7 +36,7 @@ def check(config: dict[str, Any]) -> None:
     report = inspect(read_data_settings(config["data"]))
     seconds = time.perf_counter() - started
     path = Path(settings.paths.output_dir, "check.json")
-    write_whole(path, (json.dumps({**report.as_json(), "seconds": seconds}, indent=2) + "\n").encode())
+    atomic_write(path, json.dumps({**report.as_json(), "seconds": seconds}, indent=2) + "\n")
     show(report, console)
     for warning in report.warnings:
         print_text(console, f"warning: {warning}")
@@ -62,44 +60,31 @@ def show(report: DataReport, console: Console) -> None:
         rows = [[name, *(cells[name] for cells in sides.values())] for name in names]
         console.print(rich_table(["", *sides], rows, title="Data", left=[""]))
     if report.shared:
-        rows = [
-            [split, other, *(f"{found.count:,}" for found in sides.values())]
-            for (split, other), sides in report.shared.items()
-        ]
         headings = ["of", "in", "source", "target", "pair"]
+        rows = [[*splits, *(f"{found.count:,}" for found in sides.values())] for splits, sides in report.shared.items()]
         console.print(rich_table(headings, rows, title="Rows shared between splits", left=["of", "in"]))
 
 
 def _cells(split: SplitReport, side: SideReport) -> dict[str, str]:
-    numbers = {
-        "norm, min": side.norm_min,
-        "norm, median": side.norm_median,
-        "norm, max": side.norm_max,
-        "rms": side.rms,
-    }
-    counts = {
-        "NaN or Inf": side.not_finite,
-        "bad scales": side.bad_scales,
-        "zero rows": side.zero_rows,
-        "duplicates": side.copies.count,
-        "duplicate pairs": split.pair_copies.count,
-        "far-off norms": side.far_off,
-        "constant columns": len(side.constant_columns),
-    }
     return {
         "rows": f"{split.rows:,}",
         "dimension": str(split.dim),
         "stored as": side.dtype,
-        **{name: f"{count:,}" for name, count in counts.items()},
-        **{name: f"{value:.4g}" for name, value in numbers.items()},
+        "NaN or Inf": f"{side.not_finite:,}",
+        "bad scales": f"{side.bad_scales:,}",
+        "zero rows": f"{side.zero_rows:,}",
+        "duplicates": f"{side.copies.count:,}",
+        "duplicate pairs": f"{split.pair_copies.count:,}",
+        "far-off norms": f"{side.far_off:,}",
+        "constant columns": f"{len(side.constant_columns):,}",
+        "norm, min": f"{side.norm_min:.4g}",
+        "norm, median": f"{side.norm_median:.4g}",
+        "norm, max": f"{side.norm_max:.4g}",
+        "rms": f"{side.rms:.4g}",
     }
 
 
-@application("check")
-def main(config: dict[str, Any]) -> None:
-    """Entry point."""
-    check(config)
-
+main = application("check")(check)
 
 if __name__ == "__main__":
     main()

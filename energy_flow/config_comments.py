@@ -52,11 +52,7 @@ class ConfigFile:
 
 
 def read_file(path: Path, group: str = "") -> ConfigFile:
-    """Read a config file and its comments.
-
-    Args:
-        path: the file.
-        group: the group that the file belongs to; "" for the file of a program.
+    """Read a config file of a group, or of a program (""), with its comments.
 
     Raises:
         ConfigError: the file is no YAML, or holds something other than keys.

@@ -19,18 +19,14 @@ from pydantic import ConfigDict, TypeAdapter
 from energy_flow.config import config_dir
 from energy_flow.config_comments import Choice, Key, read_file
 from energy_flow.errors import ConfigError
+from energy_flow.tables import markdown_table
 
 PROGRAMS = ("train", "evaluate", "predict", "encode", "check", "benchmark")
 HYDRA = "hydra"  # Hydra's own group: `--hydra-help` is about it
 
 # The class that checks a program's own keys, a group or an option of a group.
 _OWNERS = {
-    "train": "energy_flow.runs.settings:TrainSettings",
-    "evaluate": "energy_flow.evaluate:EvaluateSettings",
-    "predict": "energy_flow.predict:PredictSettings",
-    "encode": "energy_flow.encode:EncodeSettings",
-    "check": "energy_flow.check:CheckSettings",
-    "benchmark": "energy_flow.benchmark:BenchmarkSettings",
+    **{name: f"energy_flow.{name}:{name.title()}Settings" for name in PROGRAMS},
     "lattice/": "energy_flow.core.energy_lattice:LatticeSettings",
     "model/": "energy_flow.core.networks:ModelSettings",
     "loss/": "energy_flow.training.losses:LossSettings",
@@ -41,12 +37,10 @@ _OWNERS = {
     "paths/": "energy_flow.settings:PathSettings",
     "data/reverse_dictionary": "energy_flow.data:FileSettings",
     "data/transport": "energy_flow.data:TransportSettings",
-    "benchmark/collect": "energy_flow_benchmarks.collect:CollectSettings",
-    "benchmark/memory": "energy_flow_benchmarks.memory:MemorySettings",
-    "benchmark/report": "energy_flow_benchmarks.report:ReportSettings",
-    "benchmark/scaling": "energy_flow_benchmarks.scaling:ScalingSettings",
-    "benchmark/stability": "energy_flow_benchmarks.stability:StabilitySettings",
-    "benchmark/step": "energy_flow_benchmarks.step:StepSettings",
+    **{
+        f"benchmark/{name}": f"energy_flow_benchmarks.{name}:{name.title()}Settings"
+        for name in ("collect", "memory", "report", "scaling", "stability", "step")
+    },
 }
 
 _WIDTH = 100  # columns of the help
@@ -86,12 +80,7 @@ class Program:
 
 
 def read_program(name: str, folders: Sequence[Path] | None = None) -> Program:
-    """Read a program with the groups and options that it can take.
-
-    Args:
-        name: one of `PROGRAMS`.
-        folders: of config files, the first one counts; default: `conf/` alone.
-    """
+    """Read a program with its groups and options from folders of config files (default: `conf/`); the first counts."""
     folders = folders or [Path(config_dir())]
     file = read_file(Path(config_dir(), f"{name}.yaml"))
     known = {*(key.path.split(".")[0] for key in file.keys), *(choice.group for choice in file.choices)}
@@ -101,12 +90,11 @@ def read_program(name: str, folders: Sequence[Path] | None = None) -> Program:
 
 def _read_group(choice: Choice, folders: Sequence[Path], known: set[str]) -> Group:
     paths = {path.stem: path for folder in reversed(folders) for path in Path(folder, choice.group).glob("*.yaml")}
-    options = []
-    for name in sorted(paths, key=lambda name: (name != choice.option, name)):
-        option = _read_option(choice.group, name, paths[name])
-        if all(key.path.split(".")[0] in known for key in option.sets):  # else the program refuses it
-            options.append(option)
-    return Group(choice.group, choice.meaning, choice.option, tuple(options))
+    names = sorted(paths, key=lambda name: (name != choice.option, name))
+    options = [_read_option(choice.group, name, paths[name]) for name in names]
+    # The program refuses an option that sets keys of unknown sections.
+    taken = (option for option in options if all(key.path.split(".")[0] in known for key in option.sets))
+    return Group(choice.group, choice.meaning, choice.option, tuple(taken))
 
 
 def _read_option(group: str, name: str, path: Path) -> Option:
@@ -117,29 +105,24 @@ def _read_option(group: str, name: str, path: Path) -> Option:
     # An option that builds on another one brings no keys: it changes values.
     own = () if file.choices else tuple(key for key in file.keys if f"{key.path}.".startswith(f"{group}."))
     rest = tuple(key for key in file.keys if key not in own)
-    # The section of the group itself is a heading, no key.
-    keys = tuple(key for key in own if key.path != group)
+    keys = tuple(key for key in own if key.path != group)  # the section of the group itself is a heading, no key
     return Option(name, file.meaning, _with_limits(keys, f"{group}/{name}", depth=1), rest, file.choices)
 
 
 def _with_limits(keys: Iterable[Key], place: str, *, depth: int) -> tuple[Key, ...]:
     """Fill in the limits. `depth`: the names in a path that the class of this place does not have."""
     owner = _OWNERS.get(place) or _OWNERS.get(f"{place.split('/')[0]}/")
-    found = []
-    for key in keys:
-        if key.target and key.default is None:
-            limits = f"class {key.target}"
-        elif key.target:
-            limits = _limits_of_argument(key.target, key.path.split(".")[-1])
-        elif key.default is not None and owner is not None:
-            limits = _limits_of_field(owner, key.path, depth)
-        else:
-            limits = ""
-        found.append(replace(key, limits=limits))
-    return tuple(found)
+
+    def limits(key: Key) -> str:
+        if key.default is None:
+            return f"class {key.target}" if key.target else ""
+        if key.target:
+            return _limits_of_argument(key.target, key.path.split(".")[-1])
+        return "" if owner is None else _limits_of_field(owner, key.path, depth)
+
+    return tuple(replace(key, limits=limits(key)) for key in keys)
 
 
-@cache
 def _load(owner: str) -> Any:
     module, name = re.split(r"[:.](?=\w+$)", owner)
     return getattr(import_module(module), name)
@@ -156,9 +139,9 @@ def _limits_of_field(owner: str, path: str, depth: int) -> str:
     found, defs = schema, schema.get("$defs", {})
     for name in path.split(".")[depth:]:
         found = _resolved(found, defs)
-        if name not in found["properties"] and found["additionalProperties"]:
-            return ""  # an argument that goes through to Lightning
         if name not in found["properties"]:
+            if found["additionalProperties"]:
+                return ""  # an argument that goes through to Lightning
             raise LookupError(f"{path}: {owner} has no such field")
         found = found["properties"][name]
     return _in_words(found, defs)
@@ -202,11 +185,7 @@ def _in_words(schema: dict[str, Any], defs: dict[str, Any]) -> str:
 
 
 def help_text(program: str, folders: Sequence[Path] | None = None) -> str:
-    """The text of `--help`: the program's own keys and groups, in plain text of 100 columns.
-
-    Args:
-        program, folders: see `read_program`.
-    """
+    """The text of `--help`: the keys and groups of `read_program`, in plain text of 100 columns."""
     found = read_program(program, folders)
     groups = [group for group in found.groups if group.name != HYDRA]
     lines = [found.meaning, "", *(f"  {example}" for example in found.examples), "", *_INTRODUCTION, "", "Groups:"]
@@ -306,12 +285,11 @@ def _section(group: Group, option: Option) -> list[str]:
 
 
 def _table(keys: Iterable[Key]) -> list[str]:
-    lines = ["| key | meaning | unit | default | limits |", "|---|---|---|---|---|"]
-    for key in keys:
-        default = "" if key.default is None else f"`{key.default}`"
-        cells = (f"`{key.path}`", key.meaning, key.unit, default, key.limits)
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return lines
+    rows = [
+        (f"`{key.path}`", key.meaning, key.unit, "" if key.default is None else f"`{key.default}`", key.limits)
+        for key in keys
+    ]
+    return markdown_table(("key", "meaning", "unit", "default", "limits"), rows).splitlines()
 
 
 if __name__ == "__main__":

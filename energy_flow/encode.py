@@ -1,5 +1,6 @@
 """Encode own text pairs as training data: python -m energy_flow.encode input=pairs.jsonl output=pairs.safetensors"""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,14 +14,13 @@ from energy_flow.data.text.encoding import PartialResult, assemble, check_output
 from energy_flow.data.text.pairs import TextPairs, read_texts
 from energy_flow.runs.application import application
 from energy_flow.runs.settings import find_device
-from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.settings import ProgramSettings, read
 from energy_flow.tables import print_text
 
 
-class EncodeSettings(Settings):
+class EncodeSettings(ProgramSettings):
     """The whole config of an encoding."""
 
-    task_name: str
     input: str
     output: str
     source_key: str
@@ -30,13 +30,13 @@ class EncodeSettings(Settings):
     batch_size: Annotated[int, Field(ge=1)]
     save_every: Annotated[int, Field(ge=1)]
     device: Literal["auto", "cpu", "cuda"]
-    paths: PathSettings
 
 
 def encode(config: dict[str, Any]) -> None:
     """Encode a file of text pairs into a file of embeddings."""
     settings = read(EncodeSettings, config, "")
     console, device = Console(), find_device(settings.device)
+    say = functools.partial(print_text, console)
     given, output = (Path(path).expanduser().absolute() for path in (settings.input, settings.output))
     texts = read_texts(given, settings.source_key, settings.target_key)
     check_output(output, given, texts)
@@ -49,22 +49,16 @@ def encode(config: dict[str, Any]) -> None:
         "dtype": settings.dtype,
     }
     partial = PartialResult(output, identity)
-    print_text(
-        console, f"{len(texts):,} pairs of {given}; encoder {encoder.name}, dimension {encoder.dim}, on {device}"
-    )
-    cut = encoder.num_cut([*texts.source, *texts.target])
-    if cut:
-        print_text(
-            console, f"{cut:,} of {2 * len(texts):,} texts are longer than this encoder reads: their ends are ignored"
-        )
+    say(f"{len(texts):,} pairs of {given}; encoder {encoder.name}, dimension {encoder.dim}, on {device}")
+    if cut := encoder.num_cut([*texts.source, *texts.target]):
+        say(f"{cut:,} of {2 * len(texts):,} texts are longer than this encoder reads: their ends are ignored")
     if done := partial.num_rows():
-        print_text(console, f"continuing after {done:,} rows in {partial.folder}")
+        say(f"continuing after {done:,} rows in {partial.folder}")
     try:
         _run(settings, texts, encoder, partial, console)
     except KeyboardInterrupt:
-        print(
-            f"{partial.num_rows():,} of {len(texts):,} rows are saved; repeat the command to continue", file=sys.stderr
-        )
+        saved = f"{partial.num_rows():,} of {len(texts):,} rows are saved"
+        print(f"{saved}; repeat the command to continue", file=sys.stderr)
         raise
     metadata = {
         "encoder": encoder.name,
@@ -74,12 +68,11 @@ def encode(config: dict[str, Any]) -> None:
         "text": given.name,
     }
     lowest = assemble(partial, output, texts, encoder, metadata)
-    print_text(
-        console,
+    say(
         f"checked: {len(texts):,} pairs with names, all rows finite and of length 1; a sample encoded again has "
-        f"cosines of at least {lowest:.5f}",
+        f"cosines of at least {lowest:.5f}"
     )
-    print_text(console, f"written: {output}; data=files data.train={settings.output} trains with it")
+    say(f"written: {output}; data=files data.train={settings.output} trains with it")
 
 
 def _run(
@@ -99,11 +92,7 @@ def _run(
         )
 
 
-@application("encode")
-def main(config: dict[str, Any]) -> None:
-    """Entry point."""
-    encode(config)
-
+main = application("encode")(encode)
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,6 @@
 """Test one or several trained models and compare them with baselines: python -m energy_flow.evaluate ckpt_path=..."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +10,9 @@ from pydantic import Field
 from rich.console import Console
 from torch import Tensor
 
-from energy_flow.comparison.baselines import BaselineResults, BaselineSettings
+from energy_flow.comparison import compare
+from energy_flow.comparison.baselines import BaselineResults
 from energy_flow.comparison.compare import ALONE, Comparison, Method
-from energy_flow.comparison.models import flat_metrics, mean_metrics, mean_model, pairs_of
 from energy_flow.comparison.report import interval_table
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import CheckpointError, ConfigError, EnergyFlowError
@@ -26,12 +25,15 @@ from energy_flow.runs.log import filter_warnings
 from energy_flow.runs.models import Model, load_checkpoint, model_keys, restore_model
 from energy_flow.runs.results import add_row_scores, fit_baselines, run_test, write_metrics
 from energy_flow.runs.screen import describe, show_examples, show_metrics, show_notes
+from energy_flow.runs.settings import ScoredSettings
 from energy_flow.runs.trainer import build_trainer
-from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.settings import Settings, read
 from energy_flow.tables import print_text
 from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
 from energy_flow.training.callbacks.progress_bar import ProgressBar
 from energy_flow.training.losses import LossSettings
+
+Metrics = Mapping[str, float]
 
 _ALL = "_all"  # suffix of all results among the targets of all splits
 
@@ -43,28 +45,20 @@ class SizeSettings(Settings):
     height: Annotated[int, Field(ge=1)] | None
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(ScoredSettings):
     """The whole config of an evaluation."""
 
-    task_name: str
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
     ckpt_path: str | Annotated[list[str], Field(min_length=1)]
-    optimized_metric: str
     lattice: SizeSettings
     loss: LossSettings
-    baselines: BaselineSettings
     data: dict[str, Any]
     rollout: dict[str, Any]
     trainer: dict[str, Any]
-    paths: PathSettings
 
 
 def evaluate(config: dict[str, Any]) -> float:
-    """Test one or several models and compare them with the baselines.
-
-    Returns:
-        The test metric that corresponds to `optimized_metric`; for several models their mean.
-    """
+    """Test one or several models and compare them with the baselines; returns the (mean) test metric to optimize."""
+    filter_warnings()
     settings = read(EvaluateSettings, config, "")
     task_of(settings.optimized_metric)
     pl.seed_everything(settings.seed, workers=True, verbose=False)
@@ -78,19 +72,6 @@ def evaluate(config: dict[str, Any]) -> float:
     return Evaluation(settings, data, models).run()
 
 
-@dataclass(frozen=True)
-class Tested:
-    """Test results of a model.
-
-    Attributes:
-        metrics: by their names in `metrics.json` of a single model.
-        row_scores: [N] by suffix; missing where the test was limited to some rows.
-    """
-
-    metrics: dict[str, float]
-    row_scores: dict[str, Tensor]
-
-
 class Evaluation:
     """Tests models on the same data, then compares them."""
 
@@ -100,8 +81,11 @@ class Evaluation:
         bar, folder = ProgressBar(leave=False), settings.paths.output_dir
         self.trainer = build_trainer(settings.trainer, callbacks=[bar], loggers=[], output_dir=folder)
         self.console = Console(quiet=not self.trainer.is_global_zero)
-        self.all_targets = _all_targets(data) if self.task is RETRIEVAL else None
         self.suffixes = ("", _ALL) if self.task is RETRIEVAL else ("",)
+        self.all_targets: AllTargets | None = None
+        if self.task is RETRIEVAL and data.test is not None:
+            target = torch.cat([split.all()[1] for split in data.splits().values()])  # the test split is the last one
+            self.all_targets = AllTargets(target, len(target) - len(data.test))
 
     def run(self) -> float:
         """Test the models; on the first process also compare them with the baselines, write and show all results."""
@@ -115,12 +99,13 @@ class Evaluation:
             metrics |= self._compare(tested, metrics)
         return metrics[self.settings.optimized_metric.replace("val/", "test/")]
 
-    def _test(self, model: Model) -> Tested:
-        """Test a model. Another process may hold the row scores, so they are read back from the run folder."""
-        paths = {suffix: self._rows_path(suffix, model) for suffix in self.suffixes}
+    def _test(self, model: Model) -> dict[str, float]:
+        """Test a model and write its row scores; returns its metrics by their names for a single model."""
         keep = [
-            KeepRowScores(path, self.task.row_measure + suffix, self.all_targets if suffix else None)
-            for suffix, path in paths.items()
+            KeepRowScores(
+                self._rows_path(suffix, model), self.task.row_measure + suffix, self.all_targets if suffix else None
+            )
+            for suffix in self.suffixes
         ]
         try:
             metrics = run_test(self.trainer, model.module, self.data, None, keep)
@@ -128,28 +113,33 @@ class Evaluation:
             raise CheckpointError(f"ckpt_path = {model.path}: {error}") from error
         if not metrics:
             raise ConfigError("trainer.limit_test_batches = 0: nothing is tested. Raise it")
-        scores = {}
-        if self.trainer.is_global_zero:
-            scores = {suffix: read_row_scores(path).values[MODEL] for suffix, path in paths.items() if path.is_file()}
-        return Tested({**metrics, "params": float(model.module.num_parameters)}, scores)
+        return {**metrics, "params": float(model.module.num_parameters)}
+
+    def _read_rows(self, suffix: str) -> dict[str, Tensor]:
+        """Row scores [N] by model, read back because another process may have had them; none of a limited test."""
+        paths = {model.key: self._rows_path(suffix, model) for model in self.models}
+        return {key: read_row_scores(path).values[MODEL] for key, path in paths.items() if path.is_file()}
 
     def _rows_path(self, suffix: str, model: Model) -> Path:
         """The file of a model's row scores."""
         key = "" if model.key == MODEL else f"_{model.key}"
         return Path(self.settings.paths.output_dir, f"test{suffix}_rows{key}.safetensors")
 
-    def _compare(self, tested: Mapping[str, Tested], metrics: dict[str, float]) -> dict[str, float]:
+    def _compare(self, tested: Mapping[str, Metrics], metrics: dict[str, float]) -> dict[str, float]:
         """Fit the baselines, then write and show the comparison; returns its metrics."""
         folder = self.settings.paths.output_dir
         write_metrics(metrics, folder)  # even if the baselines fail
         baselines = self._fit_baselines()
-        # A limited test gives no ranks among all targets.
-        suffixes = [suffix for suffix in self.suffixes if not suffix or _all_have(tested, suffix)]
-        comparisons = {suffix: self._comparison(suffix, tested, baselines) for suffix in suffixes}
-        pairs = pairs_of(comparisons[""])
+        rows = {suffix: self._read_rows(suffix) for suffix in self.suffixes}
+        comparisons = {
+            suffix: self._comparison(suffix, tested, rows[suffix], baselines)
+            for suffix in self.suffixes
+            if not suffix or len(rows[suffix]) == len(tested)  # a limited test gives no ranks among all targets
+        }
+        pairs = compare.pairs_of(comparisons[""])
         found: dict[str, float] = {}
         for suffix, comparison in comparisons.items():
-            found |= flat_metrics(comparison, pairs, suffix)
+            found |= compare.flat_metrics(comparison, pairs, suffix)
         if self.all_targets is not None and _ALL in comparisons:
             found["test_all/candidates"] = float(len(self.all_targets.target))
         write_metrics({**metrics, **found}, folder)
@@ -159,39 +149,31 @@ class Evaluation:
 
     def _fit_baselines(self) -> BaselineResults:
         """Fit the baselines with the first model's size and loss; add their row scores to the file of every model."""
-        baselines = fit_baselines(
-            self.settings.baselines,
-            self.data,
-            self.task,
-            num_parameters=self.models[0].module.num_parameters,
-            loss=self.models[0].loss,
-            seed=self.settings.seed,
-            device=self.trainer.strategy.root_device,
-            console=self.console,
-            all_targets=self.all_targets,
-        )
+        first = self.models[0]
+        baselines = fit_baselines(self.settings, self.trainer, first.module, self.data, first.loss, self.all_targets)
         scores = {"": baselines.row_scores, _ALL: baselines.all_row_scores}
         for model in self.models:
             for suffix in self.suffixes:
                 add_row_scores(self._rows_path(suffix, model), scores[suffix], self.console)
         return baselines
 
-    def _comparison(self, suffix: str, tested: Mapping[str, Tested], baselines: BaselineResults) -> Comparison:
+    def _comparison(
+        self, suffix: str, tested: Mapping[str, Metrics], rows: Mapping[str, Tensor], baselines: BaselineResults
+    ) -> Comparison:
         """The models, their mean if there are several, and the baselines."""
-        complete = _all_have(tested, suffix)
 
-        def method(key: str, metrics: Mapping[str, float], scores: Tensor | None, is_baseline: bool) -> Method:
+        def method(key: str, metrics: Metrics, scores: Tensor | None, is_baseline: bool) -> Method:
             own = rank_metrics(scores) if suffix and scores is not None else metrics
+            complete = len(rows) == len(tested)
             primary = self.task.primary_scores(scores).unsqueeze(0) if complete and scores is not None else None
             return Method(key, ALONE if key == MODEL else key, is_baseline, own, primary)
 
         models = []
-        for key, found in tested.items():
-            names = [name for name in self.task.headings if f"test/{name}" in found.metrics]
-            metrics = {name: found.metrics[f"test/{name}"] for name in names}
-            models.append(method(key, metrics, found.row_scores.get(suffix), False))
+        for key, metrics in tested.items():
+            own = {name: metrics[f"test/{name}"] for name in self.task.headings if f"test/{name}" in metrics}
+            models.append(method(key, own, rows.get(key), False))
         if len(models) > 1:
-            models.append(mean_model(models))
+            models.append(compare.mean_model(models))
         scores = baselines.all_row_scores if suffix else baselines.row_scores
         fitted = [method(name, metrics, scores[name], True) for name, metrics in baselines.metrics.items()]
         return Comparison(self.task, models + fitted)
@@ -215,37 +197,16 @@ class Evaluation:
             show_examples(self.models[0].module, self.data, self.console)
 
 
-def _all_targets(data: EnergyDataModule) -> AllTargets:
-    """The targets of all splits, the test split last."""
-    target = torch.cat([dataset.all()[1] for dataset in data.splits().values()])
-    assert data.test is not None
-    return AllTargets(target, len(target) - len(data.test))
-
-
-def _all_have(tested: Mapping[str, Tested], suffix: str) -> bool:
-    """Whether all models have row scores of this suffix."""
-    return all(suffix in found.row_scores for found in tested.values())
-
-
-def _flat(tested: Mapping[str, Tested]) -> dict[str, float]:
+def _flat(tested: Mapping[str, Metrics]) -> dict[str, float]:
     """Metrics of a single model; for several models `model/KEY/...` and the means `test/...`."""
     if MODEL in tested:
-        return tested[MODEL].metrics
-    flat = {
-        f"model/{key}/{name.removeprefix('test/')}": value
-        for key, found in tested.items()
-        for name, value in found.metrics.items()
-    }
-    mean = mean_metrics([found.metrics for found in tested.values()])
-    return {**flat, **{name: value for name, value in mean.items() if name.startswith("test/")}}
+        return dict(tested[MODEL])
+    flat = {f"model/{key}/{name.removeprefix('test/')}": v for key, own in tested.items() for name, v in own.items()}
+    means = compare.mean_metrics(list(tested.values()))
+    return {**flat, **{name: value for name, value in means.items() if name.startswith("test/")}}
 
 
-@application("evaluate")
-def main(config: dict[str, Any]) -> float:
-    """Entry point."""
-    filter_warnings()
-    return evaluate(config)
-
+main = application("evaluate")(evaluate)
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,7 @@ from rich.text import Text
 from safetensors.torch import save
 from torch import Tensor
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.data import EnergyDataModule
 from energy_flow.data.gallery import Gallery
 from energy_flow.errors import CheckpointError, ConfigError
@@ -25,7 +25,7 @@ from energy_flow.runs.application import application
 from energy_flow.runs.checks import check_normalisation
 from energy_flow.runs.inputs import Inputs, input_of_split, inputs_of_file, inputs_of_texts
 from energy_flow.runs.settings import find_device
-from energy_flow.settings import PathSettings, Settings, read
+from energy_flow.settings import ProgramSettings, read
 from energy_flow.tables import print_text, rich_table
 
 _SHOWN = 5  # inputs of a file on the screen
@@ -33,10 +33,9 @@ _SHOWN = 5  # inputs of a file on the screen
 Words = Annotated[str, Field(pattern=r"\S")]
 
 
-class PredictSettings(Settings):
+class PredictSettings(ProgramSettings):
     """The whole config of a prediction."""
 
-    task_name: str
     seed: int
     ckpt_path: str | None
     text: Words | Annotated[list[Words], Field(min_length=1)] | None
@@ -48,7 +47,6 @@ class PredictSettings(Settings):
     k: Annotated[int, Field(ge=1)]
     device: Literal["auto", "cpu", "cuda"]
     data: dict[str, Any]
-    paths: PathSettings
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
@@ -87,11 +85,7 @@ def predict(config: dict[str, Any]) -> None:
 
 
 def load_model(ckpt_path: str | None) -> EnergyFlowModel:
-    """Load the model of a .ckpt or .safetensors; None: the model that the package ships.
-
-    Raises:
-        CheckpointError: the file is missing or unusable.
-    """
+    """Load the model of a .ckpt or .safetensors; None: the model that the package ships."""
     if ckpt_path is None:
         if not SHIPPED.is_file():
             raise CheckpointError(
@@ -160,29 +154,23 @@ def _rank_of_true(true: str, embedding: Tensor, gallery: Gallery) -> str:
 def _write(folder: Path, inputs: Inputs, embedding: Tensor, gallery: Gallery, score: Tensor, index: Tensor) -> None:
     """Write `predictions.safetensors` (embedding [N, D], neighbour_row and score [N, k]) and `neighbours.jsonl`."""
     row = gallery.row[index]
-    arrays = {"embedding": embedding.contiguous(), "neighbour_row": row, "score": score}
     lines = []
-    for number, (label, scores, found, rows) in enumerate(
-        zip(inputs.labels, score.tolist(), index.tolist(), row.tolist(), strict=True)
-    ):
+    results = zip(inputs.labels, score.tolist(), index.tolist(), row.tolist(), strict=True)
+    for number, (label, scores, found, rows) in enumerate(results):
         neighbours = [
             {"name": gallery.names[candidate], "row": at, "score": value}
             for candidate, at, value in zip(found, rows, scores, strict=True)
         ]
         lines.append(json.dumps({"row": number, "name": label, "neighbours": neighbours}, ensure_ascii=False))
-    write_whole(folder / "predictions.safetensors", save(arrays))
-    write_whole(folder / "neighbours.jsonl", ("\n".join(lines) + "\n").encode())
-
-
-@application("predict")
-def _main(config: dict[str, Any]) -> None:
-    predict(config)
+    arrays = {"embedding": embedding.contiguous(), "neighbour_row": row, "score": score}
+    atomic_write(folder / "predictions.safetensors", save(arrays))
+    atomic_write(folder / "neighbours.jsonl", "\n".join(lines) + "\n")
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the program."""
     sys.argv[1:] = [_quoted(word) for word in sys.argv[1:]]
-    _main()
+    application("predict")(predict)()
 
 
 def _quoted(word: str) -> str:

@@ -31,17 +31,19 @@ class PathSettings(Settings):
     output_dir: str
 
 
+class ProgramSettings(Settings):
+    """The keys that the configs of all programs share."""
+
+    task_name: str
+    paths: PathSettings
+
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
 P = ParamSpec("P")
 
 
 def read(settings: type[SettingsT], section: Any, key: str) -> SettingsT:
-    """Build `settings` from a config section.
-
-    Args:
-        settings: the class to build.
-        section: a plain mapping (`OmegaConf.to_container(..., resolve=True)`).
-        key: of the section in the config, e.g. `lattice`; "" for the top.
+    """Build settings from a config section, a plain mapping; its key, e.g. `lattice`, is "" for the whole config.
 
     Raises:
         ConfigError: names every wrong key with its value, the limit and the remedy.
@@ -63,12 +65,7 @@ class Remedy:
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> None:
-    """Check arguments against a function's annotations. Mappings and arguments without an annotation pass.
-
-    Args:
-        function: may be third-party code.
-        arguments: by name.
-        key: the config section of the arguments.
+    """Check arguments against the annotations of a function, also of a third-party one; mappings pass unchecked.
 
     Raises:
         ConfigError: names every wrong argument with its key, its value, the limit and the `Remedy`.
@@ -81,11 +78,7 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
 
 
 def checked_arguments(key: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Decorate a constructor: check its arguments with `check_arguments` before it runs.
-
-    Args:
-        key: the config section, for messages.
-    """
+    """Decorate a constructor: check its arguments, from the config section `key`, with `check_arguments`."""
 
     def decorate(constructor: Callable[P, None]) -> Callable[P, None]:
         signature = inspect.signature(constructor)
@@ -109,6 +102,15 @@ def _wrong_value(value: Any, annotation: Any, key: str) -> list[str]:
         remedies = [extra.text for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, Remedy)]
         return ["; ".join([line, *remedies]) for line in lines]
     return []
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted keys; an empty section counts as a value."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        key = f"{prefix}{name}"
+        flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
+    return flat
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

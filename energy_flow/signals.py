@@ -63,11 +63,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def forwarded(kill: Callable[[int], None]) -> Iterator[None]:
-    """Forward signals to the processes that do the work inside: the first as SIGTERM, so they end; the second kills.
-
-    Args:
-        kill: sends a signal to these processes.
-    """
+    """Forward signals to the processes that do the work inside: the first as SIGTERM, so they end; the second kills."""
     _state.forward, _state.deferring = kill, True
     try:
         yield

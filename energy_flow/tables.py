@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 
 
 def rich_table(
@@ -31,14 +31,10 @@ def rich_table(
     """Build a table for the screen. All texts are shown as they are, also those that look like rich markup.
 
     Args:
-        columns: headings; a heading may occur more than once.
-        rows: cells; one per column.
-        title, caption: texts above and below the table.
         left: headings of left-aligned columns; the others are right-aligned.
         wrap: headings of columns whose cells may take several lines on a narrow screen.
         styles: a rich style per row, such as `bold`; empty: no styles.
-        rules: row numbers that get a horizontal rule above them.
-        show_lines: whether there is a rule between all rows.
+        rules: row numbers that get a horizontal rule above them; `show_lines`: all rows get one.
     """
     table = Table(show_lines=show_lines, title_justify="left", caption_justify="left")
     table.title = None if title is None else Text(title, style="table.title")
@@ -67,16 +63,11 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows as CSV, completely or not at all. The columns are all keys, in order of first occurrence.
 
-    Args:
-        path: the file to write.
-        rows: values by column; a missing value or None is an empty cell, a float is written with all its digits.
-
-    Raises:
-        OSError: the path can't be written.
+    A missing value or None is an empty cell; a float is written with all its digits.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue())

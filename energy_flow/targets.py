@@ -6,15 +6,12 @@ packages in the environment variable ENERGY_FLOW_TRUST.
 """
 
 import contextvars
+import importlib
 import inspect
 import os
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-
-import hydra
-from hydra.errors import InstantiationException
 
 from energy_flow.errors import ConfigError
 from energy_flow.settings import check_arguments, did_you_mean
@@ -51,8 +48,6 @@ def build(entry: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
     if not isinstance(entry, Mapping) or "_target_" not in entry:
         raise ConfigError(f"{key} = {entry!r}: must be a section with a _target_, the path of a class")
     target = _find(entry, key)
-    for name, value in entry.items():
-        _check_nested(value, f"{key}.{name}")
     parameters = inspect.signature(target).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     arguments = {name: value for name, value in entry.items() if name != "_target_"}
@@ -65,11 +60,11 @@ def build(entry: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
         raise ConfigError(f"{key}.{missing[0]}: {entry['_target_']} needs this argument. Set it")
     check_arguments(_constructor(target), arguments, key)
     try:
-        return hydra.utils.instantiate(dict(entry), _convert_="all", **sizes)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise ConfigError(f"{key}: {one_line(error.__cause__ or error)}") from error
+        return target(**{name: _instantiate(value, f"{key}.{name}") for name, value in arguments.items()}, **sizes)
+    except ConfigError:
+        raise
+    except Exception as error:  # of a class that isn't ours
+        raise ConfigError(f"{key}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -86,26 +81,23 @@ def _is_required(parameter: inspect.Parameter) -> bool:
     return parameter.default is inspect.Parameter.empty and not variadic
 
 
-def _check_nested(value: Any, key: str) -> None:
-    """Check an argument at any depth: Hydra builds every mapping that names a class."""
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{key} = {value!r}: would be resolved a second time; leave out the ${{")
+def _instantiate(value: Any, key: str) -> Any:
+    """An argument, at any depth, with its sections of classes built."""
     if isinstance(value, Mapping):
         if any(isinstance(name, str) and name.startswith("_") for name in value):
-            _find(value, key)
-        for name, part in value.items():
-            _check_nested(part, f"{key}.{name}")
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            _check_nested(part, f"{key}[{index}]")
+            return build(value, key)
+        return {name: _instantiate(part, f"{key}.{name}") for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_instantiate(part, f"{key}[{index}]") for index, part in enumerate(value)]
+    return value
 
 
 def _find(entry: Mapping[str, Any], key: str) -> Any:
     """The class that a section names; modules of other packages than the trusted ones aren't even imported."""
     path = entry.get("_target_")
     for name in entry:
-        if isinstance(name, str) and name.startswith("_") and name not in ("_target_", "_partial_"):
-            raise ConfigError(f"{key}.{name}: unknown key; of Hydra's own keys only _target_ and _partial_ may be set")
+        if isinstance(name, str) and name.startswith("_") and name != "_target_":
+            raise ConfigError(f"{key}.{name}: unknown key; of Hydra's own keys only _target_ may be set")
     where = f"{key}._target_ = {path}"
     packages = (*_KNOWN, *filter(None, os.environ.get(TRUST, "").split(",")))
     refusal = (
@@ -115,9 +107,10 @@ def _find(entry: Mapping[str, Any], key: str) -> Any:
     if not isinstance(path, str) or not (_from_user.get() or _within(path, packages)):
         raise ConfigError(refusal)
     try:
-        found = hydra.utils.get_object(path)
-    except (ImportError, ValueError, AttributeError, InstantiationException) as error:
-        raise ConfigError(f"{where}: {one_line(error)}") from error
+        module, name = path.rsplit(".", 1)
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where}: there is no such class: {one_line(error)}") from error
     if not callable(found):
         raise ConfigError(f"{where}: is not a class")
     home = getattr(found, "__module__", None) or ""

@@ -26,7 +26,7 @@ from energy_flow.runs.checks import check_loss, refuse_processes
 from energy_flow.runs.instantiate import build_all, build_loggers
 from energy_flow.runs.job import hydra_quoted, is_multirun
 from energy_flow.runs.log import filter_warnings
-from energy_flow.runs.results import finish, hyper_parameters, read_metrics, run_test
+from energy_flow.runs.results import finish, read_metrics, run_test
 from energy_flow.runs.settings import TrainSettings
 from energy_flow.runs.trainer import build_trainer
 from energy_flow.runs.training import fit, introduce, log_results
@@ -132,19 +132,12 @@ def _test(
         metrics |= run_test(trainer, module, data, best_path or None, [keep])
     else:
         console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
-    results = finish(settings, trainer, module, data, metrics, console)
-    log_results(trainer, hyper_parameters(settings), results.summary())
+    finish(settings, trainer, module, data, metrics, console)
+    log_results(trainer, settings, metrics)
     console.print(
         f"trained {seconds:.0f} s; TensorBoard: tensorboard --logdir {settings.paths.log_dir}", soft_wrap=True
     )
     return metrics.get(settings.optimized_metric)
-
-
-def _free_memory() -> None:
-    """Free the memory of a job: the jobs of a multirun share one process."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @application("train")
@@ -154,7 +147,8 @@ def main(config: dict[str, Any]) -> float | None:
     try:
         return train(config)
     finally:
-        _free_memory()
+        gc.collect()  # the jobs of a multirun share one process
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

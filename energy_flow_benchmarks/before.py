@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.geometry import cell_centres
+from energy_flow.core.tensorized_flow_storage import FlowStatus
 
-ACTIVE, REACHED, PROJECTED, REMOVED = "active", "reached", "projected", "removed"
+ACTIVE, REACHED, PROJECTED = FlowStatus.ACTIVE.value, FlowStatus.REACHED.value, FlowStatus.PROJECTED.value
 Cell = tuple[int, int, int]  # sample, x, y
 
 
@@ -28,7 +30,7 @@ class ListFlow:
     energy: Tensor  # [E]
     hidden: list[Tensor]  # L tensors [H]
     steps: int = 0
-    status: str = ACTIVE
+    status: int = ACTIVE
 
 
 Flows = dict[int, ListFlow]  # by id
@@ -84,14 +86,15 @@ def _distance(z: Tensor) -> Tensor:
     return 1 - z if z.item() > 0 else 1 + z
 
 
-def cleanup(flows: Flows, device: torch.device) -> None:
-    """Delete the ended flows one by one, and empty the device's cache every time."""
+def cleanup(flows: Flows, device: torch.device) -> int:
+    """Delete the ended flows one by one, empty the device's cache every time, and return how many flows are left."""
     for key in [key for key, flow in flows.items() if flow.status != ACTIVE]:
         del flows[key]
     # The earlier code also reset the peak counters here. This benchmark reads them, so it does not.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+    return len(flows)
 
 
 def forward(processor: FlowProcessor, embedding: Tensor) -> Tensor:
@@ -115,21 +118,16 @@ def forward(processor: FlowProcessor, embedding: Tensor) -> Tensor:
 
 def _place(surface: Tensor, processor: FlowProcessor) -> Flows:
     """Place one flow per cell of a surface [B, S, E], in the middle plane."""
-    width, height = processor.settings.width, processor.settings.height
+    centres = cell_centres(processor.settings.width, processor.settings.height, surface.dtype, surface.device)
     flows: Flows = {}
     for sample in range(surface.shape[0]):
-        for y in range(height):
-            for x in range(width):
-                centre = [
-                    2 * x / (width - 1) - 1 if width > 1 else 0.0,
-                    2 * y / (height - 1) - 1 if height > 1 else 0.0,
-                ]
-                flows[len(flows)] = ListFlow(
-                    sample=sample,
-                    position=surface.new_tensor([*centre, 0.0]),
-                    energy=surface[sample, y * width + x],
-                    hidden=[surface.new_zeros(processor.model.hidden_size) for _ in range(processor.model.num_layers)],
-                )
+        for cell, centre in enumerate(centres):
+            flows[len(flows)] = ListFlow(
+                sample=sample,
+                position=torch.cat([centre, centre.new_zeros(1)]),
+                energy=surface[sample, cell],
+                hidden=[surface.new_zeros(processor.model.hidden_size) for _ in range(processor.model.num_layers)],
+            )
     return flows
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ from energy_flow.core.geometry import Deposit, cell_centres, deposit_cells
 from energy_flow.ops.group_softmax import group_softmax_deposit
 from energy_flow_benchmarks.figures import AS_GRAPH, SECONDS, Panel, figure_of_panels
 from energy_flow_benchmarks.findings import Findings, Grid, Measured, Row, find, grid_by_size, rows_of, sizes_of
-from energy_flow_benchmarks.measure import Count, Effort, measure
+from energy_flow_benchmarks.measure import Build, Count, Effort, measure, recorded, require_near
 
 OURS, BOUNDED = "group_softmax_deposit", "group_softmax_deposit, bound"
 UNIQUE, SEGMENTS, PYG = "unique + scatter", "sorted + segment_reduce", "torch_geometric"
@@ -62,7 +62,8 @@ class Problem:
         """Fewest bytes of forward and backward: inputs are read in both, outputs and gradients move once."""
         inputs = [self.scores, self.values, self.keys, self.weights]
         out = self.grad.nbytes + len(self.grad) * self.weights.element_size()  # value and mass of every group
-        return 2 * _nbytes(inputs) + out + self.grad.nbytes + _nbytes(self.leaves)
+        moved = 2 * sum(tensor.nbytes for tensor in inputs) + sum(leaf.nbytes for leaf in self.leaves)
+        return moved + out + self.grad.nbytes
 
 
 Method = Callable[[Problem], Tensor]  # -> [G, 1]
@@ -128,23 +129,19 @@ def make_problem(num_landings: int, deposit: Deposit, width: int, device: torch.
 
 def methods(deposit: Deposit) -> dict[str, Method]:
     """Return the methods for a deposit; torch_geometric's where it is installed."""
+    bounded = functools.partial(ours, bound=LARGEST_SCORE)
     if deposit == "bilinear":
-        return {UNIQUE: unique_scatter_weighted, OURS: ours, BOUNDED: ours_bounded}
-    found: dict[str, Method] = {UNIQUE: unique_scatter, OURS: ours, BOUNDED: ours_bounded, SEGMENTS: sorted_segments}
+        return {UNIQUE: unique_scatter_weighted, OURS: ours, BOUNDED: bounded}
+    found: dict[str, Method] = {UNIQUE: unique_scatter, OURS: ours, BOUNDED: bounded, SEGMENTS: sorted_segments}
     if importlib.util.find_spec("torch_geometric") is not None:
         found[PYG] = pyg_softmax
     return found
 
 
 def ours(problem: Problem, bound: float | None = None) -> Tensor:
-    """Collect by the framework's own operation."""
+    """Collect by the framework's own operation; a bound on the scores saves the maximum per group."""
     inputs = (problem.scores, problem.values, problem.keys, problem.weights)
     return group_softmax_deposit(*inputs, num_groups=len(problem.grad), bound=bound)[0]
-
-
-def ours_bounded(problem: Problem) -> Tensor:
-    """Collect by the framework's own operation with a bound on the scores: no maximum per group."""
-    return ours(problem, bound=LARGEST_SCORE)
 
 
 def unique_scatter(problem: Problem) -> Tensor:
@@ -200,27 +197,15 @@ def forward_backward(method: Method, problem: Problem) -> tuple[Tensor, ...]:
     return (out.detach(), *torch.autograd.grad(out, problem.leaves, problem.grad))
 
 
-def recorded(work: Callable[[], Any]) -> Callable[[], None]:
-    """Record work as a CUDA graph and return its replay, which overwrites the first results."""
-    with torch.cuda.stream(torch.cuda.Stream()):  # libraries set themselves up outside the recording
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
 def require_same(name: str, expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> None:
-    """Compare values and gradients.
+    """Compare the results of `forward_backward`.
 
     Raises:
         RuntimeError: they differ by more than rounding.
     """
-    for what, left, right in zip(("values", "scores", "energies", "weights"), expected, found, strict=False):
-        difference = float((left - right).abs().max() / left.abs().max().clamp(min=1))
-        if not difference <= TOLERANCE:
-            raise RuntimeError(f"{name}: {what} (or their gradients) differ from ours by {difference:.3g}")
+    parts = ("values", "gradient of scores", "gradient of energies", "gradient of weights")
+    for part, left, right in zip(parts, expected, found, strict=False):
+        require_near(f"{name}: {part}", left, right, TOLERANCE, scale=1.0)
 
 
 def share_grid(rows: list[Row]) -> Grid:
@@ -240,13 +225,13 @@ def share_grid(rows: list[Row]) -> Grid:
 
 def _measure(problem: Problem, deposit: Deposit, device: torch.device, rate: float, effort: Effort) -> list[Row]:
     expected = forward_backward(ours, problem)
-    builds: dict[str, Callable[[], Callable[[], Any]]] = {}
+    builds: dict[str, Build] = {}
     for name, method in methods(deposit).items():
         require_same(name, expected, forward_backward(method, problem))
-        builds[name] = functools.partial(functools.partial, forward_backward, method, problem)
+        builds[name] = build = functools.partial(functools.partial, forward_backward, method, problem)
+        if device.type == "cuda" and name in RECORDABLE:
+            builds[name + AS_GRAPH] = functools.partial(recorded, build())
     del expected
-    if device.type == "cuda":
-        builds |= {name + AS_GRAPH: _graph(build) for name, build in builds.items() if name in RECORDABLE}
     found = measure(builds, device, effort) | {COPY: Measured(problem.bytes_moved / rate)}
     for name in found:
         if name.endswith(AS_GRAPH):  # the memory of a recording says nothing about the method
@@ -254,15 +239,7 @@ def _measure(problem: Problem, deposit: Deposit, device: torch.device, rate: flo
     return rows_of("collect", deposit, len(problem.scores), found, UNIQUE)
 
 
-def _graph(build: Callable[[], Callable[[], Any]]) -> Callable[[], Callable[[], None]]:
-    return lambda: recorded(build())
-
-
 def _copy(num_bytes: int, device: torch.device) -> Callable[[], Tensor]:
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return lambda: target.copy_(source)
-
-
-def _nbytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

@@ -1,7 +1,7 @@
 """Pictures of measurements: lines against the size (logarithmic axes), and bars at one size (from zero)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,29 +55,24 @@ def figure_of_panels(rows: Sequence[Row], panels: Sequence[Panel], title: str, c
     return figure
 
 
-def figure_of_bars(
-    rows: Sequence[Row], cases: Sequence[str], title: str, kinds: Sequence[str], kind_of: Callable[[str], int]
-) -> Figure:
+def figure_of_bars(rows: Sequence[Row], title: str, kinds: Mapping[str, str]) -> Figure:
     """Draw two panels of bars per case: time on the left, peak memory on the right, both from zero.
 
-    Args:
-        rows: measurements.
-        cases: the cases to draw.
-        title: of the figure.
-        kinds: of variants, for the legend.
-        kind_of: gives the index of a variant's kind.
+    `kinds` are the legend's texts by the beginnings of variants' names; the longest beginning counts.
     """
-    most = max((sum(row.case == case for row in rows) for case in cases), default=1)
+    cases = list(dict.fromkeys(row.case for row in rows))
+    most = max(sum(row.case == case for row in rows) for case in cases)
     figure = new_figure(12, (0.27 * most + 1.0) * len(cases) + 0.9)
+    colours = dict(zip(kinds, BAR_COLOURS, strict=True))
     for line, case in enumerate(cases):
         own = [row for row in rows if row.case == case]
         for column, (value, name) in enumerate(((SECONDS, "time"), (BYTES, "peak memory"))):
             axes = figure.add_subplot(len(cases), 2, 2 * line + column + 1)
-            _draw_bars(axes, own, value, kind_of)
+            _draw_bars(axes, own, value, colours)
             axes.set_title(f"{case.split(';')[0]}: {name}", fontsize=10)
             if column:
                 axes.set_yticklabels([])
-    handles = [Patch(color=BAR_COLOURS[index], label=kind) for index, kind in enumerate(kinds)]
+    handles = [Patch(color=colours[prefix], label=kind) for prefix, kind in kinds.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=12)
     return figure
@@ -145,12 +140,12 @@ def _draw_ratio(axes: Axes, size: int, first: float, last: float) -> None:
     axes.text(place * 1.12, math.sqrt(first * last), shown, fontsize=9, color=INK, va="center", clip_on=False)
 
 
-def _draw_bars(axes: Axes, rows: Sequence[Row], value: str, kind_of: Callable[[str], int]) -> None:
+def _draw_bars(axes: Axes, rows: Sequence[Row], value: str, colour_of: Mapping[str, str]) -> None:
     values = [getattr(row, value) for row in rows]
     if not any(values):
         say_empty(axes, "not measured")
         return
-    colours = [BAR_COLOURS[kind_of(row.variant)] for row in rows]
+    colours = [colour_of[max(filter(row.variant.startswith, colour_of), key=len)] for row in rows]
     bars = axes.barh(range(len(rows)), [one or 0 for one in values], color=colours, height=0.72)
     axes.bar_label(bars, [SHOWN[value](one) for one in values], padding=3, fontsize=8, color=INK)
     axes.set_yticks(range(len(rows)), [row.variant for row in rows], fontsize=8)

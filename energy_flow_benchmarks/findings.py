@@ -89,13 +89,9 @@ def rows_of(
 
 
 def grid_by_size(title: str, heading: str, sizes: Iterable[int], unit: str, lines: Mapping[str, Sequence[str]]) -> Grid:
-    """Return a table with a line per variant and a column per size.
+    """Return a table with a line per variant, and a column per size such as `1,000 flows`.
 
-    Args:
-        title: of the table.
-        heading: of the first column.
-        sizes, unit: of the other columns, such as 1000 and "flows".
-        lines: cells by the text of the first column.
+    The first column has the keys of `lines` and its own heading.
     """
     columns = (heading, *(f"{size:,} {unit}" for size in sizes))
     return Grid(title, columns, tuple((name, *cells) for name, cells in lines.items()))

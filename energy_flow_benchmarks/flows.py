@@ -1,33 +1,22 @@
-"""The flows of `benchmark=report`, and their two forms: Python objects (before) and tensors (now).
-
-Only this module knows how finished flows get into the framework's own structures.
-"""
+"""The flows of `benchmark=report`, and their two forms: Python objects (before) and tensors (now)."""
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from energy_flow.core.energy_lattice import Deposits, EnergyLattice, LatticeSettings
-from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.tensor_pool import TensorPool
 from energy_flow.core.tensorized_flow_storage import FlowState, FlowStatus, TensorizedFlowStorage
 from energy_flow_benchmarks import before
-from energy_flow_benchmarks.workload import lattice_settings, model_settings
+from energy_flow_benchmarks.workload import settings_of
 
 EMBEDDING_DIM = 8
-DEPTH = 40
-NAMES = {
-    FlowStatus.ACTIVE: before.ACTIVE,
-    FlowStatus.REACHED: before.REACHED,
-    FlowStatus.PROJECTED: before.PROJECTED,
-    FlowStatus.REMOVED: before.REMOVED,
-}
 
 
-@dataclass(frozen=True)
-class FlowTensors:
+class FlowTensors(NamedTuple):
     """Flows of one batch. Neither side may write to them."""
 
     position: Tensor  # [B, M, 3]
@@ -43,9 +32,9 @@ def plane_of(num_flows: int) -> tuple[int, int]:
     return num_flows // height, height
 
 
-def report_lattice(width: int, height: int, *, depth: int) -> LatticeSettings:
-    """Return the default lattice at another size, where one landing touches one cell, as in the analysis."""
-    return lattice_settings({"width": width, "height": height, "depth": depth, "deposit": "nearest"})
+def report_lattice(width: int, height: int, **changes: Any) -> LatticeSettings:
+    """Return the default lattice with changes, where one landing touches one cell, as in the analysis."""
+    return settings_of(LatticeSettings, "lattice", {"width": width, "height": height, "deposit": "nearest", **changes})
 
 
 def finished_flows(
@@ -76,13 +65,12 @@ def finished_flows(
         steps=torch.randint(1, lattice.num_steps + 1, shape, generator=generator),
         status=status,
     )
-    return FlowTensors(**{name: value.to(device) for name, value in vars(flows).items()})
+    return FlowTensors(*(value.to(device) for value in flows))
 
 
 def under_way(flows: FlowTensors) -> FlowTensors:
     """Return the same flows in the middle of a rollout: the projected ones are still active."""
-    status = flows.status.masked_fill(flows.status == FlowStatus.PROJECTED, FlowStatus.ACTIVE)
-    return FlowTensors(**{**vars(flows), "status": status})
+    return flows._replace(status=flows.status.masked_fill(flows.status == FlowStatus.PROJECTED, FlowStatus.ACTIVE))
 
 
 def as_list(flows: FlowTensors) -> before.Flows:
@@ -97,7 +85,7 @@ def as_list(flows: FlowTensors) -> before.Flows:
                 energy=flows.energy[sample, slot].clone().requires_grad_(),
                 hidden=[flows.hidden[sample, slot].clone()],
                 steps=steps[sample][slot],
-                status=NAMES[status[sample][slot]],
+                status=status[sample][slot],
             )
     return listed
 
@@ -120,33 +108,3 @@ def as_tensors(flows: FlowTensors) -> TensorFlows:
     storage.status.copy_(flows.status)
     storage.steps.copy_(flows.steps)
     return TensorFlows(storage, flows.hidden.clone())
-
-
-def collect(lattice: EnergyLattice, flows: TensorFlows) -> Deposits:
-    """Find the completed flows and their cells."""
-    return lattice.collect(lattice.landings(flows.storage.finished()))
-
-
-def select_active(flows: TensorFlows) -> tuple[Tensor, Tensor]:
-    """Return positions [A, 3] and energies [A, E] of the active flows. The rollout itself needs the mask alone."""
-    active = flows.storage.status == FlowStatus.ACTIVE
-    return flows.storage.state.position[active], flows.storage.state.energy[active]
-
-
-def bare_lattice(settings: LatticeSettings, energy_dim: int) -> EnergyLattice:
-    """Return a lattice for collection alone: it has no map out."""
-    return EnergyLattice(settings, energy_dim, nn.Identity())
-
-
-def processor_after_batch(
-    samples: int, lattice: LatticeSettings, energy_dim: int, device: torch.device
-) -> FlowProcessor:
-    """Return a processor that has just run a batch of as many flows, and still holds its output for the cleanup."""
-    one_step = lattice.model_copy(update={"max_steps": 1})
-    processor = FlowProcessor(
-        EMBEDDING_DIM, one_step, model_settings({"energy_dim": energy_dim, "hidden_size": 4}), seed=0
-    )
-    processor = processor.to(device)
-    with torch.no_grad():
-        processor(torch.randn(samples, EMBEDDING_DIM, device=device))
-    return processor

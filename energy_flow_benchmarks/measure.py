@@ -1,10 +1,10 @@
-"""Measure alternating variants: median time and peak memory."""
+"""Measure alternating variants, median time and peak memory, and compare their results."""
 
 import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,8 +12,10 @@ from typing import Annotated, Any, TypeVar
 import psutil
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from energy_flow.core.engine.chunking import is_out_of_memory
+from energy_flow.core.timing import PhaseTimer
 from energy_flow.settings import Settings
 from energy_flow.training.callbacks.memory_cleanup import trim_host
 from energy_flow_benchmarks.findings import Measured
@@ -22,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Count = Annotated[int, Field(ge=1)]
 Clock = Callable[[], float]
-Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 # Unmeasured runs of every turn. On a GPU a rollout runs twice, then records a CUDA graph, then replays it.
 WARMUP = {"cuda": 4, "cpu": 1}
@@ -43,19 +45,14 @@ class Prepared:
     setup: Callable[[], Any]
     run: Callable[[Any], Any]
 
-    def ready(self) -> Callable[[], Any]:
-        """Prepare one run."""
-        subject = self.setup()
-        return lambda: self.run(subject)
-
 
 Work = Callable[[], Any] | Prepared
 Build = Callable[[], Work]
 
 
 def measure(
-    variants: Mapping[Name, Build], device: torch.device, effort: Effort, clock: Clock = time.perf_counter
-) -> dict[Name, Measured]:
+    variants: Mapping[str, Build], device: torch.device, effort: Effort, clock: Clock = time.perf_counter
+) -> dict[str, Measured]:
     """Measure time and peak memory of all variants, which alternate for `effort.repeats` rounds.
 
     A machine drifts: it heats up, and other programs use it too. So each round has one turn per variant. In its turn a
@@ -66,13 +63,13 @@ def measure(
         variants: functions that build the work, by name.
         device: where the work runs.
         effort: rounds, and seconds of a turn.
-        clock: seconds, for devices without events.
+        clock: returns seconds, for devices without events.
 
     Returns:
         Seconds: the median over rounds of each turn's median. Peak: the smallest over rounds, because in the first
         round compilers and libraries take memory of their own.
     """
-    turns: dict[Name, list[Measured]] = {name: [] for name in variants}
+    turns: dict[str, list[Measured]] = {name: [] for name in variants}
     for _ in range(effort.repeats):
         for name, build in variants.items():
             if all(turn.seconds is not None for turn in turns[name]):
@@ -109,14 +106,51 @@ def peak_memory(work: Work, device: torch.device) -> int | None:
         return None
     before = psutil.Process().memory_info().rss
     kept = run()
-    peak = _high_water_mark()
+    status = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     del kept
-    return max(0, peak - before)
+    return max(0, int(status["VmHWM"].split()[0]) * 1024 - before)
 
 
 def ready(work: Work) -> Callable[[], Any]:
     """Return one run of the work, prepared."""
-    return work.ready() if isinstance(work, Prepared) else work
+    if not isinstance(work, Prepared):
+        return work
+    subject = work.setup()
+    return lambda: work.run(subject)
+
+
+def recorded(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Record work as a CUDA graph. Its replay returns the recorded result, which every replay overwrites."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # compile and set up libraries outside the recording
+        for _ in range(2):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Result:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def require_near(what: str, expected: Tensor, found: Tensor, tolerance: float, scale: float = 1e-12) -> None:
+    """Check that two results agree: max |expected - found| <= tolerance * max(scale, max |expected|).
+
+    Raises:
+        RuntimeError: they do not, or their shapes differ; names the result, `what`.
+    """
+    if expected.shape != found.shape:
+        raise RuntimeError(f"{what} has shape {list(found.shape)}, the reference {list(expected.shape)}")
+    largest = expected.detach().abs().max().clamp(min=scale)
+    difference = float((expected - found).detach().abs().max() / largest)
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"{what} differs from the reference by {difference:.3g} of the largest entry, allowed {tolerance:g}"
+        )
 
 
 def free(device: torch.device) -> None:
@@ -142,13 +176,13 @@ def _turn(build: Build, device: torch.device, min_seconds: float, clock: Clock) 
         if not _out_of_memory(error):
             raise
         log.info("out of memory: %s", error)
-        return Measured(None, None)
+        return Measured(None)
 
 
 def _combined(turns: list[Measured]) -> Measured:
     seconds = [turn.seconds for turn in turns if turn.seconds is not None]
     if len(seconds) < len(turns):
-        return Measured(None, None)
+        return Measured(None)
     peaks = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]
     return Measured(statistics.median(seconds), min(peaks, default=None))
 
@@ -157,48 +191,30 @@ def _median_seconds(work: Work, device: torch.device, min_seconds: float, clock:
     """Time runs until `min_seconds` have passed, at least one. As in timeit, no garbage is collected meanwhile."""
     taken: list[float] = []
     gc.collect()
-    begin, enabled = clock(), gc.isenabled()
     gc.disable()
     try:
+        begin = clock()
         while not taken or clock() - begin < min_seconds:
-            run = ready(work)
-            taken.append(_event_seconds(run) if device.type == "cuda" else _clock_seconds(run, clock))
+            taken.append(_seconds(ready(work), device, clock))
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
     return statistics.median(taken)
 
 
-def _clock_seconds(run: Callable[[], Any], clock: Clock) -> float:
-    begin = clock()
+def _seconds(run: Callable[[], Any], device: torch.device, clock: Clock) -> float:
+    """Time one run. On a GPU: from an idle device to the end of the last kernel; the host's wait does not count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    timer = PhaseTimer(device, clock)
+    timer.start("run")
     kept = run()
-    seconds = clock() - begin
+    timer.stop("run")
     del kept  # to free a result takes time that isn't part of the run
-    return seconds
-
-
-def _event_seconds(run: Callable[[], Any]) -> float:
-    """From an idle device to the end of the last kernel. Work on the host counts; the host's wait does not."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    kept = run()
-    end.record()
-    torch.cuda.synchronize()
-    del kept
-    return begin.elapsed_time(end) / 1000
+    return (timer.seconds(wait=True) or {})["run"]
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
     """Search the chain of errors: one that ends the recording of a CUDA graph hides behind an error of the graph."""
-    while error is not None:
-        if is_out_of_memory(error):
-            return True
+    while error is not None and not is_out_of_memory(error):
         error = error.__context__
-    return False
-
-
-def _high_water_mark() -> int:
-    """Most resident bytes since the last reset."""
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
+    return error is not None

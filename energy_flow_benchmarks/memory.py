@@ -13,19 +13,10 @@ from energy_flow_benchmarks.figures import BYTES, SECONDS, Panel, figure_of_pane
 from energy_flow_benchmarks.findings import Findings, Grid, Row, find, grid_by_size, rows_of, sizes_of
 from energy_flow_benchmarks.measure import Build, Count, Effort, measure
 from energy_flow_benchmarks.output import in_bytes
-from energy_flow_benchmarks.workload import (
-    SHORT,
-    Dtype,
-    SizeSettings,
-    Workload,
-    of_device,
-    product,
-    product_flops,
-)
+from energy_flow_benchmarks.workload import SHORT, Dtype, Product, SizeSettings, Workload
 
 FAST, LEAN, NO_STEPS = "fast", "lean", "no steps: maps and landings"
 WHOLE, AUTO = "whole batch", "chunk auto"
-PRODUCT = "product"
 
 
 class SweepSettings(SizeSettings):
@@ -54,7 +45,7 @@ class MemorySettings(Settings):
 
 def run(settings: MemorySettings, device: torch.device, seed: int, progress: Callable[[str], None]) -> Findings:
     """Measure all sweeps. A variant that runs out of memory has rows without seconds, and a note."""
-    own = of_device(device, settings.cpu, settings.cuda)
+    own: MemoryOnDevice = getattr(settings, device.type)
     rows: list[Row] = []
     grids, notes = [], []
     for sweep in own.sweeps:
@@ -108,10 +99,10 @@ def _measure(workload: Workload, sweep: SweepSettings, batch: int, own: MemoryOn
         for name, rollout in variants(sweep, batch).items()
     }
     builds[NO_STEPS] = workload.without_steps().step(batch, own.dtype)
-    shape = (own.product,) * 3
-    builds[PRODUCT] = product(shape, own.dtype, workload.device)
+    square = Product(own.product, own.product, own.product, own.dtype)
+    builds[square.name] = lambda: square.build(workload.device)
     found = measure(builds, workload.device, own)
-    least = workload.arithmetic(batch) / found.pop(PRODUCT).rate(product_flops(shape))
+    least = workload.arithmetic(batch) / found.pop(square.name).rate(square.flops)
     case = f"{sweep.size}; chunks of {sweep.chunk} samples"
     rows = rows_of("memory", case, workload.num_flows(batch), found, f"{FAST}, {WHOLE}", least)
     return [dataclasses.replace(row, share=None) if row.variant == NO_STEPS else row for row in rows]

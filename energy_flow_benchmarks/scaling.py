@@ -10,7 +10,7 @@ from pydantic import Field
 from energy_flow_benchmarks.figures import BYTES, SECONDS, Panel, figure_of_panels
 from energy_flow_benchmarks.findings import Findings, Grid, Measured, Row, find, grid_by_size, rows_of, sizes_of
 from energy_flow_benchmarks.measure import Count, Effort, measure
-from energy_flow_benchmarks.workload import SHORT, Dtype, SizeSettings, Workload, of_device
+from energy_flow_benchmarks.workload import SHORT, Dtype, SizeSettings, Workload
 
 EAGER, TAPE, LEAN = "eager", "tape", "tape, lean"
 PER_STEP = "training step"
@@ -35,7 +35,7 @@ class ScalingSettings(SizeSettings):
 
 def run(settings: ScalingSettings, device: torch.device, seed: int, progress: Callable[[str], None]) -> Findings:
     """Measure all batches, each with plain autograd and with the tape."""
-    own = of_device(device, settings.cpu, settings.cuda)
+    own: ScalingOnDevice = getattr(settings, device.type)
     workload = Workload.read(settings, settings.dim, device, seed).where_no_flow_ends()
     rows: list[Row] = []
     for batch in sorted(set(own.batches)):

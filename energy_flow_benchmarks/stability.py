@@ -1,26 +1,25 @@
 """`benchmark=stability`: a long training with changing populations; do memory or time grow?"""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
 import psutil
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
+from energy_flow.core.timing import PhaseTimer
 from energy_flow.settings import Settings
 from energy_flow.viz.style import BLUE, GREEN, ORANGE, VERMILION, new_figure
 from energy_flow_benchmarks.figures import plain_axes
 from energy_flow_benchmarks.findings import Findings, Grid, Row
 from energy_flow_benchmarks.measure import Count, free
 from energy_flow_benchmarks.output import in_bytes, in_seconds
-from energy_flow_benchmarks.workload import SHORT, Dtype, SizeSettings, Workload, autocast, of_device
+from energy_flow_benchmarks.workload import SHORT, Dtype, SizeSettings, Workload, autocast
 
 STEP, RESIDENT = "training step", "resident memory"
 IN_USE, RESERVED = "device memory in use", "device memory reserved"
@@ -65,33 +64,6 @@ class StabilitySettings(Settings):
                 f"at least benchmark.window = {self.window}"
             )
         return self
-
-
-class _StepTimer:
-    """Seconds of every step. On a GPU it reads its events at the end, so that steps don't wait for each other."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._times: list[tuple[float, float]] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def time(self, work: Callable[[], None]) -> None:
-        if self._device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            self._events.append((begin, end))
-            return
-        started = time.perf_counter()
-        work()
-        self._times.append((started, time.perf_counter()))
-
-    def seconds(self) -> list[float]:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            return [begin.elapsed_time(end) / 1000 for begin, end in self._events]
-        return [end - begin for begin, end in self._times]
 
 
 class Training:
@@ -142,14 +114,15 @@ def run(settings: StabilitySettings, device: torch.device, seed: int, progress: 
     Raises:
         RuntimeError: parameters are no longer finite, or the population never changed.
     """
-    own = of_device(device, settings.cpu, settings.cuda)
+    own: StabilityOnDevice = getattr(settings, device.type)
     free(device)
     workload = Workload.read(own, settings.dim, device, seed)
-    training, timer = Training(workload, own.batches, own.dtype), _StepTimer(device)
+    training, timer = Training(workload, own.batches, own.dtype), PhaseTimer(device)
     reported = reported_steps(settings)
     rows: list[Row] = []
     for step in range(1, settings.steps + 1):
-        timer.time(training.step)
+        with timer.phase(str(step)):
+            training.step()
         if step % settings.validate_every == 0:
             training.validate()
         if step % settings.cleanup_every == 0:
@@ -157,7 +130,8 @@ def run(settings: StabilitySettings, device: torch.device, seed: int, progress: 
         if step in reported:
             progress(f"step {step:,} of {settings.steps:,}")
             rows += _memory_rows(settings, step, device)
-    rows = _time_rows(settings, reported, timer.seconds()) + rows
+    seconds = timer.seconds(wait=True) or {}  # read at the end, so that steps on a GPU don't wait for each other
+    rows = _time_rows(settings, reported, list(seconds.values())) + rows
     created, removed = (torch.stack(counts).cpu() for counts in (training.created, training.removed))
     _require_changes(training.processor, created, removed)
     notes = [
@@ -176,28 +150,24 @@ def picture(rows: list[Row]) -> Figure:
     """Draw time and memory over the steps, both from zero, so that growth shows."""
     figure = new_figure(10, 3.6)
     time_axes, memory_axes = figure.subplots(1, 2)
-    _draw(time_axes, rows, STEP, lambda row: (row.seconds or 0) * 1e3)
     time_axes.set_title("time of a training step (median of the steps around it)", fontsize=10)
     time_axes.set_ylabel("milliseconds", fontsize=9)
-    for case in (RESERVED, IN_USE, RESIDENT):
-        _draw(memory_axes, rows, case, lambda row: (row.peak_bytes or 0) / 2**20)
     memory_axes.set_title("memory", fontsize=10)
     memory_axes.set_ylabel("MiB", fontsize=9)
+    for case, colour in COLOURS.items():
+        own = [row for row in rows if row.case.startswith(case)]
+        axes = time_axes if case == STEP else memory_axes
+        values = [(row.seconds or 0) * 1e3 if case == STEP else (row.peak_bytes or 0) / 2**20 for row in own]
+        if own:
+            axes.plot([row.size for row in own], values, color=colour, marker="o", markersize=4, label=case)
+    for axes in figure.axes:
+        axes.set_ylim(0, 1.25 * axes.dataLim.ymax)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("step", fontsize=9)
+        plain_axes(axes)
     memory_axes.legend(fontsize=9, frameon=False, loc="lower right")
     figure.suptitle("Time and memory over a training with changing populations", fontsize=12)
     return figure
-
-
-def _draw(axes: Axes, rows: list[Row], case: str, value: Callable[[Row], float]) -> None:
-    own = [row for row in rows if row.case.startswith(case)]
-    if not own:
-        return
-    values = [value(row) for row in own]
-    axes.plot([row.size for row in own], values, color=COLOURS[case], marker="o", markersize=4, label=case)
-    axes.set_ylim(0, max(1.25 * max(values), axes.get_ylim()[1]))
-    axes.set_xlim(left=0)
-    axes.set_xlabel("step", fontsize=9)
-    plain_axes(axes)
 
 
 def reported_steps(settings: StabilitySettings) -> list[int]:

@@ -3,9 +3,10 @@
 Letters: N flows, H hidden size.
 """
 
+import functools
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -15,20 +16,17 @@ from torch import Tensor
 from energy_flow.settings import Settings
 from energy_flow_benchmarks.figures import figure_of_bars
 from energy_flow_benchmarks.findings import Findings, Grid, Measured, Row, rows_of
-from energy_flow_benchmarks.measure import Count, Effort, free, measure
-from energy_flow_benchmarks.step_modes import allow_deterministic_products, rows_of_modes
-from energy_flow_benchmarks.user_step import Recurrence, UserModel, graphed_step, parameters_of
+from energy_flow_benchmarks.measure import Build, Count, Effort, free, measure, recorded, require_near
+from energy_flow_benchmarks.step_modes import rows_of_modes
+from energy_flow_benchmarks.user_step import Recurrence, UserModel, parameters_of
 from energy_flow_benchmarks.workload import (
     SHORT,
     Dtype,
-    Shape,
+    Product,
     SizeSettings,
     Step,
     Workload,
     autocast,
-    of_device,
-    product,
-    product_flops,
     training_step,
 )
 
@@ -37,7 +35,7 @@ TAPE, TAPE_COMPILED, LEAN, LEAN_COMPILED = "tape", "tape, compiled", "tape, lean
 CHUNKS = "tape, 2 chunks"
 LIMIT = "arithmetic at the rate of"
 PRODUCT = "product"
-KINDS = ("plain autograd", "a user's own loop", "tape", "arithmetic alone")
+KINDS = {EAGER: "plain autograd", "": "a user's own loop", TAPE: "tape", LIMIT: "arithmetic alone"}
 # Largest difference, relative to the largest entry: rounding of some hundred operations.
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 1e-1}
 
@@ -66,34 +64,14 @@ class StepSettings(Settings):
     cuda: StepOnDevice
 
 
-@dataclass(frozen=True)
-class Product:
-    """A measured matrix product."""
-
-    shape: Shape
-    dtype: Dtype
-    measured: Measured
-
-    @property
-    def name(self) -> str:
-        """Such as `[16 x 16] · [16 x 16], fp32`."""
-        m, k, n = self.shape
-        return f"[{m} x {k}] · [{k} x {n}], {SHORT[self.dtype]}"
-
-    @property
-    def rate(self) -> float:
-        """FLOP/s."""
-        return self.measured.rate(product_flops(self.shape))
-
-
 def run(settings: StepSettings, device: torch.device, seed: int, progress: Callable[[str], None]) -> Findings:
     """Measure all variants at all sizes.
 
     Raises:
         RuntimeError: a variant gave other outputs or gradients than plain autograd, or flows ended early.
     """
-    own = of_device(device, settings.cpu, settings.cuda)
-    allow_deterministic_products()
+    own: StepOnDevice = getattr(settings, device.type)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products, before the first one
     dtypes, notes = usable_dtypes(own.dtypes, device)
     rows: list[Row] = []
     rates, shares = [], []
@@ -105,13 +83,12 @@ def run(settings: StepSettings, device: torch.device, seed: int, progress: Calla
         progress(f"{flows}: comparing outputs and gradients")
         check(workload, min(size.batch, own.check_samples))
         progress(f"{flows}: timing")
-        products, steps = _measure(workload, size, dtypes, own)
-        rows += [row for one in products for row in rows_of("step", PRODUCT, num_flows, {one.name: one.measured})]
-        rows += steps
+        measured, product_rates = _measure(workload, size, dtypes, own)
+        rows += measured
         progress(f"{flows}: deterministic algorithms, and flows that end early")
         rows += rows_of_modes(workload, title, size.batch, dtypes[-1], own)
-        rates += [(flows, one.name, f"{one.rate / 1e12:,.3g} TFLOP/s") for one in products]
-        shares.append(share_grid(steps, products, title))
+        rates += [(flows, one.name, f"{rate / 1e12:,.3g} TFLOP/s") for one, rate in product_rates.items()]
+        shares.append(share_grid(measured, product_rates, title))
         notes.append(_about(size, workload))
     notes.append(
         "a step is forward and backward with both maps, gradients set to None before; arithmetic: three times the "
@@ -123,15 +100,8 @@ def run(settings: StepSettings, device: torch.device, seed: int, progress: Calla
 
 def picture(rows: list[Row]) -> Figure:
     """Draw time and peak memory of every variant, per size."""
-
-    def kind_of(variant: str) -> int:
-        for index, prefix in ((3, LIMIT), (2, TAPE), (0, EAGER)):
-            if variant.startswith(prefix):
-                return index
-        return 1
-
-    cases = list(dict.fromkeys(row.case for row in rows if row.share is not None))
-    return figure_of_bars(rows, cases, "One training step: forward and backward", KINDS, kind_of)
+    steps = [row for row in rows if row.share is not None]
+    return figure_of_bars(steps, "One training step: forward and backward", KINDS)
 
 
 def usable_dtypes(wanted: list[Dtype], device: torch.device) -> tuple[list[Dtype], list[str]]:
@@ -145,8 +115,7 @@ def usable_dtypes(wanted: list[Dtype], device: torch.device) -> tuple[list[Dtype
 def steps_of(workload: Workload, batch: int, dtype: Dtype) -> dict[str, Callable[[], Step]]:
     """Return functions that build the variants: plain autograd first, then a user's own loops, then the tape."""
 
-    def ours(**rollout: Any) -> Callable[[], Step]:
-        return workload.step(batch, dtype, **rollout)
+    ours = functools.partial(workload.step, batch, dtype)
 
     def users(recurrence: Recurrence, compiled: bool = False) -> Callable[[], Step]:
         data = workload.batch(batch)
@@ -164,8 +133,8 @@ def steps_of(workload: Workload, batch: int, dtype: Dtype) -> dict[str, Callable
         COMPILED: users("formula", compiled=True),
     }
     if workload.device.type == "cuda":
-        data = workload.batch(batch)
-        steps[GRAPHED] = lambda: graphed_step(UserModel(workload.processor(), "formula", compiled=True), *data, dtype)
+        compiled = steps[COMPILED]
+        steps[GRAPHED] = lambda: _graphed(compiled())
         steps |= {TAPE: ours(engine="tape"), LEAN: ours(engine="tape", recompute=True)}
     else:  # on a CPU, "auto" compiles only large models
         for name, compiled_name, lean in ((TAPE, TAPE_COMPILED, False), (LEAN, LEAN_COMPILED, True)):
@@ -174,6 +143,11 @@ def steps_of(workload: Workload, batch: int, dtype: Dtype) -> dict[str, Callable
     if batch > 1:
         steps[CHUNKS] = ours(engine="tape", chunk=-(-batch // 2))
     return steps
+
+
+def _graphed(step: Step) -> Step:
+    """Record forward and backward as one CUDA graph; every replay writes its gradients to the same place."""
+    return Step(recorded(step.run), step.parameters)
 
 
 def check(workload: Workload, batch: int) -> None:
@@ -188,21 +162,8 @@ def check(workload: Workload, batch: int) -> None:
         expected = _outcome(steps[EAGER]())
         for name, build in steps.items():
             for what, value in _outcome(build()).items():
-                require_near(f"{name}: {what}", expected[what], value, "float32")
+                require_near(f"{name}: {what}", expected[what], value, TOLERANCE["float32"])
     free(workload.device)
-
-
-def require_near(what: str, expected: Tensor, found: Tensor, dtype: Dtype) -> None:
-    """Compare two tensors.
-
-    Raises:
-        RuntimeError: they differ by more than the dtype's tolerance, relative to the largest entry.
-    """
-    difference = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))
-    if not difference <= TOLERANCE[dtype]:
-        raise RuntimeError(
-            f"{what} differs from plain autograd by {difference:.3g} of the largest entry, allowed {TOLERANCE[dtype]:g}"
-        )
 
 
 def _outcome(step: Step) -> dict[str, Tensor]:
@@ -218,29 +179,33 @@ def _outcome(step: Step) -> dict[str, Tensor]:
 
 def _measure(
     workload: Workload, size: BatchSettings, dtypes: list[Dtype], own: StepOnDevice
-) -> tuple[list[Product], list[Row]]:
-    """Measure products and steps; return rows of the steps, and of their arithmetic at the square product's rate.
+) -> tuple[list[Row], dict[Product, float]]:
+    """Measure products and steps; return their rows, with the steps' arithmetic, and the products' rates in FLOP/s.
 
     For each dtype there are two products: a large square one, and one with a row per flow. Products and steps
     alternate: the machine's rate changes while other programs use it, and shares would mean nothing.
     """
     flows, hidden, device = workload.num_flows(size.batch), workload.model.hidden_size, workload.device
-    shapes: list[Shape] = [(own.product,) * 3, (flows, hidden, 3 * hidden)]
-    builds: dict[Any, Callable[[], Callable[[], Tensor]]] = {}
+    squares = [Product(own.product, own.product, own.product, dtype) for dtype in dtypes]
+    products = squares + [Product(flows, hidden, 3 * hidden, dtype) for dtype in dtypes]
+    builds: dict[str, Build] = {}
     for dtype in dtypes:
-        builds |= {(shape, dtype): product(shape, dtype, device) for shape in shapes}
+        builds |= {one.name: functools.partial(one.build, device) for one in products if one.dtype == dtype}
         expected = _expected(workload, size.batch, dtype)
         for name, build in steps_of(workload, size.batch, dtype).items():
             builds[f"{name}, {SHORT[dtype]}"] = _checked(name, build, expected, dtype)
     found = measure(builds, device, own)
-    products = [Product(shape, dtype, found.pop((shape, dtype))) for shape in shapes for dtype in dtypes]
-    baseline, rows = f"{EAGER}, {SHORT[dtypes[0]]}", []
-    for square in products[: len(dtypes)]:
-        least = workload.arithmetic(size.batch) / square.rate
-        limit = {f"{LIMIT} {own.product}³, {SHORT[square.dtype]}": Measured(least)}
-        all_rows = rows_of("step", f"{size.size}, {flows:,} flows", flows, found | limit, baseline, least)
-        rows += [row for row in all_rows if row.variant.endswith(SHORT[square.dtype])]
-    return products, rows
+    measured = {one: found.pop(one.name) for one in products}
+    rates = {one: measured[one].rate(one.flops) for one in products}
+    rows = rows_of("step", PRODUCT, flows, {one.name: measured[one] for one in products})
+    for square in squares:
+        dtype_name, least = SHORT[square.dtype], workload.arithmetic(size.batch) / rates[square]
+        all_steps = found | {f"{LIMIT} {own.product}³, {dtype_name}": Measured(least)}
+        case, baseline = f"{size.size}, {flows:,} flows", f"{EAGER}, {SHORT[dtypes[0]]}"
+        rows += [
+            row for row in rows_of("step", case, flows, all_steps, baseline, least) if row.variant.endswith(dtype_name)
+        ]
+    return rows, rates
 
 
 def _expected(workload: Workload, batch: int, dtype: Dtype) -> Tensor:
@@ -263,20 +228,19 @@ def _checked(name: str, build: Callable[[], Step], expected: Tensor, dtype: Dtyp
 
     def built() -> Step:
         step = build()
-        require_near(f"{name}, {SHORT[dtype]}: output", expected, step().float(), dtype)
+        require_near(f"{name}, {SHORT[dtype]}: output", expected, step().float(), TOLERANCE[dtype])
         return step
 
     return built
 
 
-def share_grid(rows: list[Row], products: list[Product], title: str) -> Grid:
+def share_grid(rows: list[Row], rates: dict[Product, float], title: str) -> Grid:
     """Show the share of either product's rate that the arithmetic of every variant reaches."""
     lines = []
     for row in rows:
-        own = [one for one in products if row.variant.endswith(SHORT[one.dtype])]
         if row.share is not None and not row.variant.startswith(LIMIT):
-            shares = (row.share * own[0].rate / one.rate for one in own)
-            lines.append((row.variant, *(f"{100 * share:.3g}%" for share in shares)))
+            square, *others = [rate for one, rate in rates.items() if row.variant.endswith(SHORT[one.dtype])]
+            lines.append((row.variant, *(f"{100 * row.share * square / rate:.3g}%" for rate in (square, *others))))
     columns = ("variant", "of the square product's rate", "of the flows' product's rate")
     return Grid(f"Share of the rate: {title}", columns, tuple(lines))
 

@@ -1,7 +1,6 @@
 """Part of `benchmark=step`: the tape under deterministic algorithms, and with flows that end early."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +18,6 @@ DEFAULT, DETERMINISTIC = "tape", "tape, deterministic"
 ALL, COMPACTED = "tape, all flows computed", "tape, ended flows left out"
 
 
-def allow_deterministic_products() -> None:
-    """Give cuBLAS workspaces of a fixed size (on Hopper the default). Call it before the first product on a GPU."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 def rows_of_modes(workload: Workload, title: str, batch: int, dtype: Dtype, effort: Effort) -> list[Row]:
     """Measure both comparisons; `title` names the size.
 
@@ -34,7 +28,7 @@ def rows_of_modes(workload: Workload, title: str, batch: int, dtype: Dtype, effo
     tape = workload.step(batch, dtype, engine="tape")
     require_same_bits(tape())
     free(workload.device)
-    deterministic: dict[str, Build] = {DEFAULT: tape, DETERMINISTIC: lambda: _deterministic(tape())}
+    deterministic: dict[str, Build] = {DEFAULT: tape, DETERMINISTIC: lambda: _deterministic_algorithms()(tape().run)}
     early: dict[str, Build] = {
         ALL: lambda: step_of(where_flows_end(workload, compaction=False), *data, dtype),
         COMPACTED: lambda: step_of(where_flows_end(workload, compaction=True), *data, dtype),
@@ -72,14 +66,6 @@ def require_same_bits(step: Step) -> None:
                 first = [tensor.clone() for tensor in found]
             if not all(torch.equal(one, other) for one, other in zip(first, found, strict=True)):
                 raise RuntimeError("two runs under deterministic algorithms had different bits")
-
-
-def _deterministic(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def deterministic() -> Tensor:
-        with _deterministic_algorithms():
-            return run()
-
-    return deterministic
 
 
 @contextmanager

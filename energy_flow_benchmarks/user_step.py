@@ -17,7 +17,6 @@ from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow.core.flow_step import MoveRule, move
 from energy_flow.core.geometry import cell_centres
 from energy_flow.core.tensorized_flow_storage import FinishedFlows, FlowStatus
-from energy_flow_benchmarks.workload import Dtype, Step, clear_gradients, forward_backward
 
 Recurrence = Literal["gru", "cells", "formula"]
 Hidden = Tensor | tuple[Tensor, ...]  # of all layers: [L, N, H] for `nn.GRU`, otherwise L tensors [N, H]
@@ -118,25 +117,3 @@ def parameters_of(model: UserModel) -> dict[str, nn.Parameter]:
             layer, weight = name.removeprefix("carrier.cells.").split(".")
             named[name] = getattr(model.gru, f"{weight}_l{layer}")
     return named
-
-
-def graphed_step(model: UserModel, embedding: Tensor, cotangent: Tensor, dtype: Dtype) -> Step:
-    """Record forward and backward as one CUDA graph; every replay writes its gradients to the same place."""
-    parameters = parameters_of(model)
-    side_stream = torch.cuda.Stream()
-    side_stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side_stream):  # compile and set up libraries outside the recording
-        for _ in range(2):
-            clear_gradients(parameters)
-            forward_backward(model, embedding, cotangent, dtype)
-    torch.cuda.current_stream().wait_stream(side_stream)
-    clear_gradients(parameters)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = forward_backward(model, embedding, cotangent, dtype)
-
-    def run() -> Tensor:
-        graph.replay()
-        return out
-
-    return Step(run, parameters)

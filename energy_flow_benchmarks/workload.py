@@ -20,8 +20,7 @@ from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, did_you_mean, read
 
 Dtype = Literal["float32", "bfloat16"]
-Shape = tuple[int, int, int]  # m, k, n of a matrix product [m, k] x [k, n]
-OnDevice = TypeVar("OnDevice")
+Kind = TypeVar("Kind", bound=Settings)
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 TRAINED_STEPS = 1000  # earlier optimiser steps: displacements have their full scale
@@ -36,27 +35,16 @@ class SizeSettings(Settings):
     model: dict[str, Any] = Field(default_factory=dict)
 
 
-def of_device(device: torch.device, cpu: OnDevice, cuda: OnDevice) -> OnDevice:
-    """Return the settings for this kind of device."""
-    return cuda if device.type == "cuda" else cpu
-
-
-def lattice_settings(*changes: Mapping[str, Any]) -> LatticeSettings:
-    """Return the default lattice with changes.
+def settings_of(kind: type[Kind], group: str, *changes: Mapping[str, Any]) -> Kind:
+    """Return the default option of a config group, with changes.
 
     Raises:
         ConfigError: a change is wrong.
     """
-    return read(LatticeSettings, _merged("lattice", *changes), "lattice")
-
-
-def model_settings(*changes: Mapping[str, Any]) -> ModelSettings:
-    """Return the default networks with changes.
-
-    Raises:
-        ConfigError: a change is wrong.
-    """
-    return read(ModelSettings, _merged("model", *changes), "model")
+    # The option is read by itself: Hydra composes one config at a time, which is the benchmark's.
+    defaults = OmegaConf.load(Path(config_dir(), group, "default.yaml"))
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(defaults, *map(dict, changes)))
+    return read(kind, merged, group)
 
 
 @dataclass(frozen=True)
@@ -91,8 +79,9 @@ class Workload:
         if size.size not in known:
             raise ConfigError(f"benchmark: size = {size.size!r}: no such preset; {did_you_mean(size.size, known)}")
         preset: Any = OmegaConf.load(known[size.size])
-        lattice = lattice_settings(preset.get("lattice", {}), size.lattice)
-        return cls(lattice, model_settings(preset.get("model", {}), size.model), dim, device, seed)
+        lattice = settings_of(LatticeSettings, "lattice", preset.get("lattice", {}), size.lattice)
+        model = settings_of(ModelSettings, "model", preset.get("model", {}), size.model)
+        return cls(lattice, model, dim, device, seed)
 
     def where_no_flow_ends(self) -> "Workload":
         """Shorten the moves, so that all flows are active in all steps: the most work there can be."""
@@ -124,11 +113,7 @@ class Workload:
         return 3.0 * forward * self.lattice.num_steps
 
     def processor(self, **rollout: Any) -> FlowProcessor:
-        """Return a processor whose parameters depend on the seed alone.
-
-        Args:
-            rollout: changes to the automatic settings of the rollout.
-        """
+        """Return a processor whose parameters depend on the seed alone; `rollout` changes its automatic settings."""
         settings = RolloutSettings.automatic().model_copy(update=rollout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -160,28 +145,21 @@ def step_of(processor: FlowProcessor, embedding: Tensor, cotangent: Tensor, dtyp
 def training_step(
     model: Model, parameters: Mapping[str, nn.Parameter], embedding: Tensor, cotangent: Tensor, dtype: Dtype
 ) -> Step:
-    """Return a step of any model: gradients set to None, forward, backward."""
+    """Return a step of any model: gradients set to None, forward, backward.
+
+    The loss is the inner product of the output with a fixed random gradient.
+    """
 
     def run() -> Tensor:
-        clear_gradients(parameters)
-        return forward_backward(model, embedding, cotangent, dtype)
+        for parameter in parameters.values():
+            parameter.grad = None
+        with autocast(dtype, embedding.device):
+            out = model(embedding)
+            loss = (out.float() * cotangent).sum()
+        loss.backward()
+        return out.detach()
 
     return Step(run, parameters)
-
-
-def clear_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Set all gradients to None."""
-    for parameter in parameters.values():
-        parameter.grad = None
-
-
-def forward_backward(model: Model, embedding: Tensor, cotangent: Tensor, dtype: Dtype) -> Tensor:
-    """Run forward and backward; the loss is the inner product of the output with a fixed random gradient."""
-    with autocast(dtype, embedding.device):
-        out = model(embedding)
-        loss = (out.float() * cotangent).sum()
-    loss.backward()
-    return out.detach()
 
 
 def autocast(dtype: Dtype, device: torch.device) -> torch.autocast:
@@ -189,24 +167,27 @@ def autocast(dtype: Dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-def product(shape: Shape, dtype: Dtype, device: torch.device) -> Callable[[], Callable[[], Tensor]]:
-    """Return a function that builds a matrix product, whose rate is the machine's own."""
-    m, k, n = shape
+@dataclass(frozen=True)
+class Product:
+    """A matrix product [m, k] x [k, n], whose rate is the machine's own."""
 
-    def build() -> Callable[[], Tensor]:
-        left, right = (torch.randn(size, device=device).to(getattr(torch, dtype)) for size in ((m, k), (k, n)))
-        out = torch.empty(m, n, dtype=left.dtype, device=device)
+    m: int
+    k: int
+    n: int
+    dtype: Dtype
+
+    @property
+    def name(self) -> str:
+        """Such as `[16 x 16] · [16 x 16], fp32`."""
+        return f"[{self.m} x {self.k}] · [{self.k} x {self.n}], {SHORT[self.dtype]}"
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.k * self.n
+
+    def build(self, device: torch.device) -> Callable[[], Tensor]:
+        """Return a function that computes the product."""
+        shapes = ((self.m, self.k), (self.k, self.n))
+        left, right = (torch.randn(shape, device=device).to(getattr(torch, self.dtype)) for shape in shapes)
+        out = torch.empty(self.m, self.n, dtype=left.dtype, device=device)
         return lambda: torch.mm(left, right, out=out)
-
-    return build
-
-
-def product_flops(shape: Shape) -> int:
-    """Return the FLOPs of a matrix product."""
-    return 2 * shape[0] * shape[1] * shape[2]
-
-
-def _merged(group: str, *changes: Mapping[str, Any]) -> Any:
-    # The default option is read by itself: Hydra composes one config at a time, which is the benchmark's.
-    defaults = OmegaConf.load(Path(config_dir(), group, "default.yaml"))
-    return OmegaConf.to_container(OmegaConf.merge(defaults, *map(dict, changes)))

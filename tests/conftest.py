@@ -1,8 +1,8 @@
-"""Shared by all tests: one thread, no GPU unless it is asked for, fixed seeds, a fast hypothesis profile."""
+"""Settings of all tests: one thread, a GPU only with `-m gpu`, fixed seeds, a fast hypothesis profile."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start, too
+os.environ["OMP_NUM_THREADS"] = "1"  # also for programs that tests start
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What isn't a test of a GPU compares bits and memory of a CPU, and runs several processes at once."""
+    """Hide GPUs from all other tests: they compare bits and memory of a CPU, and run several processes at once."""
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -81,7 +81,7 @@ def model_settings(**changes: Any) -> ModelSettings:
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny lattice whose heads are strong enough for things to happen, and what must happen in it."""
+    """A tiny lattice with strong heads, and the events that must happen in it."""
 
     lattice: Mapping[str, Any] = field(default_factory=dict)  # changes to LATTICE, dotted keys
     model: Mapping[str, Any] = field(default_factory=dict)  # changes to MODEL
@@ -118,7 +118,7 @@ class Case:
 
 
 def fill_parameters(module: nn.Module, seed: int, displacement: float) -> None:
-    """Values that depend on the parameters' names alone; activations stay away from 0 and from saturation."""
+    """Fill parameters with values that depend only on their names. Activations stay away from 0 and from saturation."""
     for name, parameter in module.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
         size = 1.5 / math.sqrt(parameter.shape[-1]) if parameter.dim() > 1 else 0.3
@@ -131,7 +131,7 @@ def fill_parameters(module: nn.Module, seed: int, displacement: float) -> None:
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Equal up to `tolerance` times the largest expected entry (at least 1); same shape, no NaN."""
+    """Check shape, absence of NaN, and equality up to `tolerance` times the largest expected entry (at least 1)."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if actual.numel() == 0:
         return
@@ -155,7 +155,7 @@ def reference_of(case: Case, processor: FlowProcessor, embedding: Tensor, rows: 
 
 
 def reference_of_training(processor: FlowProcessor, embedding: Tensor, rows: Tensor) -> ReferenceOutput:
-    """The same of a processor in training with noise, at its own optimiser step."""
+    """`reference_of` for a processor in training with noise, at its own optimiser step."""
     optimizer_step = processor.optimizer_step.clone()
 
     def noise(step: int, row: int, slot: int) -> Tensor:
@@ -183,7 +183,7 @@ def gradients(processor: FlowProcessor, embedding: Tensor, output: FlowOutput | 
 
 
 def check_case(case: Case) -> tuple[FlowOutput, ReferenceOutput]:
-    """Run a case both ways and compare everything; what the case is about must have happened, away from thresholds."""
+    """Run a case with processor and reference, and compare everything. Its events must happen, away from thresholds."""
     processor, embedding, rows = case.processor(), case.embedding(), case.rows()
     expected = reference_of(case, processor, embedding, rows)
     for event in case.expect:
@@ -267,7 +267,7 @@ def compare_trajectories(actual: FlowOutput, expected: ReferenceOutput) -> None:
 
 
 def tensors_of(value: Any, path: str = "") -> dict[str, Tensor]:
-    """All tensors of a nest of dataclasses, dicts and sequences, by their path."""
+    """All tensors of nested dataclasses, dicts and sequences, by their path."""
     if isinstance(value, Tensor):
         return {path: value}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

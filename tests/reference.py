@@ -1,7 +1,7 @@
-"""One forward pass of a flow lattice, flow by flow: slow, obvious, and written from the rules alone.
+"""One forward pass of a flow lattice, flow by flow. It is slow and simple, and follows only the rules.
 
-It takes a `FlowProcessor` for its parameters only; everything is computed here, in loops over samples, flows,
-steps and cells. All of it is differentiable: `backward()` gives gradients of the processor's own parameters.
+It takes only parameters from a `FlowProcessor`, and computes everything in loops over samples, flows, steps and
+cells. Everything is differentiable: `backward()` gives gradients of the processor's own parameters.
 
 Letters: B samples, D embedding dimension, S cells, E energy dimension, H hidden size, L GRU layers, T steps.
 """
@@ -23,7 +23,7 @@ NoiseFunction = Callable[[int, int, int], Tensor]  # (rollout step from 0, data 
 
 
 def displacement_scale(movement: Any, optimizer_step: int) -> float:
-    """The config's scale, warmed up over `warmup_steps`, then decayed to `final_scale` of it over `decay_steps`."""
+    """The scale after warm-up over `warmup_steps`, then decay to the share `final_scale` over `decay_steps`."""
     warm = min(1.0, (optimizer_step + 1) / (movement.warmup_steps + 1))
     if movement.decay_steps == 0:
         return movement.scale * warm
@@ -63,7 +63,7 @@ class Reference:
         self.hit_cells = 0
 
     def run(self, embedding: Tensor, rows: list[int] | None = None) -> ReferenceOutput:
-        """embedding [B, D] and the data row of each sample -> everything there is to know about the pass."""
+        """Run a batch: embedding [B, D] and the data row of each sample -> all results of the pass."""
         batch = embedding.shape[0]
         rows = list(range(batch)) if rows is None else rows
         energies = self.map_in(embedding)
@@ -222,7 +222,7 @@ class Reference:
         if k > settings.min_steps:
             sample.idle = sample.idle + 1 if ended == ended_before else 0
         by_share, by_patience = share >= settings.threshold, sample.idle >= settings.patience
-        if k < self.max_steps:  # after the last step it makes no difference
+        if k < self.max_steps:  # after the last step it has no effect
             self.events["converged_by_share"] += by_share
             self.events["converged_by_patience"] += by_patience and not by_share
         return by_share or by_patience
@@ -264,7 +264,7 @@ class Reference:
         return torch.linalg.vector_norm(flow.energy) / (1.0 + flow.distance) * (1.0 + 0.1 * flow.steps)
 
     def deposit(self, flow: Flow) -> list[tuple[int, Tensor]]:
-        """(surface index, weight) of every cell a landing has a share in."""
+        """(surface index, weight) of every cell to which a landing contributes."""
         x_shares = self.deposit_axis(flow.position[0], self.lattice.width)
         y_shares = self.deposit_axis(flow.position[1], self.lattice.height)
         return [(y * self.lattice.width + x, wx * wy) for y, wy in y_shares for x, wx in x_shares]

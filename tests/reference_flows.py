@@ -1,4 +1,4 @@
-"""What the reference passes around: flows as plain objects, and all there is to know about one pass."""
+"""Data classes of the reference: flows as plain objects, and all results of one pass."""
 
 import math
 from collections import Counter
@@ -36,7 +36,7 @@ class Flow:
 
 @dataclass
 class Margins:
-    """How close any decision came to its threshold: rounding can't flip one that was far away."""
+    """The smallest distance of any decision to its threshold. Rounding can't flip a decision that is far away."""
 
     smallest: float = math.inf
     name: str = "none"
@@ -49,7 +49,7 @@ class Margins:
 
 @dataclass
 class Sample:
-    """The flows of one sample and what the rules remember about it."""
+    """The flows of one sample, and the state of its rules."""
 
     row: int
     flows: list[Flow]
@@ -79,10 +79,10 @@ class ReferenceOutput:
     samples: list[Sample]
     by_step: dict[str, list[int]]  # T + 1 entries: created active reached removed projected
     snapshots: list[list[list[Snapshot]]]  # T + 1 x B x flows created so far
-    lengths: list[float]  # of every single move
+    lengths: list[float]  # of every move
     hit_cells: int  # cells with any share of a landing, over all samples
     margins: Margins
-    events: Counter[str]  # what happened, how often
+    events: Counter[str]  # event -> how often it happened
 
     @property
     def overflow(self) -> int:

@@ -28,7 +28,7 @@ def without_meaning(conf: Path) -> list[str]:
     for path, file in files.items():
         for key in file.keys:
             brings = path.parent == conf or (not file.choices and key.path.startswith(f"{path.parent.name}."))
-            section = key.default is None and not brings  # of a preset: a path to the keys below it
+            section = key.default is None and not brings  # a section of a preset, whose keys are below it
             if not key.meaning and not section and (brings or key.path not in known):
                 missing.append(f"{path.relative_to(conf)}: {key.path}")
         if path.parent == conf:
@@ -39,7 +39,7 @@ def without_meaning(conf: Path) -> list[str]:
 
 
 def lost_comments(path: Path, conf: Path = CONF) -> list[str]:
-    """Comments of a file that belong to no key, option or example."""
+    """Comments of a file without a key, option or example."""
     file = read_whole(path, conf)
     known = [file.meaning, *file.examples, *(part.meaning for part in (*file.choices, *file.keys))]
     texts = " | ".join(known)
@@ -70,8 +70,8 @@ def test_a_key_without_a_comment_is_found(tmp_path: Path, file: str, line: str, 
     assert without_meaning(conf) == [missing]
 
 
-def test_a_comment_is_needed_wherever_a_key_is_brought(tmp_path: Path) -> None:
-    """Also where another option of the group explains a key of the same name."""
+def test_every_file_that_brings_a_key_needs_a_comment(tmp_path: Path) -> None:
+    """This holds even if another option of the group explains a key of the same name."""
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     option = conf / "data" / "transport.yaml"

@@ -37,7 +37,7 @@ def options(program: Program) -> Iterator[tuple[Group, Option]]:
 
 
 def raw_config(program: str, *overrides: str) -> dict[str, Any]:
-    """The composed config with its interpolations as they are written."""
+    """The composed config with unresolved interpolations."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose(program, overrides=list(overrides)), resolve=False)
     assert isinstance(config, dict)
@@ -45,7 +45,7 @@ def raw_config(program: str, *overrides: str) -> dict[str, Any]:
 
 
 def entries(config: dict[str, Any], leaves: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Path and value of every key; a section that is a key with a value of its own is not entered."""
+    """Path and value of every key. A section that is itself a value is not entered."""
     for name, value in config.items():
         path = f"{prefix}{name}"
         if isinstance(value, dict) and path not in leaves:
@@ -59,7 +59,7 @@ def values(keys: Iterable[Key]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_keys_and_defaults_are_those_that_hydra_composes(name: str) -> None:
+def test_keys_and_defaults_equal_the_composed_config(name: str) -> None:
     program = read_program(name)
     stated = values(program.keys)
     for group in program.groups:
@@ -71,7 +71,7 @@ def test_keys_and_defaults_are_those_that_hydra_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_values_of_other_options_are_those_that_hydra_composes(name: str) -> None:
+def test_values_of_other_options_equal_the_composed_config(name: str) -> None:
     required = ["input=a", "output=b"] if name == "encode" else []
     for group, option in options(read_program(name)):
         stated = values((*option.keys, *option.sets))
@@ -85,7 +85,7 @@ def test_values_of_other_options_are_those_that_hydra_composes(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_options_are_those_that_the_program_takes(name: str) -> None:
+def test_the_program_takes_every_listed_option(name: str) -> None:
     """A program refuses a config with a key that its Settings do not have."""
     module, cls = SETTINGS[name].split(":")
     fields = set(getattr(importlib.import_module(module), cls).model_fields)
@@ -130,7 +130,7 @@ def test_predict_does_not_list_transport() -> None:
         ("train", "rollout.chunk", "samples", "auto or integer >= 1 or null"),
         ("train", "rollout.compile", "", "auto or true or false"),
         ("train", "trainer.precision", "", "32-true, 64-true, bf16-mixed or 16-mixed"),
-        ("train", "trainer.strategy", "", ""),  # Lightning's alone
+        ("train", "trainer.strategy", "", ""),  # arguments of Lightning alone
         ("train", "callbacks.early_stopping", "", "class lightning.pytorch.callbacks.EarlyStopping"),
         ("train", "callbacks.early_stopping.patience", "validations", "integer"),
         ("train", "callbacks.learning_rate.logging_interval", "", "step or epoch or null"),
@@ -166,7 +166,7 @@ def test_limits_of_an_option(group: str, option: str, path: str, limits: str) ->
 
 
 class Example:
-    """Stands for a callback with annotated arguments."""
+    """A callback with annotated arguments."""
 
     def __init__(self, interval: Annotated[int, Field(ge=1)]) -> None: ...
 
@@ -184,7 +184,7 @@ def test_limits_of_an_annotated_argument(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["# @package _global_\nlattice: [", "- a\n- b\n"])
-def test_a_broken_file_of_the_user_is_named_and_spoils_no_other_help(tmp_path: Path, content: str) -> None:
+def test_a_broken_user_file_is_named_and_other_help_still_works(tmp_path: Path, content: str) -> None:
     (tmp_path / "experiment").mkdir()
     broken = tmp_path / "experiment" / "broken.yaml"
     broken.write_text(content)
@@ -202,7 +202,7 @@ def test_a_key_that_its_settings_do_not_have_is_an_error(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_help_names_the_program_s_own_groups_and_all_their_keys(name: str) -> None:
+def test_help_lists_the_groups_of_the_program_and_all_keys(name: str) -> None:
     text = help_text(name)
     program = read_program(name)
     chosen = {next(iter(entry)) for entry in yaml.safe_load((CONF / f"{name}.yaml").read_text())["defaults"][1:]}
@@ -255,7 +255,7 @@ def test_the_command_prints_it(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_lists_the_options_of_a_folder_of_one_s_own(
+def test_the_command_lists_options_of_a_user_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "data").mkdir()

@@ -1,4 +1,4 @@
-"""The comparisons and the reference are tested with inputs that must fail."""
+"""Test the comparisons and the reference with inputs that must fail."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def test_section_refuses_unknown_keys() -> None:
         ("trajectories", "displacement"),
     ],
 )
-def test_compare_outputs_sees_a_single_wrong_slot(part: str, field: str) -> None:
+def test_compare_outputs_finds_one_wrong_slot(part: str, field: str) -> None:
     actual, expected = check_case(CASE)
     compare_outputs(actual, expected)
     inner = getattr(actual, part)
@@ -77,7 +77,7 @@ def change_at(value: Tensor, step: int | None, sample: int, slot: int) -> Tensor
 
 
 @pytest.mark.parametrize("key", ["created", "active", "reached", "removed"])
-def test_compare_outputs_sees_a_wrong_count(key: str) -> None:
+def test_compare_outputs_finds_a_wrong_count(key: str) -> None:
     actual, expected = check_case(CASE)
     counts = actual.by_step[key].clone()
     counts[-1] += 1
@@ -86,7 +86,7 @@ def test_compare_outputs_sees_a_wrong_count(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["share_z0", "steps", "coverage", "displacement", "energy_std"])
-def test_compare_outputs_sees_a_wrong_statistic(key: str) -> None:
+def test_compare_outputs_finds_a_wrong_statistic(key: str) -> None:
     actual, expected = check_case(CASE)
     wrong = {**actual.statistics, key: actual.statistics[key] + 1e-3}
     with pytest.raises(AssertionError, match=key):
@@ -94,7 +94,7 @@ def test_compare_outputs_sees_a_wrong_statistic(key: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["embedding", "surface"])
-def test_compare_outputs_sees_a_wrong_result(field: str) -> None:
+def test_compare_outputs_finds_a_wrong_result(field: str) -> None:
     actual, expected = check_case(CASE)
     wrong = getattr(actual, field).detach().clone()
     wrong.view(-1)[3] += 1e-8
@@ -102,7 +102,7 @@ def test_compare_outputs_sees_a_wrong_result(field: str) -> None:
         compare_outputs(dataclasses.replace(actual, **{field: wrong}), expected)
 
 
-def test_compare_gradients_sees_one_wrong_entry() -> None:
+def test_compare_gradients_finds_one_wrong_entry() -> None:
     processor, embedding = CASE.processor(), CASE.embedding()
     found = gradients(processor, embedding, processor(embedding))
     compare_gradients(found, found)
@@ -113,7 +113,7 @@ def test_compare_gradients_sees_one_wrong_entry() -> None:
             compare_gradients(wrong, found)
 
 
-def test_check_case_refuses_what_did_not_happen() -> None:
+def test_check_case_refuses_missing_events() -> None:
     with pytest.raises(AssertionError, match="spawned did not happen"):
         check_case(Case(expect=("spawned",)))
     with pytest.raises(AssertionError, match="projected happened"):
@@ -121,7 +121,7 @@ def test_check_case_refuses_what_did_not_happen() -> None:
 
 
 def test_check_case_refuses_decisions_on_a_threshold() -> None:
-    """A flow that moves by exactly the threshold of the filter: rounding decides."""
+    """A flow moves by exactly the threshold of the filter, so rounding decides."""
     weak = Case(displacement=0.2)
     lengths = reference_of(weak, weak.processor(), weak.embedding(), weak.rows()).lengths
     edge = dataclasses.replace(weak, lattice={"filter.enabled": True, "filter.min_displacement": lengths[0]})
@@ -129,8 +129,8 @@ def test_check_case_refuses_decisions_on_a_threshold() -> None:
         check_case(edge)
 
 
-def test_reference_feels_every_parameter() -> None:
-    """Otherwise equal gradients would say nothing."""
+def test_reference_depends_on_every_parameter() -> None:
+    """Without this, equal gradients would show nothing."""
     processor, embedding = CASE.processor(), CASE.embedding()
     found = gradients(processor, embedding, reference_of(CASE, processor, embedding, CASE.rows()))
     assert all((gradient != 0).any() for gradient in found.values())

@@ -1,4 +1,4 @@
-"""Imports run one way, from the entry points down to ops; rollouts wait for no device."""
+"""Imports run one way, from the entry points down to ops. Rollouts don't wait for the device."""
 
 import ast
 import importlib.util
@@ -25,21 +25,21 @@ TIERS = {
     "comparison": 6,
     "runs": 7,
 }
-# Rooms that don't know what a lattice is.
+# Packages that must not import the lattice.
 WITHOUT_CORE = {"metrics", "checkpoints", "config"}
 # `core` is what a lattice is, `core.engine` the same numbers, faster: one module chooses between them.
 MAY_USE_ENGINE = [["core", "flow_processor"]]
-FREE = {"atomic", "errors", "settings", "signals", "tables", "version"}
+FREE = {"atomic", "errors", "settings", "signals", "tables", "targets", "version"}
 HEAVY = {"lightning", "hydra", "omegaconf", "matplotlib", "tensorboard"}
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "synchronize"}
-# Called between batches, by whoever looks at a result, or on a CPU alone: these may wait.
+# These may wait: they run between batches, for users who read a result, or only on a CPU.
 MAY_WAIT = {"collect_completed_flows_surface_direct", "seconds", "_with_active_only"}
 
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *BENCHMARKS.rglob("*.py")])
 
 
 def relative(path: Path) -> Path:
-    """Below the package; the benchmarks stand beside it, as high as the entry points."""
+    """The module relative to the package. The benchmarks have the tier of the entry points."""
     return path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else PACKAGE.parent)
 
 
@@ -59,7 +59,7 @@ def imports(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def tier(parts: list[str]) -> int | None:
-    """Of a module by its parts below the package; None: free to all."""
+    """The tier of a module by its parts below the package. None: every module may import it."""
     if not parts or parts[0] in FREE:
         return None
     return TIERS.get(parts[0], ENTRY_POINT)
@@ -87,7 +87,7 @@ def wrong_imports(source: str, relative: Path) -> list[str]:
 
 
 def waits(source: str) -> list[str]:
-    """Calls that make the host wait for the device, outside the functions that may."""
+    """Calls that make the host wait for the device, except in functions that may wait."""
     found = []
 
     def visit(node: ast.AST) -> None:
@@ -109,7 +109,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    # Copies to the host are there to be waited for, by those who ask.
+    # A copy to the host waits, and only its user calls it.
     [
         path
         for path in SOURCES

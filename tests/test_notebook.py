@@ -1,4 +1,4 @@
-"""The notebook runs from anywhere, and what is stored of it is a clean run."""
+"""The notebook runs in any folder, and its stored outputs come from a clean run."""
 
 import os
 import re
@@ -34,12 +34,12 @@ def figures(notebook: NotebookNode) -> int:
 
 
 def printed(output: NotebookNode) -> str:
-    """All text of an output; pictures left out."""
+    """All text of an output, without pictures."""
     data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
     return str({**output, "data": data})
 
 
-def test_what_is_stored_is_a_clean_run() -> None:
+def test_the_stored_outputs_are_a_clean_run() -> None:
     notebook = read()
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
@@ -69,14 +69,14 @@ def test_every_figure_has_a_caption() -> None:
 
 @pytest.mark.slow
 def test_it_runs_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # For a checkout that isn't installed: the kernel starts in another folder.
+    # The kernel starts in another folder, so it needs the path of a checkout that isn't installed.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     notebook = read()
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert re.fullmatch(r"STEPS = \d+  # .*", parameters.source)
     parameters.source = "STEPS = 3"
     stored = figures(notebook)
-    # Raises on the first cell with an error; the notebook checks its own sums with assertions.
+    # This raises at the first cell with an error. The notebook has assertions of its own.
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     assert figures(notebook) == stored
     assert list(tmp_path.iterdir()) == [], "the notebook wrote files"

@@ -1,4 +1,4 @@
-"""No file and no function is too long to read in one go."""
+"""No file and no function is too long."""
 
 import ast
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def test_nothing_is_too_long(path: Path) -> None:
     assert list(too_long(path.read_text())) == []
 
 
-def test_what_is_too_long_is_found() -> None:
+def test_a_long_function_is_found() -> None:
     assert list(too_long("x = 1\n" * (MAX_FILE + 1))) == [f"{MAX_FILE + 1} lines"]
     assert list(too_long("def f():\n" + "    x = 1\n" * MAX_FUNCTION)) == [f"f: {MAX_FUNCTION + 1} lines"]
     assert list(too_long("def f():\n" + "    x = 1\n" * (MAX_FUNCTION - 1))) == []

@@ -1,4 +1,4 @@
-"""Tables: text is shown as it is, narrow screens, Markdown escapes, complete CSV files."""
+"""Tables: plain text without markup, narrow screens, Markdown escapes, complete CSV files."""
 
 import csv
 import io

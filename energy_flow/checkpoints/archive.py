@@ -32,31 +32,20 @@ _GLOBALS = re.compile(
 _MAX_VALUES, _MAX_DEPTH = 1_000_000, 50  # of containers; a value in several places counts once for each
 
 
-def read_archive(path: Path) -> Any:
-    """Verify a file that `torch.save` wrote, and load its contents on the CPU.
+def read_archive(path: Path, *, outline: bool = False) -> Any:
+    """Verify a file that `torch.save` wrote, and load it on the CPU; as an outline with tensors on `meta`, unread.
 
     Raises:
         CheckpointError: wrong sizes, names of code, or values that are no plain tree.
         Exception: of any type, from a corrupt file: zip and unpickler run on corrupt bytes.
     """
     with path.open("rb") as file:  # opened once: no other file can take its place between the checks and the loading
-        _outline(file)
-        file.seek(0)
-        contents = torch.load(file, map_location="cpu", weights_only=True)
+        contents = _outline(file)
+        if not outline:
+            file.seek(0)
+            contents = torch.load(file, map_location="cpu", weights_only=True)
     check_tree(contents)
     return contents
-
-
-def read_outline(path: Path) -> Any:
-    """Verify a file as `read_archive` does, and return its contents with tensors on `meta`, without their numbers.
-
-    Raises:
-        As `read_archive`.
-    """
-    with path.open("rb") as file:
-        outline = _outline(file)
-    check_tree(outline)
-    return outline
 
 
 def _outline(file: BinaryIO) -> Any:
@@ -72,9 +61,11 @@ def _outline(file: BinaryIO) -> Any:
             raise CheckpointError(
                 f"names {str(name)[:80]!r}, which no checkpoint of energy_flow does; nothing of it was run"
             )
-    return _OutlineReader(
-        pickled, {name.removeprefix(f"{root}/data/"): size for name, size in records.items()}
-    ).outline()
+    reader = _OutlineReader(pickled, {name.removeprefix(f"{root}/data/"): size for name, size in records.items()})
+    contents = reader.load()
+    if any(storage.nbytes() != size for storage, size in reader.storages):  # torch lets a storage grow
+        raise CheckpointError("has tensors that are larger than their records")
+    return contents
 
 
 def _records(archive: zipfile.ZipFile, file_size: int) -> tuple[dict[str, int], str]:
@@ -105,18 +96,7 @@ class _OutlineReader(Unpickler):
     def __init__(self, pickled: bytes, records: Mapping[str, int]) -> None:
         super().__init__(io.BytesIO(pickled), encoding="utf-8")
         self._records = records
-        self._storages: list[tuple[UntypedStorage, int]] = []
-
-    def outline(self) -> Any:
-        """Return the contents.
-
-        Raises:
-            CheckpointError: a tensor is larger than its record, also one that the contents drop again.
-        """
-        contents = self.load()
-        if any(storage.nbytes() != size for storage, size in self._storages):  # torch lets a storage grow
-            raise CheckpointError("has tensors that are larger than their records")
-        return contents
+        self.storages: list[tuple[UntypedStorage, int]] = []  # with sizes; also those that the contents drop
 
     def persistent_load(self, pid: Any) -> TypedStorage:
         _, storage_type, key, location, count = pid
@@ -127,17 +107,14 @@ class _OutlineReader(Unpickler):
                 f"record {str(key)[:80]} holds {self._records.get(key)} bytes, its tensor needs {size}"
             )
         storage = UntypedStorage(size, device="meta")
-        self._storages.append((storage, size))
+        self.storages.append((storage, size))
         return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
 
 def check_tree(contents: Any) -> None:
-    """Check that values are a tree of bounded size, and that tensors hold a number for each of their places.
+    """Raise a CheckpointError unless values are a tree of bounded size, with tensors that have all their numbers.
 
     A list that holds another one twice, and so on, is small in a file and endless for code that walks through it.
-
-    Raises:
-        CheckpointError: they aren't.
     """
     level, count = [contents], 0
     for _ in range(_MAX_DEPTH):

@@ -25,10 +25,7 @@ def check_model(
     path: str | Path,
     changes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Check that the hyper-parameters of a loaded checkpoint describe the module of its weights, without memory for it.
-
-    Args:
-        changes: hyper-parameters that replace those of the checkpoint.
+    """Check that hyper-parameters, with `changes`, describe the module of a checkpoint's weights, without its memory.
 
     Returns:
         The arguments of `module_class`.
@@ -54,14 +51,7 @@ def restore(
     path: str | Path,
     rollout: Mapping[str, Any] | None = None,
 ) -> Module:
-    """Build the module of a loaded checkpoint on the CPU, as `module_class.load_from_checkpoint` does.
-
-    Args:
-        rollout: the config section of this name, which isn't saved with a model.
-
-    Raises:
-        CheckpointError: its hyper-parameters describe no module, or another one than its weights.
-    """
+    """Build the module of a loaded checkpoint on the CPU, after `check_model`; `rollout` isn't saved with a model."""
     described = check_model(module_class, checkpoint, path)
     module = module_class(**described, rollout=rollout)
     module.on_load_checkpoint(dict(checkpoint))
@@ -72,10 +62,7 @@ def restore(
 def on_lattice(
     checkpoint: Mapping[str, Any], width: int | None, height: int | None, dim: int, path: str | Path
 ) -> dict[str, Any]:
-    """Move a loaded checkpoint to a lattice of another width or height, for embeddings of dimension `dim`.
-
-    Args:
-        width, height: of the new lattice; None: as in the checkpoint.
+    """Move a loaded checkpoint to a lattice of another width or height (None: as it was), for embeddings [dim].
 
     Raises:
         CheckpointError: embeddings of another dimension, or maps that belong to the cells they were trained on.
@@ -101,11 +88,7 @@ def on_lattice(
 
 
 def check_weights(state_dict: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
-    """Check that weights are those of a module: the same names, every shape the same.
-
-    Raises:
-        CheckpointError: names the first ones that differ.
-    """
+    """Raise a CheckpointError with the first weights that aren't those of a module, by their names and shapes."""
     ours = module.state_dict()
     shapes = [{name: list(value.shape) for name, value in weights.items()} for weights in (state_dict, ours)]
     lines = list(_differences(*shapes))
@@ -116,21 +99,13 @@ def check_weights(state_dict: Mapping[str, Tensor], module: nn.Module, path: str
 
 
 def check_depth(num_layers: Any, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse a model of more layers than there are weights: building layers takes time.
-
-    Raises:
-        CheckpointError: there are more.
-    """
+    """Raise a CheckpointError for a model of more layers than there are weights: building layers takes time."""
     if isinstance(num_layers, int) and num_layers > max(len(state_dict), _FEW_LAYERS):
         raise CheckpointError(f"ckpt_path = {path}: model.num_layers = {num_layers}, but {len(state_dict)} weights")
 
 
 def check_resume(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:
-    """Check that training can resume from a checkpoint: the same architecture, the same optimiser settings.
-
-    Raises:
-        CheckpointError: names every key that differs.
-    """
+    """Raise a CheckpointError with every key of architecture or optimiser that differs: training can't resume."""
     if "optimizer_states" not in checkpoint:
         raise CheckpointError(
             f"ckpt_path = {path}: holds weights only, training can't resume from it. Write checkpoints with "

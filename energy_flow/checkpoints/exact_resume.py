@@ -52,11 +52,11 @@ def _uncount_begun_batch(progress: dict[str, Any]) -> None:
 
     Lightning counts the next batch early. With its counts a resumed epoch would end at once, or have a batch too many.
     """
-    if progress["total"]["processed"] != progress["total"]["completed"]:
-        return  # saved at the end of a batch, where Lightning's counts are right
-    if progress["total"]["ready"] == progress["total"]["completed"]:
+    total = progress["total"]
+    at_end = total["processed"] != total["completed"]  # of a batch, where Lightning's counts are right
+    if at_end or total["ready"] == total["completed"]:
         return
-    for counts in (progress["total"], progress["current"]):
+    for counts in (total, progress["current"]):
         counts["ready"] = counts["started"] = counts["completed"]
     progress["is_last_batch"] = False
 

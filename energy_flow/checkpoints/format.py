@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from energy_flow.checkpoints.archive import read_archive, read_outline
+from energy_flow.checkpoints.archive import read_archive
 from energy_flow.errors import CheckpointError
 from energy_flow.version import __version__
 
@@ -66,21 +66,14 @@ class Contents(_Part):
 
 
 def provenance(config: dict[str, Any] | None, dim: int, fingerprint: dict[str, str]) -> dict[str, Any]:
-    """The section `Provenance` of a new checkpoint, as plain containers.
-
-    Args:
-        config: of the run.
-        dim: of the embeddings.
-        fingerprint: split -> digest of its data.
-    """
+    """The section `Provenance` of a new checkpoint: config of the run, embedding dimension, split -> digest."""
     versions = {
         "energy_flow": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "lightning": importlib.metadata.version("lightning"),
     }
-    section = Provenance(config=None, embedding_dim=dim, data_fingerprint=fingerprint, versions=versions)
-    return {**section.model_dump(), "config": config}
+    return {"config": config, "embedding_dim": dim, "data_fingerprint": fingerprint, "versions": versions}
 
 
 def origin(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, str]]:
@@ -113,36 +106,23 @@ def refusal(path: Path, error: CorruptCheckpointError) -> CheckpointError:
     return CheckpointError(f"ckpt_path = {path}: refused: corrupt, or no checkpoint ({error}). {remedy}")
 
 
-def load_without_siblings(path: Path) -> dict[str, Any]:
-    """Read and verify a checkpoint as `load` does, but look at no other file.
+def read_step(path: Path) -> int:
+    """The optimiser steps before a checkpoint, which is verified without loading a tensor."""
+    return int(load_without_siblings(path, outline=True).get("global_step", 0))
+
+
+def load_without_siblings(path: Path, *, outline: bool = False) -> dict[str, Any]:
+    """Read and verify a checkpoint as `load` does, but look at no other file; an outline has tensors on `meta`.
 
     Raises:
         CorruptCheckpointError: the bytes are not those of a checkpoint.
         CheckpointError: missing, or not written by energy_flow.
     """
-    return _read(path, read_archive)
-
-
-def read_step(path: Path) -> int:
-    """The optimiser steps before a checkpoint. The file is verified, but no tensor is loaded.
-
-    Raises:
-        As `load_without_siblings`.
-    """
-    return step_of(_read(path, read_outline))
-
-
-def step_of(checkpoint: Mapping[str, Any]) -> int:
-    """The optimiser steps before a loaded checkpoint; 0 where weights alone were saved."""
-    return int(checkpoint.get("global_step", 0))
-
-
-def _read(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     if path.is_dir():
         raise CheckpointError(f"ckpt_path = {path}: is a folder; give a checkpoint in it, such as best.ckpt")
     if not path.is_file():
         raise CheckpointError(f"ckpt_path = {path}: there is no such file")
-    checkpoint: dict[str, Any] = _read_bytes(path, read)
+    checkpoint: dict[str, Any] = _read_bytes(path, outline=outline)
     try:
         Contents.model_validate(checkpoint)
     except ValidationError as error:
@@ -174,12 +154,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def load_weights(path: Path) -> dict[str, Any]:
-    """Read and verify a plain `state_dict` without the other parts of a checkpoint.
-
-    Raises:
-        CorruptCheckpointError: the bytes are not those of a file of `torch.save`.
-    """
-    return dict(_read_bytes(path, read_archive))
+    """Read and verify a plain `state_dict` without the other parts of a checkpoint."""
+    return dict(_read_bytes(path))
 
 
 def siblings(path: Path) -> list[Path]:
@@ -194,15 +170,15 @@ def siblings(path: Path) -> list[Path]:
 def corruption(path: Path) -> str | None:
     """Why the bytes of a file are not those of a checkpoint; None where they are."""
     try:
-        _read_bytes(path, read_archive)
+        _read_bytes(path)
     except CorruptCheckpointError as error:
         return str(error)
     return None
 
 
-def _read_bytes(path: Path, read: Callable[[Path], Any]) -> Any:
+def _read_bytes(path: Path, *, outline: bool = False) -> Any:
     try:
-        return read(path)
+        return read_archive(path, outline=outline)
     except Exception as error:  # of any type: zip and unpickler run on corrupt bytes
         raise CorruptCheckpointError(_reason(error)) from error
 

@@ -29,9 +29,6 @@ class SaveOnInterrupt(Checkpoint):
     handles the signals of SLURM, its handlers run, also between two steps.
 
     Append it to `trainer.callbacks`: it must be the last one, so that it saves the final state of the others.
-
-    Args:
-        path: the checkpoint; an existing file is replaced.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,10 +52,7 @@ class SaveOnInterrupt(Checkpoint):
 
     def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
         # PyTorch raises an error wherever the end of a data worker arrives: not when half of the weights are written.
-        handler = _callable_handler(signal.SIGCHLD)
-        if handler is not None and self._child_handler is None:
-            self._child_handler = handler
-            signal.signal(signal.SIGCHLD, self._note_child)
+        self._hold_child_handler()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = versions(trainer)
@@ -90,9 +84,7 @@ class SaveOnInterrupt(Checkpoint):
         signals.install()  # Lightning has replaced our handlers
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._child_handler = self._child_handler or _callable_handler(signal.SIGCHLD)
-        if self._child_handler is not None:
-            signal.signal(signal.SIGCHLD, self._note_child)  # the end of a worker must not interrupt the saving either
+        self._hold_child_handler()  # the end of a worker must not interrupt the saving either
         if not isinstance(exception, ConfigError) and not self._saving and _is_fitting(trainer):
             try:
                 self._save(trainer)
@@ -117,6 +109,12 @@ class SaveOnInterrupt(Checkpoint):
         if callable(handler):
             self._requeue = lambda: handler(signum, None)
             signal.signal(signum, self._note_requeue)
+
+    def _hold_child_handler(self) -> None:
+        handler = signal.getsignal(signal.SIGCHLD)
+        if self._child_handler is None and callable(handler):
+            self._child_handler = handler
+            signal.signal(signal.SIGCHLD, self._note_child)
 
     def _note_child(self, signum: int, frame: Any) -> None:
         self._child_has_ended = True
@@ -152,11 +150,6 @@ class SaveOnInterrupt(Checkpoint):
             return
         self._saving = True
         trainer.strategy.save_checkpoint(dump_checkpoint(trainer), self.path)
-
-
-def _callable_handler(signum: signal.Signals) -> Any:
-    handler = signal.getsignal(signum)
-    return handler if callable(handler) else None
 
 
 def _is_fitting(trainer: Trainer) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from energy_flow.atomic import whole_file
+from energy_flow.atomic import atomic_writer
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.checkpoints.lightning_loops import carries_weights_back
 
@@ -17,15 +17,7 @@ LAST, BEFORE_LAST = "last.ckpt", "last-1.ckpt"
 
 
 class LoadedCheckpoint:
-    """A checkpoint that was read and verified once, and holds its contents until they are taken.
-
-    Args:
-        path: the file.
-
-    Attributes:
-        path: of the file.
-        step: the optimiser steps before it.
-        contents: the checkpoint; None: taken or dropped.
+    """A checkpoint that was read and verified once, and holds its contents until they are taken or dropped.
 
     Raises:
         CorruptCheckpointError: the bytes are not those of a checkpoint.
@@ -36,7 +28,7 @@ class LoadedCheckpoint:
         self.path = Path(path).expanduser()
         self._stamp = _stamp(self.path)  # before the file is read: one that is replaced meanwhile has another
         self.contents: dict[str, Any] | None = checkpoints.load_without_siblings(self.path)
-        self.step = checkpoints.step_of(self.contents)
+        self.step = int(self.contents.get("global_step", 0))  # 0 where weights alone were saved
 
     def take(self, path: str | Path) -> dict[str, Any] | None:
         """Hand the contents on, if they are those of the file at `path` as it is now. They are dropped here, always."""
@@ -45,56 +37,37 @@ class LoadedCheckpoint:
         unchanged = path == self.path and self._stamp is not None and _stamp(path) == self._stamp
         return contents if unchanged else None
 
-    def drop(self) -> None:
-        """Free the memory of the contents."""
-        self.contents = None
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's way to the disk, with checkpoints that are never half written.
 
     A checkpoint is written to a temporary file, brought to the disk, and only then renamed; a kill at any time leaves
     the one before. The `last.ckpt` before becomes `last-1.ckpt`. A checkpoint that can't be written is reported and
-    doesn't end training.
-
-    Args:
-        loaded: a checkpoint that was verified already; Lightning gets it instead of a second reading of the same file.
-
-    Attributes:
-        failed: path -> reason, of the checkpoints that couldn't be written; only on the process that writes.
+    doesn't end training. Lightning gets the `loaded` checkpoint instead of a second reading of the same file.
     """
 
     def __init__(self, loaded: LoadedCheckpoint | None = None) -> None:
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = {}  # path -> reason, of those not written; only on the process that writes
         self._loaded = loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None:
             raise TypeError("storage_options: checkpoints are files, which have no options")
         path = Path(path)
+        self.failed.pop(str(path), None)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path, keep=path.with_name(BEFORE_LAST) if path.name == LAST else None) as file:
+            with atomic_writer(path, keep=path.with_name(BEFORE_LAST) if path.name == LAST else None) as file:
                 _write(checkpoint, file)
         except OSError as error:
-            self.failed[str(path)] = error.strerror or str(error)
-            log.warning(
-                "%s: the checkpoint of step %s can't be written (%s). Make room: training continues",
-                path,
-                checkpoint["global_step"],
-                self.failed[str(path)],
-            )
-            return
-        self.failed.pop(str(path), None)
+            reason = self.failed[str(path)] = error.strerror or str(error)
+            message = "%s: the checkpoint of step %s can't be written (%s). Make room: training continues"
+            log.warning(message, path, checkpoint["global_step"], reason)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint on the CPU, as plain containers; nothing in it can run code.
-
-        Raises:
-            CheckpointError: missing, corrupt, or not written by energy_flow.
-        """
+        """Load a checkpoint on the CPU as `format.load` does, or hand on the loaded one."""
         if carries_weights_back(path):
             return checkpoints.load_weights(Path(path))
         loaded, self._loaded = self._loaded, None

@@ -17,26 +17,19 @@ class LoopPosition:
     Lightning's counts run ahead of the weights: they include a batch that has only begun, accumulated gradients that
     will be lost, a validation that will be interrupted. A checkpoint with the counts of this position resumes as if
     none of these had happened.
-
-    Attributes:
-        loops, callbacks: the sections of these names of a checkpoint.
-        versions: of every tensor that the optimiser writes.
     """
 
-    loops: dict[str, Any]
-    callbacks: dict[str, Any]
-    versions: list[int]
+    loops: dict[str, Any]  # a section of a checkpoint
+    callbacks: dict[str, Any]  # a section of a checkpoint
+    versions: list[int]  # of every tensor that the optimiser writes
 
     @classmethod
     def here(cls, trainer: Trainer) -> "LoopPosition":
         """The position of this moment; doesn't wait for the device."""
         loops = {"fit_loop": trainer.fit_loop.state_dict()}
-        callbacks = {callback.state_key: callback.state_dict() for callback in _callbacks(trainer)}
-        return cls(
-            copy.deepcopy(loops),
-            copy.deepcopy({key: state for key, state in callbacks.items() if state}),
-            versions(trainer),
-        )
+        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        callbacks = {key: state for key, state in states.items() if state}
+        return cls(copy.deepcopy(loops), copy.deepcopy(callbacks), versions(trainer))
 
     @classmethod
     def before_validation(cls, trainer: Trainer) -> "LoopPosition":
@@ -56,10 +49,6 @@ class LoopPosition:
         """Replace the counts of a checkpoint by those of this position."""
         checkpoint["loops"] = {**checkpoint["loops"], **self.loops}
         checkpoint["callbacks"] = self.callbacks
-
-
-def _callbacks(trainer: Trainer) -> Any:
-    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def versions(trainer: Trainer) -> list[int]:

@@ -68,22 +68,14 @@ class BaselineSettings(Settings):
 
 @dataclass(frozen=True)
 class BaselineResults:
-    """Results by the name of the baseline.
+    """Results by the name of the baseline."""
 
-    Attributes:
-        metrics: of the baselines that ran.
-        row_scores: their scores on every test row, float64 [N].
-        all_row_scores: the same among the targets of all splits.
-        skipped: why a baseline did not run.
-        details: selected hyperparameters.
-    """
-
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    # compare=False: `==` on tensors gives a tensor.
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # of those that ran
+    # Scores on every test row, float64 [N]; also among the targets of all splits. `==` on tensors gives a tensor.
     row_scores: dict[str, Tensor] = field(default_factory=dict, compare=False)
     all_row_scores: dict[str, Tensor] = field(default_factory=dict, compare=False)
-    skipped: dict[str, str] = field(default_factory=dict)
-    details: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # reasons
+    details: dict[str, str] = field(default_factory=dict)  # selected hyperparameters
 
 
 def run_baselines(
@@ -109,10 +101,8 @@ def run_baselines(
             `train` or `val`.
         task: names the baselines and measures them.
         settings: for the trained baselines; `enabled` is ignored here.
-        num_parameters: number of parameters of the model.
-        loss: loss of the model.
+        num_parameters, loss: of the model.
         seed: for initial weights and sample order.
-        device: where to compute.
         report: called with the current step, such as "mlp epoch 3/20".
         all_targets: a larger gallery, in which test rows are ranked too.
 
@@ -144,8 +134,16 @@ def _fits(
     cosine = loss.model_copy(update=only_cosine)
     longer = settings.training.model_copy(update={"epochs": COSINE_EPOCHS * settings.training.epochs})
 
-    def trained(name: str, build: Build, its_loss: LossSettings = loss, how: TrainingSettings | None = None) -> Fit:
-        return _trained(TrainedBaseline(name, build, task, its_loss, how or settings.training, seed, report))
+    def trained(
+        name: str, build: Build, own_loss: LossSettings = loss, training: TrainingSettings = settings.training
+    ) -> Fit:
+        baseline = TrainedBaseline(name, build, task, own_loss, training, seed, report)
+
+        def fit(splits: dict[str, Pairs]) -> tuple[Predict, str]:
+            fitted = baseline.fit(splits["train"], splits["val"])
+            return fitted.network, fitted.detail
+
+        return fit
 
     return {
         "identity": _fit_identity,
@@ -219,14 +217,6 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
     for rows_x, rows_y in zip(x.split(GRAM_ROWS), y.split(GRAM_ROWS), strict=True):
         total += rows_x.double().T @ rows_y.double()
     return total
-
-
-def _trained(baseline: TrainedBaseline) -> Fit:
-    def fit(splits: dict[str, Pairs]) -> tuple[Predict, str]:
-        fitted = baseline.fit(splits["train"], splits["val"])
-        return fitted.network, fitted.detail
-
-    return fit
 
 
 def _check_shapes(splits: dict[str, Pairs]) -> None:

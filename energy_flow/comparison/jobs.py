@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,23 +19,14 @@ _SEED = re.compile(r"\+{0,2}seed=")
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a multirun.
+    """One job of a multirun."""
 
-    Attributes:
-        name: the name of its folder, which is the job's number.
-        folder: its run folder.
-        words: its overrides.
-        seed: the config's seed; None if the config has none.
-        metrics: the content of `metrics.json`, None for a number that was not finite; empty if there is no such file.
-        error: one line about the error that ended the job; None without an error, or after a kill.
-    """
-
-    name: str
+    name: str  # of its folder: the job's number
     folder: Path
-    words: tuple[str, ...]
-    seed: int | None
-    metrics: dict[str, float | None]
-    error: str | None = None
+    words: tuple[str, ...]  # its overrides
+    seed: int | None  # None if the config has none
+    metrics: dict[str, float | None]  # of `metrics.json`, None for a number that was not finite; empty without the file
+    error: str | None = None  # one line about the error that ended the job; None without an error, or after a kill
 
     @property
     def variant(self) -> tuple[str, ...]:
@@ -89,11 +79,7 @@ def _read(overrides: Path) -> Job:
 @functools.cache
 def _read_overrides(overrides: Path, written: int) -> tuple[tuple[str, ...], int | None]:
     """Overrides and seed of a job. Cached by modification time: YAML is slow, and every job's end reads all jobs."""
-    config = _read_yaml(overrides.with_name("config.yaml"))
+    # Not by OmegaConf: ${oc.env:HOME} stays text.
+    config, words = (yaml.safe_load(path.read_bytes()) for path in (overrides.with_name("config.yaml"), overrides))
     seed = config.get("seed") if isinstance(config, dict) else None
-    return tuple(map(str, _read_yaml(overrides) or ())), seed if isinstance(seed, int) else None
-
-
-def _read_yaml(path: Path) -> Any:
-    """Read a YAML file without resolving references: ${oc.env:HOME} stays text."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return tuple(map(str, words or ())), seed if isinstance(seed, int) else None

@@ -37,15 +37,13 @@ class _Group:
         found = {(scores.measure, scores.fingerprint) for scores in self.tested.values()}
         return found.pop() if len(found) == 1 else None
 
-    @property
-    def runs(self) -> list[Job]:
-        """The jobs that were tested."""
-        return [job for job in self.jobs if job.name in self.tested]
+    def runs(self, method: str) -> list[Job]:
+        """The jobs that tested a method."""
+        return [job for job in self.jobs if job.name in self.tested and method in self.tested[job.name].values]
 
     def scores(self, method: str, task: Task) -> Tensor:
         """Primary scores [S, N] of a method, over the runs that have it."""
-        found = [scores.values[method] for scores in self.tested.values() if method in scores.values]
-        return task.primary_scores(torch.stack(found))
+        return task.primary_scores(torch.stack([self.tested[job.name].values[method] for job in self.runs(method)]))
 
 
 def compare_jobs(jobs: Sequence[Job]) -> Comparison | None:
@@ -56,9 +54,9 @@ def compare_jobs(jobs: Sequence[Job]) -> Comparison | None:
         return None
     measure, _ = reference.source
     task = next(task for task in TASKS if task.row_measure == measure)
-    baselines = [name for name in task.baselines if any(name in found.values for found in reference.tested.values())]
-    methods = [_model(group, reference, task) for group in groups]
-    return Comparison(task, methods + [_baseline(name, reference, task) for name in baselines])
+    models = [_model(group, reference, task) for group in groups]
+    baselines = [_baseline(name, reference, task) for name in task.baselines if reference.runs(name)]
+    return Comparison(task, models + baselines)
 
 
 def _groups(jobs: Sequence[Job]) -> list[_Group]:
@@ -86,15 +84,16 @@ def _group(name: str, jobs: Sequence[Job]) -> _Group:
 def _model(group: _Group, reference: _Group, task: Task) -> Method:
     same_measure = all(scores.measure == task.row_measure for scores in group.tested.values())
     names = ["params", *(f"test/{metric}" for metric in task.secondary), "fit_seconds"]
+    runs = group.runs(MODEL)
     primary = [task.primary_scores(scores.values[MODEL]).mean().item() for scores in group.tested.values()]
     return Method(
         key=group.jobs[0].name,  # a number, and so never the name of a baseline
         name=group.name,
         is_baseline=False,
-        metrics={name.removeprefix("test/"): _mean(group.runs, name) for name in names},
+        metrics={name.removeprefix("test/"): _mean(runs, name) for name in names},
         scores=group.scores(MODEL, task) if same_measure and group.source is not None else None,
         paired=group.source == reference.source,
-        seeds=tuple(job.seed for job in group.runs),
+        seeds=tuple(job.seed for job in runs),
         primary=tuple(primary) if same_measure else (),
         missing=group.missing,
         note=_why_not_paired(group, reference, same_measure),
@@ -114,8 +113,7 @@ def _why_not_paired(group: _Group, reference: _Group, same_measure: bool) -> str
 
 
 def _baseline(name: str, reference: _Group, task: Task) -> Method:
-    runs = [job for job in reference.runs if name in reference.tested[job.name].values]
-    scores = reference.scores(name, task)
+    runs, scores = reference.runs(name), reference.scores(name, task)
     secondary = {metric: _mean(runs, f"baseline/{name}/{metric}") for metric in task.secondary}
     return Method(
         key=name,

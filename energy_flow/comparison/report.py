@@ -2,15 +2,14 @@
 
 import io
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from energy_flow.atomic import write_whole
-from energy_flow.comparison.compare import Comparison, Method, bounds
-from energy_flow.comparison.models import Pair, has_several, pairs_of
+from energy_flow.atomic import atomic_write
+from energy_flow.comparison.compare import MEAN, Comparison, Method, bounds, pairs_of
 from energy_flow.metrics.bootstrap import LEVEL, Interval
 from energy_flow.metrics.task import Task
 from energy_flow.tables import markdown_table, rich_table, write_csv
@@ -23,23 +22,19 @@ ABOUT = (
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> None:
-    """Write `comparison.csv`, `comparison.md` and `comparison.png` of a multirun into a folder.
-
-    Raises:
-        OSError: a file can't be written.
-    """
+    """Write `comparison.csv`, `comparison.md` and `comparison.png` of a multirun into a folder."""
     write_csv(folder / "comparison.csv", [_values(comparison, method) for method in comparison.methods.values()])
-    write_whole(folder / "comparison.md", _page(comparison).encode())
+    atomic_write(folder / "comparison.md", _page(comparison))
     picture = io.BytesIO()
     _figure(comparison).savefig(picture, format="png")
-    write_whole(folder / "comparison.png", picture.getvalue())
+    atomic_write(folder / "comparison.png", picture.getvalue())
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """The comparison of a multirun for the screen, with the most important columns of the files."""
-    methods, headings = comparison.methods.values(), _headings(comparison)
-    chosen = [headings[index] for index in (0, 1, 2, 4)]
-    lines = [dict(zip(headings, _cells(comparison, method), strict=True)) for method in methods]
+    methods = comparison.methods.values()
+    lines = [_cells(comparison, method) for method in methods]
+    chosen = [list(lines[0])[index] for index in (0, 1, 2, 4)]
     notes = [f"{method.name}: {_note(method)}" for method in methods if _note(method)]
     return rich_table(
         chosen,
@@ -55,11 +50,8 @@ def comparison_table(comparison: Comparison) -> Table:
 def interval_table(comparisons: Mapping[str, Comparison]) -> Table | None:
     """The primary metric of tested models and baselines with its intervals, then the differences of pairs.
 
-    Args:
-        comparisons: of the same methods, by the heading of their primary metric. The first one selects the pairs.
-
-    Returns:
-        None if the methods have no intervals.
+    The comparisons are of the same methods, by the heading of their primary metric; the first one selects the pairs.
+    None if the methods have no intervals.
     """
     main = next(iter(comparisons.values()))
     if main.num_rows is None:
@@ -70,12 +62,17 @@ def interval_table(comparisons: Mapping[str, Comparison]) -> Table | None:
     ]
     rules = []
     # All pairs of a section share one method: the single model (index 0), or else the subtracted method (index 1).
-    shared = 1 if has_several(main) else 0
+    several = MEAN in main.methods
+    shared = 1 if several else 0
     for key, pairs in groupby(pairs_of(main), key=lambda pair: pair[shared]):
         rules.append(len(rows))
-        rows.append([_section_title(main, main.methods[key]), *[""] * (2 * len(comparisons))])
-        rows += [_difference_cells(comparisons, pair, main.methods[pair[1 - shared]].name) for pair in pairs]
-    over = f"{main.num_rows:,} test rows" + (", of the mean also over models" if has_several(main) else "")
+        name, best = main.methods[key].name, "best baseline" if main.methods[key].is_baseline else "first"
+        title = f"minus {name}, the {best}" if several else f"{name} minus"
+        rows.append([title, *[""] * (2 * len(comparisons))])
+        for pair in pairs:
+            cells = [_two_cells(found, found.difference(*pair), "+") for found in comparisons.values()]
+            rows.append([f"  {main.methods[pair[1 - shared]].name}", *chain.from_iterable(cells)])
+    over = f"{main.num_rows:,} test rows" + (", of the mean also over models" if several else "")
     return rich_table(
         ["method", *(text for heading in comparisons for text in (heading, "interval"))],
         rows,
@@ -85,17 +82,6 @@ def interval_table(comparisons: Mapping[str, Comparison]) -> Table | None:
         styles=["italic" if number in rules else "" for number in range(len(rows))],
         rules=rules,
     )
-
-
-def _section_title(comparison: Comparison, method: Method) -> str:
-    if not has_several(comparison):
-        return f"{method.name} minus"
-    return f"minus {method.name}, the {'best baseline' if method.is_baseline else 'first'}"
-
-
-def _difference_cells(comparisons: Mapping[str, Comparison], pair: Pair, name: str) -> list[str]:
-    cells = (_two_cells(found, found.difference(*pair), "+") for found in comparisons.values())
-    return [f"  {name}", *(text for both in cells for text in both)]
 
 
 def _two_cells(comparison: Comparison, interval: Interval | None, sign: str = "") -> tuple[str, str]:
@@ -113,35 +99,21 @@ def _title(comparison: Comparison) -> str:
     return f"Comparison of {count} model{'s' if count != 1 else ''}"
 
 
-def _headings(comparison: Comparison) -> list[str]:
-    task = comparison.task
-    return [
-        "method",
-        "seeds",
-        task.primary_heading,
-        "each seed",
-        f"difference to {comparison.reference.name}",
-        *(task.headings[metric] for metric in task.secondary),
-        "parameters",
-        "fit seconds",
-        "note",
-    ]
-
-
-def _cells(comparison: Comparison, method: Method) -> list[str]:
+def _cells(comparison: Comparison, method: Method) -> dict[str, str]:
+    """A row of the table by its headings."""
     task, metrics = comparison.task, method.metrics
-    secondary = {metric: metrics[metric] for metric in task.secondary}
-    return [
-        method.name,
-        str(len(method.primary)),
-        _in_brackets(task, comparison.interval(method.key)),
-        ", ".join(task.shown(task.primary, value) for value in method.primary) or "-",
-        _in_brackets(task, _difference(comparison, method), signed=True),
-        *("-" if value is None else task.shown(metric, value) for metric, value in secondary.items()),
-        "-" if metrics["params"] is None else f"{metrics['params']:,.0f}",
-        "-" if metrics["fit_seconds"] is None else f"{metrics['fit_seconds']:.1f}",
-        _note(method),
-    ]
+    secondary = [(name, metrics[name]) for name in task.secondary]
+    return {
+        "method": method.name,
+        "seeds": str(len(method.primary)),
+        task.primary_heading: _in_brackets(task, comparison.interval(method.key)),
+        "each seed": ", ".join(task.shown(task.primary, value) for value in method.primary) or "-",
+        f"difference to {comparison.reference.name}": _in_brackets(task, _difference(comparison, method), signed=True),
+        **{task.headings[name]: "-" if value is None else task.shown(name, value) for name, value in secondary},
+        "parameters": "-" if metrics["params"] is None else f"{metrics['params']:,.0f}",
+        "fit seconds": "-" if metrics["fit_seconds"] is None else f"{metrics['fit_seconds']:.1f}",
+        "note": _note(method),
+    }
 
 
 def _difference(comparison: Comparison, method: Method) -> Interval | None:
@@ -165,7 +137,7 @@ def _note(method: Method) -> str:
 
 def _page(comparison: Comparison) -> str:
     rows = [_cells(comparison, method) for method in comparison.methods.values()]
-    table = markdown_table(_headings(comparison), rows)
+    table = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
     return f"# {_title(comparison)}\n\n{table}\n\n{ABOUT}\n\n![differences](comparison.png)\n"
 
 

@@ -4,9 +4,9 @@ N samples, D embedding dimension, h hidden size
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -14,14 +14,7 @@ from torch import Tensor, nn
 
 from energy_flow.metrics.task import Task
 from energy_flow.settings import Settings
-from energy_flow.training.losses import (
-    Candidates,
-    LossSettings,
-    Temperature,
-    directions,
-    embedding_losses,
-    weighted,
-)
+from energy_flow.training.losses import Candidates, LossSettings, Temperature, directions, embedding_losses, weighted
 
 Pairs = tuple[Tensor, Tensor]  # source [N, D], target [N, D]
 Report = Callable[[str], None]
@@ -76,72 +69,55 @@ class TrainedBaseline:
         return best
 
     def _fit(self, train: Pairs, val: Pairs, rate: float, decay: float, note: str) -> Fitted:
-        source, _ = train
-        learner = self._learner(train)
-        optimizer = torch.optim.AdamW(learner.groups(decay), lr=rate)
+        num_samples, device = len(train[0]), train[0].device
+        network, temperature, loss = self._learner(train)
+        optimizer = torch.optim.AdamW(_groups([*network.parameters(), *temperature.parameters()], decay), lr=rate)
         epochs, order = self.settings.epochs, torch.Generator().manual_seed(self.seed)
-        total = epochs * len(_batches(len(source), torch.Generator()))
+        total = epochs * len(_batches(num_samples, torch.Generator()))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
         best, best_epoch, best_weights = None, 0, {}
         for epoch in range(1, epochs + 1):
             self.report(f"{self.name}{note} epoch {epoch}/{epochs}")
-            for rows in _batches(len(source), order):
+            for rows in _batches(num_samples, order):
                 optimizer.zero_grad()
-                learner.loss(rows.to(source.device)).backward()
+                loss(rows.to(device)).backward()
                 optimizer.step()
                 schedule.step()
-            primary = self._primary(learner.network, val)
+            with torch.no_grad():
+                primary = self.task.measure(network(val[0]), val[1])[self.task.primary]
             if best is None or self.task.improves(primary, best):
                 best, best_epoch = primary, epoch
-                best_weights = {key: value.clone() for key, value in learner.network.state_dict().items()}
+                best_weights = {key: value.clone() for key, value in network.state_dict().items()}
         assert best is not None
-        learner.network.load_state_dict(best_weights)
-        count = sum(p.numel() for p in learner.network.parameters())
+        network.load_state_dict(best_weights)
+        count = sum(p.numel() for p in network.parameters())
         chosen = f"epoch {best_epoch} of {epochs}, lr {rate:g}, weight decay {decay:g}"
-        return Fitted(learner.network, best, f"{count:,} parameters, {chosen} (val {self.task.named(best)})")
+        return Fitted(network, best, f"{count:,} parameters, {chosen} (val {self.task.named(best)})")
 
-    def _primary(self, network: nn.Module, val: Pairs) -> float:
-        with torch.no_grad():
-            return self.task.measure(network(val[0]), val[1])[self.task.primary]
-
-    def _learner(self, train: Pairs) -> "_Learner":
+    def _learner(self, train: Pairs) -> tuple[nn.Module, Temperature, Callable[[Tensor], Tensor]]:
+        """The network, the temperature and the loss of rows, without the surface term: the network has no surface."""
+        source, target = train
         # On the CPU: every device gets the same weights, and only the CPU generator is seeded and restored.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            network = self.build(train[0].shape[1])
-        return _Learner.of(network, self.loss, train)
+            network = self.build(source.shape[1]).to(source.device)
+        settings = self.loss.model_copy(update={"surface": 0.0})
+        temperature = Temperature(settings).to(source.device)
+        bank = directions(target) if settings.candidates == "bank" and settings.contrastive > 0 else None
+
+        def loss(rows: Tensor) -> Tensor:
+            candidates = None if bank is None else Candidates(bank, rows)
+            return weighted(embedding_losses(network(source[rows]), target[rows], temperature(), candidates), settings)
+
+        return network, temperature, loss
 
 
-@dataclass(frozen=True)
-class _Learner:
-    """A network with the model's loss, without the surface term: these networks have no surface."""
-
-    network: nn.Module
-    temperature: Temperature
-    settings: LossSettings
-    train: Pairs
-    bank: Tensor | None
-
-    @classmethod
-    def of(cls, network: nn.Module, settings: LossSettings, train: Pairs) -> Self:
-        device = train[0].device
-        bank = directions(train[1]) if settings.candidates == "bank" and settings.contrastive > 0 else None
-        settings = settings.model_copy(update={"surface": 0.0})
-        return cls(network.to(device), Temperature(settings).to(device), settings, train, bank)
-
-    def groups(self, decay: float) -> list[dict[str, object]]:
-        """Parameter groups for AdamW; as in the model's training, biases and the temperature don't decay."""
-        parameters = [*self.network.parameters(), *self.temperature.parameters()]
-        return [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-
-    def loss(self, rows: Tensor) -> Tensor:
-        source, target = (side[rows] for side in self.train)
-        candidates = None if self.bank is None else Candidates(self.bank, rows)
-        losses = embedding_losses(self.network(source), target, self.temperature(), candidates)
-        return weighted(losses, self.settings)
+def _groups(parameters: Sequence[nn.Parameter], decay: float) -> list[dict[str, object]]:
+    """Parameter groups for AdamW; as in the model's training, biases and the temperature don't decay."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
 
 
 class Residual(nn.Module):

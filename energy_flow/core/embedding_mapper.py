@@ -28,7 +28,7 @@ class MapIn(nn.Module):
 
     def __init__(self, embedding_dim: int, num_cells: int, energy_dim: int, hidden: int | None) -> None:
         super().__init__()
-        self.num_cells, self.energy_dim = num_cells, energy_dim
+        self.num_cells, self.energy_dim, self.is_linear = num_cells, energy_dim, hidden is None
         self.input_scale = math.sqrt(embedding_dim)
         self.network = nn.Sequential(*_layers(embedding_dim, num_cells * energy_dim, hidden), nn.Tanh())
         if hidden is None:
@@ -54,6 +54,7 @@ class MapOut(nn.Module):
 
     def __init__(self, embedding_dim: int, num_cells: int, energy_dim: int, hidden: int | None) -> None:
         super().__init__()
+        self.is_linear = hidden is None
         self.output_scale = 1 / math.sqrt(embedding_dim)
         self.network = nn.Sequential(*_layers(num_cells * energy_dim, embedding_dim, hidden))
 

@@ -2,16 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from energy_flow.core.aggregation import SoftmaxAggregation
 from energy_flow.core.geometry import Deposit, cell_centres, deposit_cells
 from energy_flow.core.tensorized_flow_storage import FinishedFlows, FlowState, FlowStatus
-from energy_flow.errors import NoLandingError
-from energy_flow.ops.group_softmax import group_softmax_deposit
+from energy_flow.errors import ConfigError, NoLandingError
 from energy_flow.settings import Settings
 
 Count = Annotated[int, Field(ge=1)]
@@ -82,6 +82,7 @@ class LatticeSettings(Settings):
     spawn: SpawnSettings
     filter: FilterSettings
     convergence: ConvergenceSettings
+    aggregation: dict[str, Any] | None = None  # None, and so in every file from before this key: the softmax
 
     @property
     def num_cells(self) -> int:
@@ -159,12 +160,19 @@ class EnergyLattice(nn.Module):
         energy_dim: E.
         map_out: surface [B, S, E] -> embedding [B, D].
         bounded_energy: whether every component of an energy is in [-1, 1] after a step, as with tanh.
+        aggregation: keeps the protocol `Aggregation`; None: the softmax over the scores.
     """
 
     def __init__(
-        self, settings: LatticeSettings, energy_dim: int, map_out: nn.Module, bounded_energy: bool = False
+        self,
+        settings: LatticeSettings,
+        energy_dim: int,
+        map_out: nn.Module,
+        bounded_energy: bool = False,
+        aggregation: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.aggregation = SoftmaxAggregation() if aggregation is None else aggregation
         self.bounded_energy = bounded_energy
         self.settings = settings
         self.energy_dim = energy_dim
@@ -250,7 +258,7 @@ class EnergyLattice(nn.Module):
         return landing_score(math.sqrt(self.energy_dim), 0.0, float(self.settings.num_steps))
 
     def aggregate(self, deposits: Deposits, batch: int) -> tuple[Tensor, Tensor]:
-        """Average the deposits of every group.
+        """Aggregate the deposits of every group.
 
         Args:
             deposits: of all landings.
@@ -258,11 +266,20 @@ class EnergyLattice(nn.Module):
 
         Returns:
             The output surface [B, S, E], and its mass [B, S], the sum of the deposit weights.
+
+        Raises:
+            ConfigError: the aggregation returned something else.
         """
         num_groups = batch * self.settings.num_cells
-        values, mass = group_softmax_deposit(
-            deposits.scores, deposits.values, deposits.keys, deposits.weights, num_groups, bound=self.score_bound
+        values, mass = self.aggregation(
+            deposits.scores, deposits.values, deposits.keys, deposits.weights, num_groups, self.score_bound
         )
+        if values.shape != (num_groups, self.energy_dim) or mass.shape != (num_groups,):
+            raise ConfigError(
+                f"processor.lattice.aggregation ({type(self.aggregation).__name__}): returned energies of shape "
+                f"{list(values.shape)} and mass of shape {list(mass.shape)}, but they must be [B * S, E] = "
+                f"{[num_groups, self.energy_dim]} and [B * S]. See energy_flow.core.parts.Aggregation"
+            )
         return values.view(batch, -1, self.energy_dim), mass.view(batch, -1)
 
     def collect_completed_flows_surface_direct(self, landings: Landings) -> Tensor:

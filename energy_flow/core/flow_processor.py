@@ -14,7 +14,14 @@ from energy_flow.core.engine.engines import Engines
 from energy_flow.core.faults import Faults
 from energy_flow.core.flow_step import MoveRule
 from energy_flow.core.history import Trajectories
-from energy_flow.core.networks import ModelSettings, make_carrier, make_map_in, make_map_out, make_neuron
+from energy_flow.core.networks import (
+    ModelSettings,
+    make_aggregation,
+    make_carrier,
+    make_map_in,
+    make_map_out,
+    make_neuron,
+)
 from energy_flow.core.parts import SensingNeuron
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings
 from energy_flow.core.statistics import flow_statistics
@@ -66,14 +73,15 @@ class FlowProcessor(nn.Module):
         rollout: RolloutSettings | None = None,
     ) -> None:
         super().__init__()
-        energy = model.energy_dim
         self.settings, self.model, self.seed, self.dim = lattice, model, seed, dim
         self.map_in = make_map_in(dim, lattice, model)
         self.neuron = make_neuron(lattice, model)
         self.carrier = make_carrier(lattice, model)
         map_out = make_map_out(dim, self.map_in, lattice, model)
         self.skip_gain = nn.Parameter(torch.ones(())) if model.skip else None
-        self.lattice = EnergyLattice(lattice, energy, map_out, bounded_energy=not model.residual_energy)
+        aggregation = make_aggregation(lattice, model)
+        bounded = not model.residual_energy
+        self.lattice = EnergyLattice(lattice, model.energy_dim, map_out, bounded, aggregation)
         # On the device and in the checkpoint: noise and displacement schedule depend on it, also in evaluation.
         self.register_buffer("optimizer_step", torch.zeros((), dtype=torch.int64))
         self.last_output: FlowOutput | None = None

@@ -81,6 +81,7 @@ def _part(
         "features": model.features,
         "width": lattice.width,
         "height": lattice.height,
+        "num_cells": lattice.num_cells,
         "num_steps": lattice.num_steps,
     }
     part = targets.build(entry, key, sizes if dim is None else {**sizes, "embedding_dim": dim})
@@ -122,10 +123,18 @@ def make_map_in(dim: int, lattice: LatticeSettings, model: ModelSettings) -> Any
 def make_map_out(dim: int, map_in: nn.Module, lattice: LatticeSettings, model: ModelSettings) -> Any:
     """The map from surfaces [B, S, E] to embeddings [B, D]. A linear one starts as the inverse of a linear map in."""
     if model.map_out is not None:
-        return _part(model.map_out, "model.map_out", lattice, model, dim)
-    if model.maps == "identity":
-        return IdentityOut()
-    map_out = MapOut(dim, lattice.num_cells, model.energy_dim, model.map_hidden)
-    if model.map_hidden is None and type(map_in) is MapIn:
+        map_out = _part(model.map_out, "model.map_out", lattice, model, dim)
+    elif model.maps == "identity":
+        map_out = IdentityOut()
+    else:
+        map_out = MapOut(dim, lattice.num_cells, model.energy_dim, model.map_hidden)
+    if type(map_in) is MapIn and type(map_out) is MapOut and map_in.is_linear and map_out.is_linear:
         map_out.start_as_inverse(map_in, SKIP_SHARE if model.skip else 1.0)
     return map_out
+
+
+def make_aggregation(lattice: LatticeSettings, model: ModelSettings) -> nn.Module | None:
+    """The aggregation, which keeps the protocol `Aggregation`; None: the shipped one."""
+    if lattice.aggregation is None:
+        return None
+    return _part(lattice.aggregation, "lattice.aggregation", lattice, model)

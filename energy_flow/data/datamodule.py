@@ -17,10 +17,12 @@ from energy_flow.data.kinds import read_data_settings
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.sampling import ResumableLoader, epoch_sampler
 from energy_flow.data.settings import SPLITS, DataSettings, misfits, missing_splits
-from energy_flow.data.storage.duplicates import PairHashes, duplicate_warnings
+from energy_flow.data.storage.duplicates import Hashes, duplicate_warnings
 from energy_flow.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+
+_info, _warn = rank_zero_only(log.info), rank_zero_only(log.warning)
 
 _WORKER = "pt_data_worker"  # PyTorch's name of its worker processes
 
@@ -71,7 +73,7 @@ class EnergyDataModule(LightningDataModule):
         """
         for missing in missing_splits(self.settings, stage or ""):
             raise ConfigError(missing)
-        hashes: dict[str, PairHashes] = {}
+        hashes: dict[str, Hashes] = {}
         for split in SPLITS:
             if not self.settings.has(split) or getattr(self, split) is not None:
                 continue
@@ -81,9 +83,10 @@ class EnergyDataModule(LightningDataModule):
                 raise DataError(misfit)
             setattr(self, split, dataset)
             self.fingerprint[split] = dataset.fingerprint
-            _log_split(split, dataset)
-            if (found := dataset.take_hashes()) is not None:
-                hashes[split] = found
+            pairs = f"{len(dataset):,} pairs of dimension {dataset.dim}"
+            _info("data.%s: %s: %s, %s", split, dataset.where, pairs, dataset.description)
+            if dataset.hashes is not None:
+                hashes[split], dataset.hashes = dataset.hashes, None
         for warning in duplicate_warnings(hashes):
             _warn(warning)
 
@@ -113,9 +116,7 @@ class EnergyDataModule(LightningDataModule):
         """All test rows in order."""
         return self._ordered("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        """All test rows in order."""
-        return self._ordered("test")
+    predict_dataloader = test_dataloader
 
     def on_exception(self, exception: BaseException) -> None:
         """Add a remedy to PyTorch's errors about workers; PyTorch doesn't know the config keys."""
@@ -167,14 +168,3 @@ def _kill_workers() -> None:
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
-
-
-@rank_zero_only
-def _log_split(split: str, dataset: Samples) -> None:
-    pairs = f"{len(dataset):,} pairs of dimension {dataset.dim}"
-    log.info("data.%s: %s: %s, %s", split, dataset.where, pairs, dataset.description)
-
-
-@rank_zero_only
-def _warn(message: str) -> None:
-    log.warning(message)

@@ -41,19 +41,15 @@ class FileSettings(DataSettings):
         return self
 
     def has(self, split: str) -> bool:
-        return self._path(split) is not None
+        return bool(self._files(split))
 
     def open(self, split: str) -> PairDataset:
-        path = self._path(split)
-        assert path is not None
-        dataset = PairDataset(path, self.normalize, f"data.{split}")
+        dataset = PairDataset(self._files(split), self.normalize, f"data.{split}")
         self._check_dimension(split, dataset.dim, dataset.where)
         return dataset
 
     def columns(self, split: str) -> tuple[Column, Column]:
-        path = self._path(split)
-        assert path is not None
-        files = find_files(path)
+        files = self._files(split)
         try:
             source, target = pair_columns(files, self.normalize)
             read_names(files[::-1], source.num_rows)
@@ -69,8 +65,7 @@ class FileSettings(DataSettings):
                 f"set data.dimension={dim} or give other files"
             )
 
-    def _path(self, split: str) -> str | list[str] | None:
-        """The file or files of a split; None if there is no such split."""
-        if self.name == "reverse_dictionary":
-            return str(EMBEDDED / f"{split}.safetensors")
-        return getattr(self, split)
+    def _files(self, split: str) -> tuple[Path, ...]:
+        """Absolute paths of the file or files of a split; empty if there is no such split."""
+        path = EMBEDDED / f"{split}.safetensors" if self.name == "reverse_dictionary" else getattr(self, split)
+        return () if path is None else find_files(path)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from energy_flow.data.pairs import read_rows
 from energy_flow.data.samples import Samples
-from energy_flow.data.storage.rows import Rows
 
 _SAME = 0.999  # cosine above which two rows are the same text; int8 storage changes the cosine by 0.0001
 
@@ -32,8 +32,8 @@ class Gallery:
         Raises:
             DataError: the file is unusable.
         """
-        rows = Rows(path, "target", True, "gallery")
-        return cls._distinct(rows.names or _numbered("row", len(rows)), rows.all())
+        target, names = read_rows(path, "target", True, "gallery")
+        return cls._distinct(names or _numbered("row", len(target)), target)
 
     @classmethod
     def from_splits(cls, splits: Mapping[str, Samples]) -> Self:

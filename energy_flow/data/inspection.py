@@ -18,10 +18,11 @@ from energy_flow.data.storage.arrays import SIDES
 from energy_flow.data.storage.columns import Column, Survey
 from energy_flow.data.storage.duplicates import (
     Duplicates,
-    PairHashes,
+    Hashes,
     duplicate_warnings,
     duplicates_between,
     duplicates_within,
+    pair_hashes,
 )
 from energy_flow.errors import DataError
 
@@ -90,11 +91,9 @@ class DataReport:
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain containers; numbers that are not finite become None."""
-        shared = {f"{split}, {other}": value for (split, other), value in self.shared.items()}
-        plain = {name: value for name, value in self.__dict__.items() if name not in ("splits", "shared")}
-        splits = {name: asdict(split) for name, split in self.splits.items()}
-        both = {name: {side: asdict(found) for side, found in sides.items()} for name, sides in shared.items()}
-        return {"fine": not self.refused, **plain, "splits": _finite(splits), "shared": both}
+        plain = asdict(self)
+        plain["shared"] = {", ".join(splits): sides for splits, sides in plain["shared"].items()}
+        return {"fine": not self.refused, **_finite(plain)}
 
 
 def inspect(settings: DataSettings) -> DataReport:
@@ -104,14 +103,13 @@ def inspect(settings: DataSettings) -> DataReport:
     whole, as in training.
     """
     report = DataReport(refused=missing_splits(settings, "fit"))
-    hashes: dict[str, PairHashes] = {}
+    hashes: dict[str, Hashes] = {}
     odd: dict[str, list[str]] = {}  # oddity -> splits that have it
     for split in SPLITS:
         if not settings.has(split):
             continue
         try:
-            source, target = settings.columns(split)
-            hashes[split] = _inspect_split(report, split, source, target)
+            hashes[split] = _inspect_split(report, split, settings.columns(split))
         except DataError as error:
             report.refused.append(str(error))
             continue
@@ -122,25 +120,27 @@ def inspect(settings: DataSettings) -> DataReport:
     )
     for one, other in combinations(hashes, 2):
         report.shared[other, one] = {
-            side: duplicates_between(getattr(hashes[other], side), getattr(hashes[one], side))
-            for side in (*SIDES, "pair")
+            kind: duplicates_between(found, hashes[one][kind]) for kind, found in hashes[other].items()
         }
     return report
 
 
-def _inspect_split(report: DataReport, split: str, source: Column, target: Column) -> PairHashes:
-    statistics = {side: _Statistics(column) for side, column in zip(SIDES, (source, target), strict=True)}
-    surveys = {side: found.column.survey(found) for side, found in statistics.items()}
-    sides = {side: found.report(surveys[side]) for side, found in statistics.items()}
-    where = ", ".join(dict.fromkeys(str(column.values.file) for column in (source, target)))
-    hashes = PairHashes.of(*surveys.values())
-    for side, column in zip(SIDES, (source, target), strict=True):
-        report.refused += [f"data.{split}: {complaint}" for complaint in column.complaints(surveys[side])]
+def _inspect_split(report: DataReport, split: str, columns: tuple[Column, Column]) -> Hashes:
+    sides, surveys = {}, []
+    for side, column in zip(SIDES, columns, strict=True):
+        statistics = _Statistics(column)
+        survey = column.survey(statistics)
+        surveys.append(survey)
+        sides[side] = statistics.report(survey)
+        report.refused += [f"data.{split}: {complaint}" for complaint in column.complaints(survey)]
         report.num_bytes += column.num_bytes
+    where = ", ".join(dict.fromkeys(str(column.values.file) for column in columns))
+    num_rows, dim = columns[0].num_rows, columns[0].dim
     others = {name: known.dim for name, known in report.splits.items()}
-    report.refused += misfits(split, source.num_rows, source.dim, where, others)
-    digest, pair_copies = fingerprint(*surveys.values()), duplicates_within(hashes.pair)
-    report.splits[split] = SplitReport(where, source.num_rows, source.dim, digest, sides, pair_copies)
+    report.refused += misfits(split, num_rows, dim, where, others)
+    hashes = pair_hashes(*surveys)
+    copies = duplicates_within(hashes["pair"])
+    report.splits[split] = SplitReport(where, num_rows, dim, fingerprint(*surveys), sides, copies)
     return hashes
 
 

@@ -8,8 +8,6 @@ from energy_flow.data.settings import DataSettings
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
 
-NAMES = ("reverse_dictionary", "files", "transport")
-
 
 def read_data_settings(section: Any) -> DataSettings:
     """Read the config section `data` with the settings class for its `name`.
@@ -18,14 +16,10 @@ def read_data_settings(section: Any) -> DataSettings:
         ConfigError: the name is unknown, a key is unknown, or a value is invalid.
     """
     name = section.get("name") if isinstance(section, Mapping) else "files"
-    if not isinstance(name, str) or name not in NAMES:
-        raise ConfigError(f"data.name = {name!r}: must be one of {', '.join(NAMES)}")
-    return read(_settings_class(name), section, "data")
+    if name == "transport":
+        from energy_flow.data.transport import TransportSettings  # imports the lattice's geometry: only when needed
 
-
-def _settings_class(name: str) -> type[DataSettings]:
-    if name != "transport":
-        return FileSettings
-    from energy_flow.data.transport import TransportSettings  # imports the lattice's geometry: only when needed
-
-    return TransportSettings
+        return read(TransportSettings, section, "data")
+    if name not in ("reverse_dictionary", "files"):
+        raise ConfigError(f"data.name = {name!r}: must be one of reverse_dictionary, files, transport")
+    return read(FileSettings, section, "data")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from energy_flow.data.samples import Batch, Samples
-from energy_flow.data.storage.arrays import SIDES, read_npy, read_sides
+from energy_flow.data.storage.arrays import SIDES, read_arrays
 from energy_flow.data.storage.columns import Column, Survey
-from energy_flow.data.storage.duplicates import PairHashes
+from energy_flow.data.storage.duplicates import pair_hashes
 from energy_flow.data.storage.names import read_names
 from energy_flow.errors import DataError
 
@@ -55,11 +55,10 @@ class PairDataset(Samples):
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
         self.fingerprint = fingerprint(*surveys)
-        self._hashes: PairHashes | None = PairHashes.of(*surveys)
+        self.hashes = pair_hashes(*surveys)
 
     @property
     def dim(self) -> int:
-        """D."""
         return self._source.dim
 
     @property
@@ -69,22 +68,16 @@ class PairDataset(Samples):
     @property
     def description(self) -> str:
         normalised = "L2-normalised" if self.normalize else "not normalised"
-        return f"stored as {self.storage}, {normalised}, {'named' if self.names else 'without names'}"
-
-    @property
-    def storage(self) -> str:
-        """Format of the numbers in words: "int8 with row scales", "float32"."""
+        columns = (self._source, self._target)
         kinds = dict.fromkeys(
-            f"{column.values.kind}{' with row scales' if column.scale else ''}"
-            for column in (self._source, self._target)
+            f"{column.values.kind} with row scales" if column.scale else column.values.kind for column in columns
         )
-        return " and ".join(kinds)
+        return f"stored as {' and '.join(kinds)}, {normalised}, {'named' if self.names else 'without names'}"
 
     def __len__(self) -> int:
         return self._source.num_rows
 
     def __getitems__(self, rows: Sequence[int]) -> Batch:
-        """A batch: source and target float32 [B, D], row int64 [B], for 0 <= row < N; one read per side."""
         index = np.asarray(rows, dtype=np.int64)
         return {
             "source": torch.from_numpy(self._source.read(index)),
@@ -93,16 +86,10 @@ class PairDataset(Samples):
         }
 
     def all(self) -> tuple[Tensor, Tensor]:
-        """All rows: source and target, float32 [N, D]."""
         return torch.from_numpy(self._source.all()), torch.from_numpy(self._target.all())
 
-    def take_hashes(self) -> PairHashes | None:
-        """Hand over the hashes for finding duplicate rows and forget them; None after the first call."""
-        taken, self._hashes = self._hashes, None
-        return taken
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hashes": None}  # workers don't need them
+        return {**self.__dict__, "hashes": None}  # workers don't need them
 
 
 def find_files(path: PathLike | Sequence[PathLike]) -> tuple[Path, ...]:
@@ -117,10 +104,7 @@ def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column
     Raises:
         DataError: an array is missing, or the shapes don't match.
     """
-    if len(files) not in (1, 2):
-        raise DataError(f"{len(files)} files given; give one file or two .npy: [source.npy,target.npy]")
-    pair = {name: read_npy(path, name) for name, path in zip(SIDES, files, strict=True)} if len(files) == 2 else {}
-    arrays = pair or read_sides(files[0])
+    arrays = read_arrays(files)
     source, target = (Column(arrays[side], arrays.get(f"{side}_scale"), normalize) for side in SIDES)
     if source.num_rows != target.num_rows:
         raise DataError(
@@ -133,6 +117,31 @@ def pair_columns(files: Sequence[Path], normalize: bool) -> tuple[Column, Column
             "encode both with the same model"
         )
     return source, target
+
+
+def read_rows(path: PathLike, side: str, normalize: bool, key: str) -> tuple[Tensor, list[str] | None]:
+    """Read one side of a file: sources for predictions, or targets for a gallery.
+
+    Args:
+        path: a .safetensors or .npz with an array of that name, or a .npy. For dtypes see `PairDataset`.
+        side: "source" or "target".
+        normalize: L2-normalise every row.
+        key: config key of the file, for messages.
+
+    Returns:
+        All rows, float32 [N, D], and their names from a .jsonl with the same stem; None without such a file.
+
+    Raises:
+        DataError: the data are unusable; the message names key, file, fault and remedy.
+    """
+    files = find_files(path)
+    try:
+        arrays = read_arrays(files, (side,))
+        column = Column(arrays[side], arrays.get(f"{side}_scale"), normalize)
+        column.check()
+        return torch.from_numpy(column.all()), read_names(files, column.num_rows)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
 
 
 def fingerprint(source: Survey, target: Survey) -> str:

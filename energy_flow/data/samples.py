@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from energy_flow.data.storage.duplicates import PairHashes
+from energy_flow.data.storage.duplicates import Hashes
 
 Batch = dict[str, Tensor]
 
@@ -22,11 +22,13 @@ class Samples(Dataset):
         fingerprint: sha256 (hex) of the stored rows, or of the settings that generate them.
         files: absolute paths; empty for generated rows.
         names: of the rows; None: the rows have no names.
+        hashes: for finding duplicate rows; None for generated rows, or if they are no longer needed.
     """
 
     fingerprint: str
     files: tuple[Path, ...] = ()
     names: list[str] | None = None
+    hashes: Hashes | None = None
 
     @property
     @abstractmethod
@@ -53,10 +55,6 @@ class Samples(Dataset):
     @abstractmethod
     def all(self) -> tuple[Tensor, Tensor]:
         """All rows: source and target, float32 [N, D]."""
-
-    def take_hashes(self) -> PairHashes | None:
-        """Hand over the hashes for finding duplicate rows; None for generated rows, or after the first call."""
-        return None
 
     def __getitem__(self, row: int) -> Batch:
         """One pair: source and target float32 [D], row int64 []."""

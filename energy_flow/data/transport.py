@@ -35,6 +35,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -46,7 +47,7 @@ from energy_flow.core.flow_step import fold
 from energy_flow.core.geometry import cell_centres, deposit_cells
 from energy_flow.data.samples import Batch, Samples
 from energy_flow.data.settings import SPLITS, DataSettings
-from energy_flow.data.storage.arrays import SIDES, HeldArray
+from energy_flow.data.storage.arrays import SIDES, StoredArray
 from energy_flow.data.storage.columns import Column
 from energy_flow.ops.group_softmax import group_softmax_deposit
 
@@ -95,11 +96,12 @@ class TransportSettings(DataSettings):
 
     def columns(self, split: str) -> tuple[Column, Column]:
         dataset = TransportDataset(self, split)
+        sides = ((side, rows.numpy()) for side, rows in zip(SIDES, dataset.all(), strict=True))
         source, target = (
-            Column(HeldArray.of(dataset.where, side, rows.numpy()), None, self.normalize)
-            for side, rows in zip(SIDES, dataset.all(), strict=True)
+            StoredArray(Path(dataset.where), side, "float32", rows.dtype, rows.shape, offset=None, numbers=rows)
+            for side, rows in sides
         )
-        return source, target
+        return Column(source, None, self.normalize), Column(target, None, self.normalize)
 
     def landings(self, source: Tensor) -> Tensor:
         """Landing places (x, y) of the energies of surfaces [B, S], [B, S, 2]."""

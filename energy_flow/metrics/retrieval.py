@@ -36,9 +36,15 @@ def ranks(prediction: Tensor, gallery: Tensor, gold: Tensor | None = None) -> Te
         ValueError: the shapes don't match.
     """
     _check(prediction, gallery)
-    _check_gold(prediction, gallery, gold)
     if gold is None:
+        if len(prediction) > len(gallery):
+            raise ValueError(
+                f"{len(prediction)} predictions, {len(gallery)} candidates: give `gold`, the candidate of each "
+                "prediction"
+            )
         gold = torch.arange(len(prediction), device=gallery.device)
+    elif gold.shape != prediction.shape[:1]:
+        raise ValueError(f"gold {list(gold.shape)} must be [N] with N = {len(prediction)}")
     distinct, column, counts = torch.unique(gallery, dim=0, return_inverse=True, return_counts=True)
     candidates = F.normalize(distinct.double(), dim=-1).T
     own = column[gold].unsqueeze(-1)  # [N, 1]
@@ -153,15 +159,6 @@ def _check(prediction: Tensor, gallery: Tensor) -> None:
         raise ValueError(f"prediction {list(prediction.shape)} must be [N, D], gallery {list(gallery.shape)} [G, D]")
     _check_finite(prediction, "predictions")
     _check_finite(gallery, "candidates")
-
-
-def _check_gold(prediction: Tensor, gallery: Tensor, gold: Tensor | None) -> None:
-    if gold is None and len(prediction) > len(gallery):
-        raise ValueError(
-            f"{len(prediction)} predictions, {len(gallery)} candidates: give `gold`, the candidate of each prediction"
-        )
-    if gold is not None and gold.shape != prediction.shape[:1]:
-        raise ValueError(f"gold {list(gold.shape)} must be [N] with N = {len(prediction)}")
 
 
 def _check_finite(x: Tensor, name: str) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from energy_flow.atomic import digest, write_whole
+from energy_flow.atomic import atomic_write, digest
 from energy_flow.errors import DataError
 
 FILE = "test_rows.safetensors"
@@ -51,11 +51,10 @@ def write_row_scores(path: Path, scores: RowScores) -> None:
         OSError: the path can't be written.
     """
     values = {name: value.contiguous() for name, value in scores.values.items()}
-    wrong = _wrong(values)
-    if wrong:
+    if wrong := _wrong(values):
         raise ValueError(wrong)
     metadata = {_MEASURE: scores.measure, _FINGERPRINT: scores.fingerprint}
-    write_whole(path, save(values, {**metadata, _DIGEST: digest(_text(metadata), values)}))
+    atomic_write(path, save(values, {**metadata, _DIGEST: digest(_text(metadata), values)}))
 
 
 def read_row_scores(path: Path) -> RowScores:
@@ -78,8 +77,7 @@ def read_row_scores(path: Path) -> RowScores:
         raise DataError(f"{path}: not a file of row scores: {reason}. Give a file from a run folder")
     if metadata[_DIGEST] != digest(_text(metadata), values):
         raise DataError(f"{path}: damaged: its content does not match its sha256. Test the model again")
-    wrong = _wrong(values)
-    if wrong:
+    if wrong := _wrong(values):
         raise DataError(f"{path}: {wrong}. Test the model again")
     order = [MODEL, *(name for name in values if name != MODEL)]
     return RowScores(metadata[_MEASURE], metadata[_FINGERPRINT], {name: values[name] for name in order})

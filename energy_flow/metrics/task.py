@@ -14,9 +14,6 @@ from torch import Tensor
 from energy_flow.errors import ConfigError
 from energy_flow.metrics.retrieval import ranks, retrieval_metrics
 
-RowScoresOf = Callable[[Tensor, Tensor], Tensor]  # prediction, target, both [N, D] -> row scores, float64 [N]
-MetricsOf = Callable[[Tensor, Tensor, Tensor], dict[str, float]]  # prediction, target, their row scores -> metrics
-
 
 @dataclass(frozen=True)
 class Task:
@@ -31,9 +28,9 @@ class Task:
         optimized: values of the config key `optimized_metric` that select this task.
         baselines: names of the baselines, in the order of the table.
         row_measure: name of the row scores.
-        row_scores: computes one score per sample.
+        row_scores: computes one score per sample, float64 [N], from prediction and target [N, D].
         primary_scores: turns row scores into numbers [..., N] whose mean is the primary metric.
-        metrics: computes all metrics of a method.
+        metrics: computes all metrics of a method from prediction, target and row scores.
     """
 
     title: str
@@ -44,9 +41,9 @@ class Task:
     optimized: tuple[str, ...]
     baselines: tuple[str, ...]
     row_measure: str
-    row_scores: RowScoresOf
+    row_scores: Callable[[Tensor, Tensor], Tensor]
     primary_scores: Callable[[Tensor], Tensor]
-    metrics: MetricsOf
+    metrics: Callable[[Tensor, Tensor, Tensor], dict[str, float]]
 
     @property
     def primary_heading(self) -> str:
@@ -96,7 +93,7 @@ def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """
     if prediction.shape != target.shape or len(prediction) == 0:
         raise ValueError(f"prediction {list(prediction.shape)}, target {list(target.shape)}: must both be [N > 0, D]")
-    return (prediction.to(torch.float64) - target.to(torch.float64)).square().mean(-1)
+    return (prediction.double() - target.double()).square().mean(-1)
 
 
 def regression_metrics(prediction: Tensor, target: Tensor, errors: Tensor | None = None) -> dict[str, float]:
@@ -114,8 +111,7 @@ def regression_metrics(prediction: Tensor, target: Tensor, errors: Tensor | None
         ValueError: see `squared_errors`.
     """
     errors = squared_errors(prediction, target) if errors is None else errors
-    prediction, target = prediction.to(torch.float64), target.to(torch.float64)
-    cosine = F.cosine_similarity(prediction, target, dim=-1)
+    cosine = F.cosine_similarity(prediction.double(), target.double(), dim=-1)
     return {"mse": errors.mean().item(), "cosine": cosine.mean().item()}
 
 

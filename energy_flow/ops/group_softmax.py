@@ -11,6 +11,7 @@ The backward pass needs only this table and the inputs. It reads the table at th
 so it is deterministic on every path. The keys are indices of the table, so no path searches for distinct keys.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -107,8 +108,8 @@ def scattered_sums(
 ) -> Tensor:
     """The table of sums: every member is added to its groups.
 
-    It fills one column after the other, because torch's indexed addition is about twelve times as fast for single
-    numbers as for rows.
+    Columns are filled one by one, because torch's indexed addition is about twelve times as fast for single numbers as
+    for rows.
     """
     energy_dim = values.shape[1]
     table = values.new_zeros(energy_dim + (2 if bounded else 3), num_groups)
@@ -135,20 +136,16 @@ def sorted_sums(
     ordered, order = keys.view(-1).sort(stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(num_groups + 1, device=keys.device))
     member = order // keys.shape[1]
-
-    def reduced(data: Tensor, how: str) -> Tensor:
-        return torch.segment_reduce(
-            data, how, offsets=offsets, axis=0, unsafe=True
-        )  # unsafe: without checks, which would wait for the device
-
+    # `unsafe` leaves out checks, because they wait for the device.
+    reduce_groups = functools.partial(torch.segment_reduce, offsets=offsets, axis=0, unsafe=True)
     weight = weights.view(-1)[order]
-    mass = reduced(weight, "sum")
+    mass = reduce_groups(weight, "sum")
     maximum = None
     if not bounded:
-        maximum = reduced(_member_scores(scores, weights)[order], "max")
+        maximum = reduce_groups(_member_scores(scores, weights)[order], "max")
         maximum = torch.where(mass < 1, maximum.clamp(min=0), maximum)
     share = weight * _exponential(scores, keys, maximum).expand_as(weights).reshape(-1)[order]
-    sums = reduced(torch.cat([share[:, None] * values[member], share[:, None]], dim=1), "sum")
+    sums = reduce_groups(torch.cat([share[:, None] * values[member], share[:, None]], dim=1), "sum")
     columns = [sums[:, :energy_dim], mass[:, None], sums[:, energy_dim:]]
     columns += [] if maximum is None else [maximum[:, None]]
     return torch.cat(columns, dim=1)
@@ -197,7 +194,10 @@ def _gradients(
 
     With p = exp(s - shift) / denominator and f = grad . (v - average):
 
-        grad_values = sum_k(w p grad), grad_scores = sum_k(w p f), grad_weights = p f + the loss of the empty member
+        grad_values = sum_k(w p grad), grad_scores = sum_k(w p f), grad_weights = p f + e
+
+    e is the effect of the empty member, whose weight falls as w grows: grad . average exp(0 - shift) / denominator if
+    mass <= 1, else 0.
     """
     energy_dim, groups = values.shape[1], keys.view(-1)
     mass, denominator = table[:, energy_dim], table[:, energy_dim + 1]

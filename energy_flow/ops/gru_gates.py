@@ -52,7 +52,7 @@ def gates_backward(
     kernel: GateGradients | None = None,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the products and biases of `gates_forward`, and the direct part of that of `hidden`.
+    """Compute the gradients of `gates_forward`. The gradient of `hidden` has no part through the products.
 
     Args:
         gates, hidden, bias: the arguments of `gates_forward`. Triton kernels overwrite `gates`.

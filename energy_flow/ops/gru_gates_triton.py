@@ -113,8 +113,8 @@ def _forward_kernel(
     new, reset, update, hidden_new = _activate(
         new, reset, update, hidden_new, bias, columns, columns < H, H, APPROXIMATE
     )
-    following = tl.where(present, new + update * (state - new), 0)
-    tl.store(out + rows[:, None] * out_stride + columns[None, :], following, mask=mask)
+    next_state = tl.where(present, new + update * (state - new), 0)
+    tl.store(out + rows[:, None] * out_stride + columns[None, :], next_state, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -173,25 +173,20 @@ def _backward_kernel(
 def gates_forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, count: Tensor | None = None) -> None:
     """`gru_gates.gates_forward` with the same arguments; the bias is contiguous."""
     require_adjacent_columns(gates=gates, hidden=hidden, out=out)
-    num_rows, size = hidden.shape
-    block_n, block_h = _tile(gates)
+    constants, tiles, blocks = _grid(gates, hidden)
     launch(
         _forward_kernel,
-        triton.cdiv(num_rows, block_n) * triton.cdiv(size, block_h),
+        tiles * blocks,
         gates,
         hidden,
         bias,
         out,
         count,
-        num_rows,
+        len(hidden),
         gates.stride(0),
         hidden.stride(0),
         out.stride(0),
-        H=size,
-        BLOCK_N=block_n,
-        BLOCK_H=block_h,
-        APPROXIMATE=_approximate(gates),
-        num_warps=_NUM_WARPS,
+        **constants,
     )
 
 
@@ -200,11 +195,9 @@ def gates_backward(
 ) -> None:
     """`gru_gates.gates_backward` with the same arguments; results in `gates` and `grad`. The bias is contiguous."""
     require_adjacent_columns(gates=gates, hidden=hidden, grad=grad)
-    num_rows, size = hidden.shape
-    block_n, block_h = _tile(gates)
-    blocks = triton.cdiv(size, block_h)
-    programs = resident_programs(gates, triton.cdiv(num_rows, block_n), blocks, _RESIDENT)
-    totals = grad_bias.new_empty(programs, 4 * size)
+    constants, tiles, blocks = _grid(gates, hidden)
+    programs = resident_programs(gates, tiles, blocks, _RESIDENT)
+    totals = grad_bias.new_empty(programs, gates.shape[1])
     launch(
         _backward_kernel,
         programs * blocks,
@@ -214,25 +207,23 @@ def gates_backward(
         bias,
         totals,
         count,
-        num_rows,
+        len(hidden),
         gates.stride(0),
         hidden.stride(0),
         grad.stride(0),
-        H=size,
-        BLOCK_N=block_n,
-        BLOCK_H=block_h,
-        APPROXIMATE=_approximate(gates),
-        num_warps=_NUM_WARPS,
+        **constants,
     )
     grad_bias.add_(totals.sum(0))
 
 
-def _tile(gates: Tensor) -> tuple[int, int]:
-    """Rows and columns of H in a tile: one access of the full width per thread and tensor."""
-    block_h = min(_BLOCK_H, triton.next_power_of_2(gates.shape[1] // 4))
-    elements = 32 * _NUM_WARPS * _ACCESS_BYTES // gates.element_size()
-    return max(1, elements // block_h), block_h
+def _grid(gates: Tensor, hidden: Tensor) -> tuple[dict[str, int], int, int]:
+    """Constants of a kernel, tiles of rows, and blocks of columns.
 
-
-def _approximate(gates: Tensor) -> bool:
-    return gates.is_cuda and gates.element_size() == 2 and torch.version.hip is None
+    In one tile, each thread accesses each tensor once, at the full width.
+    """
+    num_rows, size = hidden.shape
+    block_h = min(_BLOCK_H, triton.next_power_of_2(size))
+    block_n = max(1, 32 * _NUM_WARPS * _ACCESS_BYTES // gates.element_size() // block_h)
+    approximate = gates.is_cuda and gates.element_size() == 2 and torch.version.hip is None
+    constants = {"H": size, "BLOCK_N": block_n, "BLOCK_H": block_h, "APPROXIMATE": approximate}
+    return constants | {"num_warps": _NUM_WARPS}, triton.cdiv(num_rows, block_n), triton.cdiv(size, block_h)

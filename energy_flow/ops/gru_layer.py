@@ -60,22 +60,22 @@ class PackedLayer:
             count: int64 scalar: only so many leading rows are in use (see `prefix_matmul`). None: all.
         """
         size = self.hidden_size
-        inputs, hidden = _left(xh[:, : self.input_size]), _left(xh[:, self.input_size :])
+        inputs, hidden = _safe_operand(xh[:, : self.input_size]), _safe_operand(xh[:, self.input_size :])
         if empty:
             prefix_mm(inputs, self.weight_ih.T, gates[:, : 3 * size], count)
             gates[:, 3 * size :].zero_()
             return
-        prefix_mm(_left(xh), self.reset_update.T, gates[:, size : 3 * size], count)
+        prefix_mm(_safe_operand(xh), self.reset_update.T, gates[:, size : 3 * size], count)
         prefix_mm(inputs, self.weight_ih[:size].T, gates[:, :size], count)
         prefix_mm(hidden, self.weight_hh[2 * size :].T, gates[:, 3 * size :], count)
 
     def add_hidden_gradient(self, grad_gates: Tensor, grad_hidden: Tensor, count: Tensor | None = None) -> None:
         """Add the part through the gates to `grad_hidden`, the gradient of h, [N, H]."""
-        prefix_addmm(_left(grad_gates[:, self.hidden_size :]), self.weight_hh, grad_hidden, count)
+        prefix_addmm(_safe_operand(grad_gates[:, self.hidden_size :]), self.weight_hh, grad_hidden, count)
 
     def input_gradient(self, grad_gates: Tensor, count: Tensor | None = None) -> Tensor:
         """The gradient of x, [N, X]."""
-        gradients = _left(grad_gates[:, : 3 * self.hidden_size])
+        gradients = _safe_operand(grad_gates[:, : 3 * self.hidden_size])
         if count is None:
             return torch.mm(gradients, self.weight_ih)
         grad_input = gradients.new_zeros(len(gradients), self.input_size)
@@ -84,7 +84,7 @@ class PackedLayer:
 
     def add_input_gradient(self, grad_gates: Tensor, grad_input: Tensor, count: Tensor | None = None) -> None:
         """Add the gradient of x to `grad_input` [N, X]."""
-        prefix_addmm(_left(grad_gates[:, : 3 * self.hidden_size]), self.weight_ih, grad_input, count)
+        prefix_addmm(_safe_operand(grad_gates[:, : 3 * self.hidden_size]), self.weight_ih, grad_input, count)
 
 
 class LayerGradients:
@@ -137,11 +137,11 @@ class LayerGradients:
         return tuple(gradient.to(dtype) for gradient in gradients)
 
 
-def _left(matrix: Tensor) -> Tensor:
-    """A left operand that is safe to multiply.
+def _safe_operand(matrix: Tensor) -> Tensor:
+    """Make a left operand safe to multiply.
 
     On a CPU, bfloat16 products (torch 2.13) read up to a multiple of 32 columns and multiply the extra ones by 0. The
-    extra columns are other columns of the tape. A NaN there, perhaps of another sample, would reach the result.
+    extra columns are other columns of the tape. A NaN in them, perhaps of another sample, would reach the result.
     """
     reads_beyond = matrix.device.type == "cpu" and matrix.dtype == torch.bfloat16 and matrix.shape[1] % 32 != 0
     return matrix.contiguous() if reads_beyond else matrix

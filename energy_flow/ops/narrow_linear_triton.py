@@ -108,12 +108,7 @@ def narrow_linear(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out,
         num_rows,
         hidden.stride(0),
-        H=size,
-        K=num_outputs,
-        PADDED_K=triton.next_power_of_2(num_outputs),
-        BLOCK_N=block_n,
-        BLOCK_H=block_h,
-        num_warps=_NUM_WARPS,
+        **_constants(weight, block_n, block_h),
     )
     return out
 
@@ -142,12 +137,15 @@ def narrow_linear_backward(
         grad.stride(0),
         hidden.stride(0),
         grad_hidden.stride(0),
-        H=size,
-        K=num_outputs,
-        PADDED_K=triton.next_power_of_2(num_outputs),
-        BLOCK_N=block_n,
-        BLOCK_H=block_h,
-        num_warps=_NUM_WARPS,
+        **_constants(weight, block_n, block_h),
     )
     grad_weight.add_(totals.sum(0))
     grad_bias.add_(grad.sum(0))
+
+
+def _constants(weight: Tensor, block_n: int, block_h: int) -> dict[str, int]:
+    """Constants of a kernel for a weight [K, H]."""
+    num_outputs, size = weight.shape
+    padded = triton.next_power_of_2(num_outputs)
+    blocks = {"BLOCK_N": block_n, "BLOCK_H": block_h}
+    return {"H": size, "K": num_outputs, "PADDED_K": padded, "num_warps": _NUM_WARPS} | blocks

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from energy_flow.atomic import digest, write_whole
+from energy_flow.atomic import atomic_write, digest
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.networks import ModelSettings
 from energy_flow.errors import CheckpointError, ConfigError
@@ -64,7 +64,7 @@ def write_model(path: Path, card: ModelCard, weights: Mapping[str, Tensor]) -> N
         )
     text = card.model_dump_json()
     try:
-        write_whole(path, save(dict(weights), {_CARD: text, _DIGEST: digest(text, weights)}))
+        atomic_write(path, save(dict(weights), {_CARD: text, _DIGEST: digest(text, weights)}))
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written ({error.strerror}). Give another path") from error
 

@@ -89,9 +89,11 @@ class EnergyFlowModel(nn.Module):
         path = Path(path).expanduser()
         changes = {"format_version": FORMAT, "version": __version__}
         card = self.card.model_dump() | changes | ({} if metrics is None else {"metrics": dict(metrics)})
-        weights = {name: value.detach().cpu() for name, value in self.processor.state_dict().items()}
-        weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-        write_model(path, read(ModelCard, card, ""), {name: value.contiguous() for name, value in weights.items()})
+        weights = {
+            name: value.to("cpu", dtype if value.is_floating_point() else None).contiguous()
+            for name, value in self.processor.state_dict().items()
+        }
+        write_model(path, read(ModelCard, card, ""), weights)
 
     def forward(self, source: Tensor) -> Tensor:
         """Compute the output embeddings of one source embedding or of a batch. They are not normalised.
@@ -120,13 +122,12 @@ class EnergyFlowModel(nn.Module):
         length = exact.norm(dim=1, keepdim=True)
         unfit = ~length.isfinite() | ((length == 0) & self.card.normalize)
         if unfit.any():
-            index = unfit.flatten().nonzero().flatten().tolist()
+            index = unfit.nonzero()[:, 0].tolist()
             raise DataError(
                 f"source row {index[0]} of {len(rows)} holds nothing but zeros, NaN or Inf; {len(index)} of them do: "
                 "mend or remove them"
             )
-        dtype = self.processor.dtype
-        return (exact / length if self.card.normalize else exact).to(dtype)
+        return (exact / length if self.card.normalize else exact).to(self.processor.dtype)
 
     @classmethod
     def _with_weights(cls, card: ModelCard, weights: Mapping[str, Tensor], path: str | Path) -> Self:

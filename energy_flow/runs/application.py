@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -45,25 +46,25 @@ def application(config_name: str) -> Callable[[Task], Callable[[], None]]:
     """
 
     def decorate(task: Task) -> Callable[[], None]:
-        wrapped = _Job(task)
+        job = _Job(task)
 
         def run(config: DictConfig) -> Any:  # Hydra takes a plain function only
-            return wrapped(config)
+            return job(config)
 
         start = hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(run)
 
         @functools.wraps(task)
         def main() -> None:
             _refuse_rerun(sys.argv[1:])
-            wrapped.full_error = os.environ.get(_FULL_ERROR)
+            job.full_error = os.environ.get(_FULL_ERROR, "0")
             OmegaConf.register_new_resolver("config_reference", lambda: _reference(config_name), replace=True)
-            with signals.handled(), _quiet_writers(), _environment(_FULL_ERROR, "1"):
+            with signals.handled(), _quiet_writers(), env_override({_FULL_ERROR: "1"}):
                 try:
                     start()
                 except KeyboardInterrupt as end:  # before or after the task
                     _exit(end)
                 except (*_CONFIG_ERRORS, OSError) as error:
-                    _exit_with_explanation(error, wrapped, config_name)
+                    _exit_with_explanation(error, job, config_name)
 
         return main
 
@@ -79,23 +80,18 @@ def _reference(config_name: str) -> str:
 
 
 class _Job:
-    """A task as Hydra calls it: with plain config, errors written and reported.
-
-    Attributes:
-        full_error: the user's value of HYDRA_FULL_ERROR.
-        raised: the error that the task has ended with, if it is a fault of the program.
-    """
+    """A task as Hydra calls it: with plain config, errors written and reported."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self.full_error: str | None = None
-        self.raised: Exception | None = None
+        self.full_error = "0"  # the user's value of HYDRA_FULL_ERROR
+        self.raised: Exception | None = None  # the error that ended the task, if it is a fault of the program
 
     def __call__(self, config: DictConfig) -> Any:
         self.raised = None
         clear_error(run_folder())
         try:
-            with _environment(_FULL_ERROR, self.full_error):
+            with env_override({_FULL_ERROR: self.full_error}):
                 return self._task(_plain(config))
         except (KeyboardInterrupt, SystemExit) as end:
             _exit_sweep(end)
@@ -190,21 +186,3 @@ def _plain(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{error.full_key}: {message_lines(error)[0]}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-@contextmanager
-def _environment(name: str, value: str | None) -> Iterator[None]:
-    """Set an environment variable inside; None: remove it."""
-    before = os.environ.get(name)
-    _set(name, value)
-    try:
-        yield
-    finally:
-        _set(name, before)
-
-
-def _set(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value

@@ -13,11 +13,7 @@ from energy_flow.training.losses import LossSettings
 
 
 def check_loss(optimized_metric: str, loss: LossSettings) -> None:
-    """Check that the loss trains the optimized metric.
-
-    Raises:
-        ConfigError: an error is measured and the loss has no MSE; InfoNCE alone leaves the length of an embedding open.
-    """
+    """Raise a ConfigError if an error is measured and the loss has no MSE: InfoNCE leaves the length open."""
     if task_of(optimized_metric) is REGRESSION and loss.mse == 0:
         raise ConfigError(
             f"optimized_metric = {optimized_metric}, with loss.mse = 0: the loss doesn't train the measured error. "
@@ -26,12 +22,7 @@ def check_loss(optimized_metric: str, loss: LossSettings) -> None:
 
 
 def refuse_processes(trainer: Trainer, lattice: LatticeSettings, multirun: bool) -> None:
-    """Refuse runs that several processes can't do, before they start.
-
-    Raises:
-        ConfigError: a multirun whose jobs launch the script again (each process would start the whole sweep), or a
-            lattice without steps, whose carrier gets no gradient.
-    """
+    """Raise a ConfigError for runs that several processes can't do, before they start."""
     if isinstance(trainer.strategy, DDPStrategy) and lattice.num_steps == 0:
         raise ConfigError(
             "lattice.max_steps = 0 (or lattice.depth = 1): neuron and carrier get no gradient, and several processes "
@@ -45,15 +36,7 @@ def refuse_processes(trainer: Trainer, lattice: LatticeSettings, multirun: bool)
 
 
 def check_normalisation(trained: bool, data: EnergyDataModule, model: str = "the model") -> None:
-    """Check that rows are normalised as in the training of a model.
-
-    Args:
-        trained: `data.normalize` of the training.
-        model: its name in the message.
-
-    Raises:
-        ConfigError: they aren't.
-    """
+    """Raise a ConfigError if the rows aren't normalised as in the training of a model (`data.normalize` there)."""
     if trained != data.settings.normalize:
         value = str(trained).lower()
         raise ConfigError(
@@ -65,12 +48,7 @@ def check_normalisation(trained: bool, data: EnergyDataModule, model: str = "the
 def say_whose_data(
     trained_on: dict[str, str], data: EnergyDataModule, console: Console, model: str = "the checkpoint"
 ) -> None:
-    """Print which splits differ from the data of the run that wrote a checkpoint.
-
-    Args:
-        trained_on: split -> digest of the data of that run.
-        model: the name of the checkpoint in the message.
-    """
+    """Print which splits differ from the data that a model was trained on (split -> digest)."""
     differing = [split for split, digest in data.fingerprint.items() if digest != trained_on.get(split)]
     if differing:
         message = f"not the data that {model} was trained with: {', '.join(differing)}"

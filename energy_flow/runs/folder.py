@@ -15,8 +15,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from energy_flow.atomic import UNFINISHED, write_whole
+from energy_flow.atomic import UNFINISHED, atomic_write
 from energy_flow.errors import ConfigError
+from energy_flow.settings import flatten
 
 try:
     import fcntl
@@ -39,7 +40,8 @@ class RunFolder(Callback):
         if "resume" not in config or not is_first_process():  # no training, or a process that another one started
             return
         try:
-            if config.resume == "auto" and not _is_given(config, "hydra.run.dir"):
+            given = any(word.lstrip("+").startswith("hydra.run.dir=") for word in config.hydra.overrides.hydra)
+            if config.resume == "auto" and not given:
                 self._resume_newest(config)
             _check_use(Path(config.hydra.run.dir), config)
         except OmegaConfBaseException:
@@ -66,15 +68,15 @@ def unfinished_runs(parent: Path, config: DictConfig) -> list[Path]:
     for saved in parent.glob("*/.hydra/config.yaml"):
         folder = saved.parent.parent
         unfinished = not (folder / FINISHED).exists() and any(folder.glob("checkpoints/*.ckpt"))
-        if unfinished and not differing_keys(_load(saved), config):
+        if unfinished and not _differing_keys(saved, config):
             started.append((saved.stat().st_mtime, folder))
     return [folder for _, folder in sorted(started, reverse=True)]
 
 
-def differing_keys(one: DictConfig, other: DictConfig) -> list[str]:
-    """Keys whose resolved values differ, except for the paths of a run and the way it starts."""
-    flat = [_flat("", _resolved(config)) for config in (one, other)]
-    return [key for key in dict.fromkeys([*flat[0], *flat[1]]) if flat[0].get(key, ...) != flat[1].get(key, ...)]
+def _differing_keys(saved: Path, config: DictConfig) -> list[str]:
+    """Keys whose resolved values differ from a saved config, except for the paths of a run and the way it starts."""
+    one, other = _resolved(OmegaConf.load(saved)), _resolved(config)
+    return [key for key in dict.fromkeys([*one, *other]) if one.get(key, ...) != other.get(key, ...)]
 
 
 def is_first_process() -> bool:
@@ -92,7 +94,7 @@ def is_finished(folder: Path) -> bool:
 def mark_finished(folder: Path) -> None:
     """Mark a run that has all its results; on the first process."""
     if is_first_process():
-        write_whole(folder / FINISHED, f"{datetime.now().isoformat(timespec='seconds')}\n".encode())
+        atomic_write(folder / FINISHED, f"{datetime.now().isoformat(timespec='seconds')}\n")
 
 
 def mark_unfinished(folder: Path) -> None:
@@ -103,9 +105,7 @@ def mark_unfinished(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a run's folder for this process, and remove the half-written files of a killed one.
-
-    The lock ends with the process. Processes that another one started use the lock of the first.
+    """Lock a run's folder for this process and those that it starts; remove the half-written files of a killed one.
 
     Raises:
         ConfigError: another process trains in it, it can't be made, or the system isn't POSIX.
@@ -131,17 +131,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _check_use(folder: Path, config: DictConfig) -> None:
-    """Check that a folder is new, or that its run is to resume and no other process trains in it.
-
-    Raises:
-        ConfigError: it is in use.
-    """
+    """Raise a ConfigError unless a folder is new, or its run is to resume and no other process trains in it."""
     if not any(path for trace in _TRACES for path in folder.glob(trace)):
         return
-    ckpt_path = config.ckpt_path
+    ckpt_path, saved = config.ckpt_path, folder / ".hydra" / "config.yaml"
     if config.resume == "auto":
-        saved = folder / ".hydra" / "config.yaml"
-        differing = differing_keys(_load(saved), config) if saved.is_file() else []
+        differing = _differing_keys(saved, config) if saved.is_file() else []
         if differing:
             raise ConfigError(
                 f"hydra.run.dir = {folder}: its run has another config, these keys differ: {', '.join(differing[:5])}. "
@@ -153,7 +148,7 @@ def _check_use(folder: Path, config: DictConfig) -> None:
             "give another folder"
         )
     os.close(_lock(folder))
-    if config.resume == "auto" and (folder / ".hydra" / "config.yaml").is_file():
+    if config.resume == "auto" and saved.is_file():
         with open_dict(config):
             config.hydra.output_subdir = None  # Hydra would write the same files again, and a kill leave half of them
 
@@ -184,27 +179,9 @@ if hasattr(os, "register_at_fork"):  # POSIX
     os.register_at_fork(after_in_child=_unlock_in_child)
 
 
-def _is_given(config: DictConfig, key: str) -> bool:
-    return any(word.lstrip("+").startswith(f"{key}=") for word in config.hydra.overrides.hydra)
-
-
-def _load(path: Path) -> DictConfig:
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return config
-
-
-def _resolved(config: DictConfig) -> dict[str, Any]:
-    config = OmegaConf.create(
-        {key: value for key, value in config.items_ex(resolve=False) if key not in ("hydra", *_START)}
-    )
+def _resolved(config: Any) -> dict[str, Any]:
+    """Resolved values by their dotted keys, without those that a config may differ in."""
+    config = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", *_START)])
     config.paths = dict.fromkeys(config.get("paths", {}), "")
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _flat(key: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {k: v for name, item in value.items() for k, v in _flat(f"{key}.{name}" if key else name, item).items()}
-    return {key: value}
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return flatten(plain)

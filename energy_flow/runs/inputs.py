@@ -12,8 +12,8 @@ from torch import Tensor
 
 from energy_flow.data import EnergyDataModule
 from energy_flow.data.gallery import names_of
+from energy_flow.data.pairs import read_rows
 from energy_flow.data.storage.names import read_source_text
-from energy_flow.data.storage.rows import Rows
 from energy_flow.data.text.encoder import TextEncoder
 from energy_flow.errors import ConfigError
 from energy_flow.pretrained import ModelCard
@@ -24,27 +24,17 @@ _PUBLISHER = "sentence-transformers"  # a model's file may name encoders of this
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs with their labels.
+    """Inputs with their labels."""
 
-    Attributes:
-        source: [N, D]
-        labels: one per input.
-        true: name of the true target of a single input; None: unknown.
-    """
-
-    source: Tensor
-    labels: list[str]
-    true: str | None = None
+    source: Tensor  # [N, D]
+    labels: list[str]  # [N]
+    true: str | None = None  # name of the true target of a single input
 
 
 def inputs_of_texts(
     texts: list[str], encoder_name: str | None, card: ModelCard, device: torch.device, console: Console
 ) -> Inputs:
-    """Encode texts.
-
-    Args:
-        encoder_name: a sentence-transformers model; None: the encoder that the model's card names.
-        card: of the model.
+    """Encode texts; `encoder_name` None: with the encoder that the model's card names.
 
     Raises:
         ConfigError: the encoder is unknown, not trusted, not loadable, or has another embedding dimension.
@@ -69,17 +59,13 @@ def inputs_of_file(path: str, card: ModelCard) -> Inputs:
         ConfigError: the file has another embedding dimension than the model.
         DataError: the file is unusable.
     """
-    rows = Rows(path, "source", card.normalize, "input")
-    _check_dim(f"input = {path}", rows.dim, card)
-    return Inputs(rows.all(), rows.names or [f"row {row}" for row in range(len(rows))])
+    source, names = read_rows(path, "source", card.normalize, "input")
+    _check_dim(f"input = {path}", source.shape[1], card)
+    return Inputs(source, names or [f"row {row}" for row in range(len(source))])
 
 
 def input_of_split(split: str, row: int, data: EnergyDataModule, card: ModelCard) -> Inputs:
-    """Take one row of a split, with the name of its true target.
-
-    Raises:
-        ConfigError: there is no such split or row, or it has another embedding dimension than the model.
-    """
+    """Take one row of a split, with the name of its true target."""
     if split not in data.splits():
         raise ConfigError(f"split = {split}: data.{split} is null. Give data.{split}=PATH, or another split")
     dataset = data.splits()[split]

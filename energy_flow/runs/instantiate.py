@@ -17,7 +17,6 @@ from energy_flow.training.csv_logger import ResumableCSVLogger
 # Attribute of built callbacks and loggers: their key in the config, for messages.
 CONFIG_KEY = "config_key"
 
-
 # Packages whose classes a config may build; more of them may be built as arguments.
 _BUILT = ("energy_flow.training", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
 _ARGUMENTS = (*_BUILT, "torch.optim", "datetime")
@@ -39,9 +38,6 @@ def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
     A config may come from a stranger. So it can build callbacks and loggers of energy_flow, of Lightning, and of the
     packages in the environment variable ENERGY_FLOW_TRUST. Nothing else is imported.
 
-    Args:
-        key: of the group in the config.
-
     Raises:
         ConfigError: a class that doesn't exist or may not be built, or an argument that it doesn't have or can't use.
     """
@@ -57,12 +53,7 @@ def build_all(section: Mapping[str, Any] | None, key: str) -> list[Any]:
 
 
 def build_loggers(section: Mapping[str, Any] | None, purge_step: int | None) -> list[Logger]:
-    """Build the loggers of the group `logger`.
-
-    Args:
-        purge_step: the step that a run resumes from. Loggers drop points of this step and later, which the run logs
-            again. None: a new run.
-    """
+    """Build the loggers of a run that resumes from `purge_step`: points of this step and later are logged again."""
     entries = dict(section or {})
     for name, entry in entries.items():
         if purge_step is not None and isinstance(entry, Mapping) and entry.get("_target_") in _PURGING:
@@ -133,11 +124,7 @@ def _within(path: str, packages: tuple[str, ...]) -> bool:
 
 
 def refuse_unknown(section: Mapping[str, Any], known: set[str], key: str) -> None:
-    """Refuse a key of a section that isn't known.
-
-    Raises:
-        ConfigError: names the key and the closest known one.
-    """
+    """Raise a ConfigError for a key that isn't known; it names the closest known one."""
     for name in section:
         if name in RESERVED and key == "trainer":
             raise ConfigError(f"trainer.{name}: set it through {RESERVED[name]}")

@@ -20,15 +20,9 @@ class RunLog(logging.FileHandler):
 
 
 def filter_warnings(*, resuming: bool = False) -> None:
-    """Silence Lightning's warnings about choices that were made on purpose.
-
-    Args:
-        resuming: whether the run resumes from a checkpoint.
-    """
-    if resuming:
-        # In its own folder.
+    """Silence Lightning's warnings about choices that were made on purpose."""
+    if resuming:  # in its own folder, or in a new one (see BestCheckpoint)
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        # In a new folder, see BestCheckpoint.
         warnings.filterwarnings("ignore", message="The dirpath has changed")
     # Whole batches of embeddings come from memory or a mapped file: workers would only copy them again.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -2,7 +2,6 @@
 
 import errno
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,11 @@ def user_error(error: Exception) -> Exception:
 def unwritable(error: BaseException | None) -> str | None:
     """Explain an error of a disk that can't be written: file, reason, remedy. None: it is another error."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE and _is_of_file(error):
+        if (
+            isinstance(error, OSError)
+            and error.errno in _UNWRITABLE
+            and (error.filename or error.errno not in (errno.EACCES, errno.EPERM))  # without a file: of a process
+        ):
             in_run = HydraConfig.initialized() and not OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir")
             place = error.filename or (run_folder() if in_run else "the disk")
             return f"{place}: {error.strerror}. {_UNWRITABLE[error.errno]} and repeat the command"
@@ -44,72 +47,30 @@ def unwritable(error: BaseException | None) -> str | None:
     return None
 
 
-def _is_of_file(error: OSError) -> bool:
-    """Whether an error is of a file: without a name, a missing permission may be of a process."""
-    return bool(error.filename) or error.errno not in (errno.EACCES, errno.EPERM)
-
-
 def explain(error: Exception, config_name: str) -> str | None:
     """Explain why a config could not be composed or a folder not be made; None: no explanation is known."""
-    for type_, explanation in _EXPLANATIONS:
-        found = explanation(error, config_name) if isinstance(error, type_) else None
-        if found is not None:
-            return found
-    return None
-
-
-def _unwritable_folder(error: Exception, config_name: str) -> str | None:
     for found in (error, error.__cause__):
         if isinstance(found, OSError) and found.filename is not None:  # Hydra raises some without a file
             return (
                 f"paths.log_dir (or hydra.run.dir, hydra.sweep.dir): {found.filename}: can't be written "
                 f"({found.strerror}). Give another folder: paths.log_dir=..."
             )
-    return unwritable(error)
-
-
-def _missing_option(error: MissingConfigException, config_name: str) -> str | None:
-    if not error.options or not error.missing_cfg_file:
-        return None
-    group, _, name = str(error.missing_cfg_file).rpartition("/")
-    return f"{group} = {name}: no such option; {did_you_mean(name, error.options)}"
-
-
-def _unreadable_override(error: OverrideParseException, config_name: str) -> str:
-    return f"{error.override}: can't be read as key=value ({message_lines(error)[-2]}); quote special characters"
-
-
-def _broken_file(error: YAMLError, config_name: str) -> str:
-    return f"a config file is not valid YAML: {' '.join(str(error).split())}. Mend the file"
-
-
-def _empty_group(error: Exception, config_name: str) -> str | None:
-    if "Config group override must be a string" not in str(error):
-        return None
-    return "a group is set to null or has no name: name one of its options, or [] for none (logger=[])"
-
-
-def _unknown_key(error: Exception, config_name: str) -> str | None:
-    unknown = re.match(r"Could not override '([^']+)'", str(error))
-    return None if unknown is None else f"{unknown[1]}: unknown key; {_closest(unknown[1], config_name)}"
-
-
-def _first_lines(error: Exception, config_name: str) -> str | None:
+    if disk := unwritable(error):
+        return disk
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group} = {name}: no such option; {did_you_mean(name, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: can't be read as key=value ({message_lines(error)[-2]}); quote special characters"
+    if isinstance(error, YAMLError):
+        return f"a config file is not valid YAML: {' '.join(str(error).split())}. Mend the file"
+    if "Config group override must be a string" in str(error):
+        return "a group is set to null or has no name: name one of its options, or [] for none (logger=[])"
+    if unknown := re.match(r"Could not override '([^']+)'", str(error)):
+        return f"{unknown[1]}: unknown key; {_closest(unknown[1], config_name)}"
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         return None
     return "\n".join(message_lines(error)[:3])
-
-
-# Error type -> explanation; the first one that isn't None is shown.
-_EXPLANATIONS: tuple[tuple[type[Exception], Callable[[Any, str], str | None]], ...] = (
-    (Exception, _unwritable_folder),
-    (MissingConfigException, _missing_option),
-    (OverrideParseException, _unreadable_override),
-    (YAMLError, _broken_file),
-    (Exception, _empty_group),
-    (Exception, _unknown_key),
-    (Exception, _first_lines),
-)
 
 
 def _closest(key: str, config_name: str) -> str:

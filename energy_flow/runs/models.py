@@ -1,5 +1,6 @@
 """Load trained models, to test one or several of them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.comparison.baselines import NEEDS
-from energy_flow.comparison.models import MEAN, short_names
+from energy_flow.comparison.compare import MEAN
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import ConfigError
 from energy_flow.metrics.row_scores import MODEL
@@ -20,26 +21,16 @@ from energy_flow.training.module import EnergyFlowModule
 
 @dataclass(frozen=True)
 class Model:
-    """A model to test.
+    """A model to test."""
 
-    Attributes:
-        key: `model` for a single model, otherwise a short name.
-        path: as given in the config.
-        loss: trains the baselines that are compared with this model.
-    """
-
-    key: str
-    path: str
+    key: str  # `model` for a single model, otherwise a short name
+    path: str  # as given in the config
     module: EnergyFlowModule
-    loss: LossSettings
+    loss: LossSettings  # trains the baselines that are compared with this model
 
 
 def model_keys(paths: Sequence[str]) -> list[str]:
-    """Keys of the models in files.
-
-    Raises:
-        ConfigError: a file is given twice.
-    """
+    """Keys of the models in files; a ConfigError if a file is given twice."""
     files = [Path(path).expanduser().absolute() for path in paths]
     for number, file in enumerate(files):
         if file.resolve() in [other.resolve() for other in files[:number]]:
@@ -47,14 +38,30 @@ def model_keys(paths: Sequence[str]) -> list[str]:
     return [MODEL] if len(files) == 1 else short_names(files, {MODEL, MEAN, *NEEDS})
 
 
+def short_names(paths: Sequence[Path], taken: set[str]) -> list[str]:
+    """Shortest path suffixes that distinguish the files.
+
+    `checkpoints` folders and file suffixes are left out where possible, and a file name that all files share. A file
+    whose folders don't distinguish it, or whose name is taken, gets its number as its name.
+    """
+    full = [(*path.parent.parts, path.name) for path in paths]
+    short = [(*(part for part in path.parent.parts if part != "checkpoints"), path.stem) for path in paths]
+    parts = short if len(set(short)) == len(paths) else full
+    if len(parts) > 1 and len({own[-1] for own in parts}) == 1:
+        parts = [own[:-1] for own in parts]
+    endings = [["-".join(own[-length:]) for length in range(1, len(own))] for own in parts]
+    counts = Counter(name for names in endings for name in names)
+    return [
+        next((name for name in names if counts[name] == 1 and name not in taken), str(number))
+        for number, names in enumerate(endings, 1)
+    ]
+
+
 def load_checkpoint(path: str, loss: LossSettings) -> dict[str, Any]:
     """Read a training checkpoint, or a file of `save_pretrained` in the same form.
 
-    The optimiser's settings are left out: evaluation doesn't need them, and an old checkpoint may lack a newer key.
-
-    Args:
-        path: a .ckpt or .safetensors file.
-        loss: for a .safetensors file, which has no loss; the temperature is not learned.
+    The optimiser's settings are left out: evaluation doesn't need them, and an old checkpoint may lack a newer key. A
+    .safetensors file has no loss: it gets `loss` with a fixed temperature.
 
     Raises:
         CheckpointError: the file is missing or unusable.
@@ -90,15 +97,7 @@ def restore_model(
     rollout: dict[str, Any],
     loss: LossSettings,
 ) -> Model:
-    """Build a model from its checkpoint, on a lattice of any size.
-
-    Args:
-        key, path: see `Model`.
-        checkpoint: from `load_checkpoint`.
-        data: must have the model's embedding dimension and normalisation.
-        width, height: cells of the lattice; None: as in the checkpoint.
-        rollout: config section `rollout`.
-        loss: of a model from `save_pretrained`.
+    """Build the model of `load_checkpoint` on a lattice of `width` and `height` cells; None: as in the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint does not match the data or this version.

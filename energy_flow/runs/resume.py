@@ -1,9 +1,10 @@
 """Resume training: find the checkpoint, check that it fits, tell the user how to continue an ended run."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -20,14 +21,11 @@ from energy_flow.runs.settings import TrainSettings
 from energy_flow.training.module import EnergyFlowModule
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def find_checkpoint(settings: TrainSettings) -> LoadedCheckpoint | None:
-    """Load the checkpoint that a run resumes from; None: it starts anew.
-
-    Raises:
-        CheckpointError: it can't be used, or with `resume=auto` all are corrupt.
-    """
+    """Load the checkpoint that a run resumes from; None: it starts anew. A CheckpointError if it can't be used."""
     if settings.resume is not None:
         return newest_valid(settings.checkpoint_folder)
     if settings.ckpt_path is None:
@@ -39,31 +37,28 @@ def find_checkpoint(settings: TrainSettings) -> LoadedCheckpoint | None:
 
 
 def newest_valid(folder: Path) -> LoadedCheckpoint | None:
-    """Load the checkpoint in a folder to resume from; None: there is none. Corrupt ones are named and left in place.
-
-    Raises:
-        CheckpointError: there are some, and all are corrupt.
-    """
-    found = checkpoints.siblings(folder / LAST)
-    for path in found:
-        try:
-            return LoadedCheckpoint(path)
-        except checkpoints.CorruptCheckpointError as error:
-            log.warning("%s: corrupt (%s), not used", path, error)
-    if found:
+    """Load the checkpoint in a folder to resume from; None: there is none. A CheckpointError if all are corrupt."""
+    newest, found = _read_newest(folder, LoadedCheckpoint), checkpoints.siblings(folder / LAST)
+    if newest is None and found:
         raise CheckpointError(
             f"resume = auto: all checkpoints in {folder} are corrupt ({', '.join(path.name for path in found)}). "
             "Remove them to start anew"
         )
+    return newest
+
+
+def _read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
+    """Read the newest checkpoint that isn't corrupt; None: there is none. Corrupt ones are named and left in place."""
+    for path in checkpoints.siblings(folder / LAST):
+        try:
+            return read(path)
+        except checkpoints.CorruptCheckpointError as error:
+            log.warning("%s: corrupt (%s), not used", path, error)
     return None
 
 
 def check_resume(resumed: LoadedCheckpoint, module: EnergyFlowModule, data: EnergyDataModule, console: Console) -> None:
-    """Check that a module can resume from a checkpoint; print the step, and which data differ.
-
-    Raises:
-        CheckpointError: another architecture, other weights or another optimiser.
-    """
+    """Raise a CheckpointError unless a checkpoint fits a module; print its step, and which data differ."""
     assert resumed.contents is not None
     compatibility.check_resume(resumed.contents, module.hparams, resumed.path)
     compatibility.check_weights(resumed.contents["state_dict"], module, resumed.path)
@@ -79,11 +74,7 @@ def purge_step(settings: TrainSettings, resumed: LoadedCheckpoint | None) -> int
 
 
 def check_written(trainer: Trainer, settings: TrainSettings) -> None:
-    """Check at the end of training that every checkpoint is on the disk.
-
-    Raises:
-        CheckpointError: one isn't, so the best one on the disk may not be the best one of the run.
-    """
+    """Raise a CheckpointError if a checkpoint isn't on the disk: the best one there may not be the run's best one."""
     assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     failed = trainer.strategy.broadcast(trainer.strategy.checkpoint_io.failed)
     if failed:
@@ -107,12 +98,7 @@ def unwritable_explained(settings: TrainSettings) -> Iterator[None]:
 
 
 def how_to_resume(last: Path, resumed: LoadedCheckpoint | None) -> str:
-    """The command that continues a run that ended early.
-
-    Args:
-        last: the newest checkpoint of the run, if it was written.
-        resumed: the checkpoint that the run itself resumed from.
-    """
+    """The command that continues a run which ended early: from its newest checkpoint, or from the one it began with."""
     if last.is_file():
         return f"to resume from step {checkpoints.read_step(last)}:\n{resume_command(last)}"
     if resumed is not None:
@@ -122,9 +108,7 @@ def how_to_resume(last: Path, resumed: LoadedCheckpoint | None) -> str:
 
 def _with_resume_auto(settings: TrainSettings) -> str:
     """The effect of repeating the command with resume=auto; reads the step, but no weights."""
-    for path in checkpoints.siblings(settings.checkpoint_folder / LAST):
-        try:
-            return f"with resume=auto, which finds this run: it resumes from step {checkpoints.read_step(path)}"
-        except checkpoints.CorruptCheckpointError as error:
-            log.warning("%s: corrupt (%s), not used", path, error)
-    return "with resume=auto: no checkpoint could be written yet, so it starts anew"
+    step = _read_newest(settings.checkpoint_folder, checkpoints.read_step)
+    if step is None:
+        return "with resume=auto: no checkpoint could be written yet, so it starts anew"
+    return f"with resume=auto, which finds this run: it resumes from step {step}"

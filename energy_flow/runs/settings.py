@@ -8,21 +8,25 @@ from pydantic import Field, model_validator
 
 from energy_flow.comparison.baselines import BaselineSettings
 from energy_flow.errors import ConfigError
-from energy_flow.settings import PathSettings, Settings
+from energy_flow.settings import ProgramSettings
 
 Section = dict[str, Any]
 
 
-class TrainSettings(Settings):
+class ScoredSettings(ProgramSettings):
+    """The keys that the configs of training and evaluation share."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    optimized_metric: str
+    baselines: BaselineSettings
+
+
+class TrainSettings(ScoredSettings):
     """The whole config of a training run. The classes that own the sections check them."""
 
-    task_name: str
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
     ckpt_path: str | None
     resume: Literal["auto"] | None
-    optimized_metric: str
     test: bool
-    baselines: BaselineSettings
     lattice: Section
     model: Section
     data: Section
@@ -32,7 +36,6 @@ class TrainSettings(Settings):
     trainer: Section
     callbacks: Section | None = None
     logger: Section | None = None
-    paths: PathSettings
 
     @model_validator(mode="after")
     def _one_checkpoint(self) -> Self:
@@ -48,11 +51,7 @@ class TrainSettings(Settings):
 
 
 def find_device(name: str) -> torch.device:
-    """The device for a value of the config key `device`: cpu, cuda or auto.
-
-    Raises:
-        ConfigError: the value is cuda, but there is no GPU.
-    """
+    """The device for the config key `device`: cpu, cuda (a ConfigError without a GPU) or auto."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda': torch finds no GPU here. Set device=auto")
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.comparison.jobs import Job, distinguishing_overrides, read_jobs
 from energy_flow.comparison.multirun import compare_jobs
 from energy_flow.metrics.task import TASKS
@@ -60,7 +60,7 @@ def _write_summary(folder: Path, jobs: Sequence[Job]) -> None:
     rows = [{"job": job.name, "overrides": shlex.join(job.words), **job.metrics, "error": job.error} for job in jobs]
     write_csv(folder / "summary.csv", rows)
     columns = _columns(jobs)
-    write_whole(folder / "summary.md", (markdown_table(columns, _cells(jobs, columns)) + "\n").encode())
+    atomic_write(folder / "summary.md", markdown_table(columns, _cells(jobs, columns)) + "\n")
 
 
 def _compare(folder: Path, jobs: Sequence[Job]) -> Table | None:

@@ -22,7 +22,6 @@ from energy_flow.training.callbacks.last_checkpoint import LastCheckpoint
 
 log = logging.getLogger(__name__)
 
-
 Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
 
@@ -57,13 +56,9 @@ class TrainerSettings(Settings):
 
 
 # The metrics that the module logs at the end of a validation.
-VALIDATED = tuple(
-    f"val/{name}"
-    for name in (
-        *("mrr", "recall@1", "recall@10", "recall@100", "median_rank", "cosine"),
-        *("loss", "contrastive", "cosine_loss", "mse", "surface"),
-    )
-)
+_SCORES = ("mrr", "recall@1", "recall@10", "recall@100", "median_rank", "cosine")
+_LOSSES = ("loss", "contrastive", "cosine_loss", "mse", "surface")
+VALIDATED = tuple(f"val/{name}" for name in (*_SCORES, *_LOSSES))
 
 
 def build_trainer(
@@ -75,14 +70,7 @@ def build_trainer(
     num_batches: int | None = None,
     checkpoint_io: AtomicCheckpointIO | None = None,
 ) -> pl.Trainer:
-    """Lightning's Trainer from the config group `trainer`.
-
-    Args:
-        section: the config section, a plain mapping.
-        callbacks, loggers: as built.
-        output_dir: the run's folder.
-        num_batches: training batches per epoch, for a trainer that trains.
-        checkpoint_io: reads and writes checkpoints; None: a new one.
+    """Lightning's Trainer from the config group `trainer`; one that trains gets its number of batches per epoch.
 
     Raises:
         ConfigError: an argument that the Trainer doesn't have or can't use, a missing device, a run that would fail in
@@ -107,11 +95,8 @@ def build_trainer(
             default_root_dir=output_dir,
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        remedy = (
-            ""
-            if settings.accelerator in ("auto", "cpu")
-            else ". trainer.accelerator=auto takes the best device there is"
-        )
+        best = ". trainer.accelerator=auto takes the best device there is"
+        remedy = "" if settings.accelerator in ("auto", "cpu") else best
         raise ConfigError(f"{where}: {one_line(error).rstrip('.!')}{remedy}") from error
     if trainer.precision != settings.precision:
         raise ConfigError(f"{where}: this device doesn't support it; trainer.precision={trainer.precision} works")

@@ -16,9 +16,11 @@ from energy_flow.checkpoints.lightning_loops import kill_spawned_processes
 from energy_flow.core.faults import REMEDY
 from energy_flow.data import EnergyDataModule
 from energy_flow.errors import ConfigError, EnergyFlowError, NotFiniteError
+from energy_flow.metrics.task import task_of
 from energy_flow.runs.resume import how_to_resume
 from energy_flow.runs.screen import describe
 from energy_flow.runs.settings import TrainSettings
+from energy_flow.settings import flatten
 from energy_flow.training.module import EnergyFlowModule
 
 
@@ -44,11 +46,7 @@ def fit(
     resumed: LoadedCheckpoint | None,
     last: Path,
 ) -> None:
-    """Train a module.
-
-    Args:
-        resumed: the checkpoint to resume from.
-        last: where the newest checkpoint is written; a note in an error says how to resume from it.
+    """Train a module, from a checkpoint or anew; a note in an error says how to resume from the `last` checkpoint.
 
     Raises:
         KeyboardInterrupt: after a signal.
@@ -56,7 +54,7 @@ def fit(
         NotFiniteError: anomaly mode found the operation that made a NaN.
     """
     if resumed is not None and kill_spawned_processes(trainer):
-        resumed.drop()  # every spawned process reads the file itself
+        resumed.contents = None  # every spawned process reads the file itself
     ckpt_path = None if resumed is None else str(resumed.path)
     try:
         with ended_by_signals(trainer):
@@ -89,13 +87,20 @@ def ended_by_signals(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt from None
 
 
-def log_results(trainer: Trainer, hyper_parameters: Mapping[str, object], metrics: Mapping[str, float]) -> None:
-    """Write TensorBoard's hparams page.
+def log_results(trainer: Trainer, settings: TrainSettings, metrics: Mapping[str, float]) -> None:
+    """Write TensorBoard's page of hyperparameters: settings that influence the weights, and the most important metrics.
 
     The metrics are renamed to `result/...`: the curves of the same metrics must not get a point at step 0.
     """
-    results = {f"result/{name}": value for name, value in metrics.items()}
+    sections = {name: getattr(settings, name) for name in ("lattice", "model", "loss", "optimizer")}
+    data = {name: settings.data[name] for name in ("name", "batch_size")}
+    fitting = {name: settings.trainer[name] for name in ("max_epochs", "precision")}
+    flat = flatten({"seed": settings.seed, **sections, "data": data, "trainer": fitting})
+    hparams = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
+    task = task_of(settings.optimized_metric)
+    names = [*(f"test/{metric}" for metric in task.headings), *task.optimized, "params", "fit_seconds"]
+    results = {f"result/{name}": metrics[name] for name in names if name in metrics}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(dict(hyper_parameters), results, trainer.global_step)
+            logger.log_hyperparams(hparams, results, trainer.global_step)
             logger.finalize("success")  # again: the line above opened a writer, which is a thread

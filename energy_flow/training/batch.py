@@ -11,14 +11,9 @@ Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
 
 
 def unpack_batch(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Take a batch of training or evaluation apart.
+    """Return source and target [B, D] in the model's `dtype`, and row int64 [B], or None if the batch has no rows.
 
-    Args:
-        batch: see above.
-        dtype: of the model. Custom loaders often give NumPy's float64.
-
-    Returns:
-        source [B, D] and target [B, D] in `dtype`, and row int64 [B], or None if the batch has no rows.
+    Custom loaders often give NumPy's float64.
 
     Raises:
         ConfigError: the batch has another form.

@@ -1,9 +1,7 @@
 """Lightning's CSV logger for runs that may resume."""
 
 import csv
-import io
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from energy_flow.atomic import write_whole
-
-Rows = Iterable[dict[str, Any]]
+from energy_flow.tables import write_csv
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -41,9 +37,6 @@ class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, purge_step: int | None) -> None:
         self._purge_step = purge_step
         super().__init__(log_dir)
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            self.metrics_keys = next(csv.reader([path.read_text().split("\n", 1)[0]]))
 
     def _check_log_dir_exists(self) -> None:
         """Prepare an existing file before the first row: keep its rows up to the step from which the run resumes."""
@@ -53,11 +46,10 @@ class _Writer(ExperimentWriter):
         lines = path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             del lines[-1]  # an incomplete row
-        rows = csv.DictReader(lines)
-        purge_step = self._purge_step or 0
-        kept = [row for row in rows if int(row["step"]) < purge_step]
+        kept = [row for row in csv.DictReader(lines) if int(row["step"]) < (self._purge_step or 0)]
         if kept:
-            _write(path, list(kept[0]), kept)
+            self.metrics_keys = list(kept[0])
+            write_csv(path, kept)
         else:
             path.unlink()
 
@@ -70,7 +62,7 @@ class _Writer(ExperimentWriter):
         if keys == self.metrics_keys and path.is_file():
             _append(path, keys, self.metrics)
         else:
-            _write(path, keys, [*_rows(path), *self.metrics])
+            write_csv(path, [{key: row.get(key) for key in keys} for row in [*_rows(path), *self.metrics]])
         self.metrics, self.metrics_keys = [], keys
 
 
@@ -81,7 +73,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def _append(path: Path, fieldnames: list[str], rows: Rows) -> None:
+def _append(path: Path, fieldnames: list[str], rows: list[dict[str, Any]]) -> None:
     size = path.stat().st_size
     try:
         with path.open("a", newline="") as file:
@@ -89,11 +81,3 @@ def _append(path: Path, fieldnames: list[str], rows: Rows) -> None:
     except OSError:
         os.truncate(path, size)
         raise
-
-
-def _write(path: Path, fieldnames: list[str], rows: Rows) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=fieldnames)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())

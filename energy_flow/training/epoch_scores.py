@@ -41,23 +41,14 @@ class EpochScores:
     ) -> None:
         """Keep the parts of a batch that the metrics of the epoch need.
 
-        Args:
-            prediction: output embeddings, [B, D].
-            target: [B, D].
-            surface: output surfaces, [B, S, E].
-            target_surface: [B, S, E].
-            rows: int64 [B], or None if the batch has no rows.
+        Embeddings are [B, D], surfaces [B, S, E], rows int64 [B], or None if the batch has no rows.
         """
         error = (surface - target_surface).square().mean((1, 2)).float()
         kept = {"prediction": prediction.to(target.dtype), "target": target, "surface": error}
         self._batches.append(kept if rows is None else {**kept, "row": rows})
 
     def gather(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Join all batches of all processes and sort them by row.
-
-        Args:
-            gather: joins the values of all processes along the first dimension.
-        """
+        """Join all batches and sort them by row. `gather` joins all processes along the first dimension."""
         batches, self._batches = self._batches, []
         joined = {name: gather(torch.cat([batch[name] for batch in batches])) for name in batches[0]}
         joined = _in_row_order(joined)
@@ -70,11 +61,7 @@ class EpochScores:
             return ranks(self.prediction, self.target)
 
     def metrics(self, temperature: float | Tensor) -> dict[str, float]:
-        """Retrieval metrics, all loss terms, and their weighted sum `loss`.
-
-        Args:
-            temperature: of the contrastive loss.
-        """
+        """Retrieval metrics, all loss terms (the contrastive one at `temperature`), and their weighted sum `loss`."""
         with torch.autocast(self.prediction.device.type, enabled=False):
             metrics = retrieval_metrics(self.prediction, self.target, self.rank)
             losses = split_losses(self.prediction, self.target, temperature)
@@ -88,11 +75,8 @@ class EpochScores:
     def row_scores(self, measure: str) -> Tensor:
         """The score of every row in row order, float64 [N] on the CPU.
 
-        Args:
-            measure: rank or mse.
-
         Raises:
-            ValueError: another measure.
+            ValueError: the measure is neither rank nor mse.
         """
         if measure == "rank":
             return self.rank.cpu()
@@ -102,14 +86,9 @@ class EpochScores:
 
 
 def split_losses(prediction: Tensor, target: Tensor, temperature: float | Tensor) -> dict[str, Tensor]:
-    """`embedding_losses` of a whole split, with every target as a candidate.
+    """`embedding_losses` of a whole split, predictions and targets [N, D], with every target as a candidate.
 
     It works on chunks of rows, so that no N x N matrix is in memory.
-
-    Args:
-        prediction: [N, D].
-        target: [N, D].
-        temperature: of the contrastive loss.
     """
     total: dict[str, Tensor] = {}
     for start in range(0, len(target), _CHUNK):

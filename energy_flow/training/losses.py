@@ -78,10 +78,6 @@ class Candidates:
     directions: Tensor  # [G, D], of unit length
     own: Tensor  # int64 [B]: index of each prediction's own target
 
-    def __post_init__(self) -> None:
-        if self.directions.dim() != 2 or self.own.dim() != 1:
-            raise ValueError(f"directions {list(self.directions.shape)} must be [G, D], own {list(self.own.shape)} [B]")
-
     @classmethod
     def of_rows(cls, targets: Tensor, start: int, count: int) -> Self:
         """Candidates from targets [G, D], for `count` predictions. Their own targets start at row `start`.
@@ -130,7 +126,7 @@ def embedding_losses(
         raise ValueError(f"prediction {list(prediction.shape)} and target {list(target.shape)} must both be [B, D]")
     if candidates is None:
         candidates = Candidates.of_rows(target, 0, len(target))
-    if candidates.own.shape != target.shape[:1] or candidates.directions.shape[1] != target.shape[1]:
+    if candidates.own.shape != target.shape[:1] or candidates.directions.shape[1:] != target.shape[1:]:
         raise ValueError(
             f"candidates {list(candidates.directions.shape)}, own {list(candidates.own.shape)}: must be [G, D] and [B] "
             f"for targets {list(target.shape)}"
@@ -146,13 +142,9 @@ def embedding_losses(
 
 
 def surface_loss(surface: Tensor, target_surface: Tensor) -> Tensor:
-    """Mean squared error between the output surface and the mapped-in surface of the target.
+    """Mean squared error between the output surface and the mapped-in surface of the target, both [B, S, E].
 
     The target surface is detached. Otherwise the map in could lower this loss by giving all targets the same surface.
-
-    Args:
-        surface: [B, S, E].
-        target_surface: [B, S, E].
 
     Raises:
         ValueError: the shapes differ.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
+from energy_flow.checkpoints.lightning_loops import get_logging_step
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.faults import FaultQueue
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
@@ -18,16 +19,17 @@ from energy_flow.core.host_copy import DelayedScalars
 from energy_flow.core.networks import ModelSettings
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.core.timing import PhaseTimer
+from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
-from energy_flow.training.bank import bank_candidates, build_bank
 from energy_flow.training.batch import Batch, unpack_batch
-from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
+from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars
 from energy_flow.training.epoch_scores import EpochScores
 from energy_flow.training.losses import (
     Candidates,
     LossSettings,
     Temperature,
+    directions,
     embedding_losses,
     surface_loss,
     weighted,
@@ -77,7 +79,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.save_hyperparameters(logger=False, ignore=["rollout"])
         self.loss = read(LossSettings, loss, "loss")
         self.temperature = Temperature(self.loss)
-        self._bank: Tensor | None = None  # directions of all training targets, with loss.candidates = bank
+        self._bank: Tensor | None = None  # directions [N, D] of all training targets, with loss.candidates = bank
         self.optimizer_settings = None if optimizer is None else read(OptimizerSettings, optimizer, "optimizer")
         lattice_settings = read(LatticeSettings, lattice, "lattice")
         self.processor = FlowProcessor(
@@ -148,8 +150,8 @@ class EnergyFlowModule(pl.LightningModule):
             scalars |= {f"flows/{name}": value for name, value in output.statistics.items()}
             if self.loss.learn_temperature:
                 scalars["train/temperature"] = torch.as_tensor(self.temperature())
-            self._scalars.put(logging_step(self.trainer), scalars)
-            log_scalars(self.trainer, {"train/skipped": float(self.guard.skipped)}, logging_step(self.trainer))
+            self._scalars.put(get_logging_step(self.trainer), scalars)
+            log_scalars(self.trainer, {"train/skipped": float(self.guard.skipped)}, get_logging_step(self.trainer))
         # Anomaly mode names the operation that made a NaN, and that must not be `propagate_nonfinite`.
         return loss if torch.is_anomaly_enabled() else propagate_nonfinite(loss)
 
@@ -163,8 +165,13 @@ class EnergyFlowModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.loss.contrastive > 0 and self.loss.candidates == "bank":
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self._bank = build_bank(data, self.device, self.processor.dtype)
+            train = getattr(self.trainer.datamodule, "train", None)  # type: ignore[attr-defined]
+            if not isinstance(train, Samples):
+                raise ConfigError(
+                    "loss.candidates = bank: needs the training targets of an EnergyDataModule; "
+                    "train with trainer.fit(module, datamodule=...), or set loss.candidates=batch"
+                )
+            self._bank = directions(train.all()[1].to(self.device, self.processor.dtype))
 
     def on_fit_end(self) -> None:
         self._bank = None
@@ -189,8 +196,7 @@ class EnergyFlowModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.scores = EpochScores(self.loss)
 
-    def on_test_epoch_start(self) -> None:
-        self.scores = EpochScores(self.loss)
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val")
@@ -205,10 +211,9 @@ class EnergyFlowModule(pl.LightningModule):
         self._log_metrics("test", "the test data")
 
     def on_validation_end(self) -> None:
-        self.scores = None
-
-    def on_test_end(self) -> None:
         self.scores = None  # callbacks have read them: Lightning calls their hook first
+
+    on_test_end = on_validation_end
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Output embeddings [B, D] of a batch. Targets are optional: a tensor or a dict with `source` works too."""
@@ -254,7 +259,12 @@ class EnergyFlowModule(pl.LightningModule):
     def _candidates(self, target: Tensor, rows: Tensor | None) -> Candidates | None:
         """Candidates of the contrastive loss: all training targets, or the batch's, joined over all processes."""
         if self._bank is not None:
-            return bank_candidates(self._bank, rows)
+            if rows is None:
+                raise ConfigError(
+                    "loss.candidates = bank: batches have no 'row', the index of a sample's own target; "
+                    "give dicts with 'source', 'target' and 'row', or set loss.candidates=batch"
+                )
+            return Candidates(self._bank, rows)
         if self.trainer.world_size > 1:
             return Candidates.of_rows(self._gather(target), self.global_rank * len(target), len(target))
         return None

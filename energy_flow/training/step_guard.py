@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.core.energy_lattice import name_samples
 from energy_flow.core.faults import name_rows
 from energy_flow.core.host_copy import HostCopy
@@ -53,7 +53,7 @@ class BadStep:
         if rows:
             content["row"] = torch.cat(rows)
         content = {name: value.detach().cpu().contiguous() for name, value in content.items()}
-        write_whole(path, save(content, metadata={"step": str(self.step), "reason": self.reason, "where": self.where}))
+        atomic_write(path, save(content, metadata={"step": str(self.step), "reason": self.reason, "where": self.where}))
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,9 @@ class StepGuard:
         self._batches, self._checked = [], deque()
 
     def record(self, source: Tensor, target: Tensor, rows: Tensor | None, results: Mapping[str, Tensor]) -> None:
-        """Record a batch of the next step.
+        """Record a batch of the next step: source and target [B, D], rows int64 [B].
 
-        Args:
-            source: [B, D].
-            target: [B, D].
-            rows: int64 [B].
-            results: tensors computed from the batch, by name, in the order of their computation.
+        `results` are tensors computed from the batch, by name, in the order of their computation.
         """
         quantities = {"source": source, "target": target, **results}
         self._batches.append(RecordedBatch(source, target, rows, list(quantities), _norms(quantities.values())))

@@ -49,10 +49,8 @@ def forest_figure(
     axes.set_yticks(range(len(lines)), [line.name for line in lines], fontsize=9)
     axes.set_ylim(len(lines) - 0.4, -0.6)
     drawn = [line.interval for line in lines if line.interval is not None]
-    scale = ""
-    if drawn:
-        scale = _scale(axes, np.array(drawn))
-    else:
+    scale = _scale(axes, np.array(drawn)) if drawn else ""
+    if not drawn:
         say_empty(axes, "no pair to compare")
     axes.set_xlabel(f"{label}  ({'← better' if lower_is_better else 'better →'}){scale}", fontsize=9)
     axes.tick_params(labelsize=8, color=GREY)

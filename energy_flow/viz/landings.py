@@ -38,8 +38,7 @@ def landing_figure(landings: Landings, sample: int, width: int, height: int) -> 
     Args:
         landings: of a batch.
         sample: row of the batch.
-        width: W.
-        height: H.
+        width, height: W and H.
     """
     landed = to_numpy(landings.landed[sample])
     place = _cell_units(to_numpy(landings.xy[sample])[landed], width, height)
@@ -49,16 +48,16 @@ def landing_figure(landings: Landings, sample: int, width: int, height: int) -> 
 
     figure = new_figure(*_two_panels(width, height))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    limit = upper_bound(energy)
+    colours = ScalarMappable(Normalize(0, upper_bound(energy)), UNSIGNED)
     for index, axes in enumerate(panels):
         here = plane == index
-        marks = _scatter(axes, place[here], energy[here], projected[here], limit)
-        cell_axes(axes, width, height, grid=True, y_label=index == 0)
+        _scatter(axes, place[here], colours.to_rgba(energy[here]), projected[here])
+        cell_axes(axes, width, height, grid=True)
         landed_here = f"{_count(int(here.sum()), 'landing')}, {int(projected[here].sum()):,} projected"
         axes.set_title(f"{PLANE_NAMES[index]}: {landed_here}", fontsize=9)
         if not here.any():
             say_empty(axes, "no flow landed here")
-    bar = figure.colorbar(marks, ax=panels, fraction=0.04)
+    bar = figure.colorbar(colours, ax=panels, fraction=0.04)
     bar.set_label("‖energy‖₂", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.legend(handles=_marker_legend(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
@@ -75,8 +74,7 @@ def group_figure(landings: Landings, sample: int, width: int, height: int, depos
     Args:
         landings: of a batch.
         sample: row of the batch.
-        width: W.
-        height: H.
+        width, height: W and H.
         deposit: the deposit rule of the lattice.
     """
     members = _members(landings, sample, width, height, deposit)
@@ -105,22 +103,20 @@ def group_figure(landings: Landings, sample: int, width: int, height: int, depos
     return figure
 
 
-def _scatter(axes: Axes, place: Array, energy: Array, projected: Array, limit: float) -> ScalarMappable:
-    """Draw discs and crosses on one plane, smaller ones if there are many; returns their colour scale."""
+def _scatter(axes: Axes, place: Array, colours: Array, projected: Array) -> None:
+    """Draw discs and crosses on one plane, smaller ones if there are many."""
     size = float(np.clip(9000 / max(len(place), 1), 4, 36))
-    colours = ScalarMappable(Normalize(0, limit), UNSIGNED)
     for chosen, marker, line, edge in ((~projected, "o", 0.06, INK), (projected, "x", 0.2, None)):
         axes.scatter(
             place[chosen, 0],
             place[chosen, 1],
-            color=colours.to_rgba(energy[chosen]),
+            color=colours[chosen],
             marker=marker,
             s=size,
             linewidths=line * size**0.5,
             edgecolors=edge,
             alpha=0.9,
         )
-    return colours
 
 
 def _member_histogram(axes: Axes, members: Array, aspect: float) -> None:
@@ -135,8 +131,8 @@ def _member_histogram(axes: Axes, members: Array, aspect: float) -> None:
     axes.set_title("grey: cells without a landing", fontsize=9)
     axes.set_xlabel("members of a group", fontsize=8)
     axes.set_ylabel("cells", fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    for axis, num_ticks in ((axes.xaxis, 6), (axes.yaxis, 5)):
+        axis.set_major_locator(MaxNLocator(num_ticks, integer=True, min_n_ticks=1))
     axes.tick_params(labelsize=8, length=2, color=GREY)
     axes.spines[["top", "right"]].set_visible(False)
 

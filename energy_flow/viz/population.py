@@ -26,14 +26,13 @@ def population_figure(by_step: dict[str, Tensor]) -> Figure:
     """
     figure = new_figure(6.4, 3.8)
     axes = figure.add_subplot()
-    num_steps = 0
+    num_steps = len(by_step["created"]) - 1
     for name, colour, style in CURVES:
         counts = to_numpy(by_step[name])
         if name == "projected" and not counts.any():
             continue
-        num_steps = len(counts) - 1
         axes.plot(
-            np.arange(len(counts)),
+            np.arange(num_steps + 1),
             counts,
             color=colour,
             linestyle=style,
@@ -44,7 +43,6 @@ def population_figure(by_step: dict[str, Tensor]) -> Figure:
         )
     axes.set_xlim(-0.3, max(num_steps, 1) + 0.3)
     axes.set_ylim(bottom=0)
-    axes.margins(y=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_formatter("{x:,.0f}")

@@ -54,20 +54,16 @@ def box_aspect(width: int, height: int) -> float:
     return float(np.clip(height / width, 1 / MAX_BOX_ASPECT, MAX_BOX_ASPECT))
 
 
-def cell_axes(axes: Axes, width: int, height: int, *, grid: bool = False, y_label: bool = True) -> None:
+def cell_axes(axes: Axes, width: int, height: int, *, grid: bool = False) -> None:
     """Set up axes in cell units: x to the right, y upwards, cell (0, 0) at the bottom left."""
-    axes.set_xlim(-0.5, width - 0.5)
-    axes.set_ylim(-0.5, height - 0.5)
-    axes.set_aspect("auto")
-    axes.set_box_aspect(box_aspect(width, height))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(-0.5, height - 0.5), aspect="auto", box_aspect=box_aspect(width, height))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.tick_params(labelsize=8, length=2, color=GREY)
     axes.set_xlabel("x (cell)", fontsize=8)
-    if y_label:
-        axes.set_ylabel("y (cell)", fontsize=8)
-    for spine in axes.spines.values():
-        spine.set_color(GREY)
+    axes.set_ylabel("y (cell)", fontsize=8)
+    axes.label_outer()  # one name for panels that share an axis
+    axes.spines[:].set_color(GREY)
     if grid and max(width, height) <= MAX_GRID_CELLS:
         axes.set_xticks(np.arange(width + 1) - 0.5, minor=True)
         axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)

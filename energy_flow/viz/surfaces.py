@@ -21,8 +21,7 @@ def surface_figure(surface: Tensor, width: int, height: int, title: str) -> Figu
 
     Args:
         surface: [S, E] or [B, S, E].
-        width: W.
-        height: H; S = W * H.
+        width, height: W and H; S = W * H.
         title: of the figure.
 
     Raises:
@@ -65,7 +64,6 @@ def _draw(panels: Array, images: Array, scale: ScalarMappable, titles: list[str]
     for (sample, column), axes in np.ndenumerate(panels):
         axes.imshow(scale.to_rgba(images[sample, ..., column]), origin="lower", interpolation="nearest")
         cell_axes(axes, width, height)
-        axes.label_outer()
         if sample == 0:
             axes.set_title(titles[column], fontsize=9)
 

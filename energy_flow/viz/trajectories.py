@@ -65,15 +65,12 @@ def _draw_lattice(axes: Axes3D) -> None:
         axes.add_collection3d(Poly3DCollection(sheet, facecolors=colour, edgecolors=colour, alpha=0.08), autolim=False)
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis), ("", axes.zaxis)):
         axis.set_ticks([-1, 0, 1])
-        axis.set_label_text(name)
-        axis.label.set_size(9)
+        axis.set_label_text(name, fontsize=9)
         axis.set_tick_params(labelsize=8, pad=0)
         axis.set_pane_color((1.0, 1.0, 1.0, 0.0))
         axis.line.set_color(GREY)
     # The names of the sheets are tick labels of z: text at another place would overlap the tick labels.
-    axes.zaxis.set_ticks(
-        [z for z, _, _ in SHEETS], [f"{z:+.0f}  {name}" if z else f"0  {name}" for z, name, _ in SHEETS]
-    )
+    axes.zaxis.set_ticklabels([f"{z:+.0f}  {name}" if z else f"0  {name}" for z, name, _ in SHEETS])
     for label, (_, _, colour) in zip(axes.zaxis.get_ticklabels(), SHEETS, strict=True):
         label.set(color=colour, ha="left")
     axes.grid(False)

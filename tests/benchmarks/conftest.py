@@ -10,7 +10,7 @@ from energy_flow.core.engine.compiled import step_kernels
 
 @pytest.fixture
 def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`torch.compile` takes seconds; here it gives the function back."""
+    """Replace `torch.compile`, which takes seconds, by the identity."""
     step_kernels.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     yield

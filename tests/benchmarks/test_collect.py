@@ -77,7 +77,7 @@ def test_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(grid.lines) == len(METHODS)
 
 
-def test_pyg_is_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pyg_is_left_out_if_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "COPIED", 1000)
     monkeypatch.setattr(collect.importlib.util, "find_spec", lambda name: None)
     findings, _ = run()

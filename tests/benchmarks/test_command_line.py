@@ -160,7 +160,7 @@ def test_refused(run: Run, overrides: tuple[str, ...], parts: tuple[str, ...]) -
         assert part in outcome.err
 
 
-def test_a_device_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     outcome = run("device=cuda")
     assert outcome.code == 1

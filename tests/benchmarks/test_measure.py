@@ -1,4 +1,4 @@
-"""Measuring: alternation and medians by a fake clock, peaks of known size. Never how long something takes."""
+"""Measuring: alternation and medians with a fake clock, peaks of known size. No test measures real time."""
 
 import gc
 import itertools
@@ -12,7 +12,7 @@ import torch
 from energy_flow_benchmarks import measure as measuring
 from energy_flow_benchmarks.findings import Measured
 from energy_flow_benchmarks.machine import describe_machine
-from energy_flow_benchmarks.measure import Effort, Prepared, measure, peak_memory
+from energy_flow_benchmarks.measure import Effort, Prepared, measure, peak_memory, require_near
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -22,7 +22,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 
 
 class Watch:
-    """A clock that work moves on."""
+    """A clock that only the measured work advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -64,7 +64,7 @@ def test_the_median_of_a_turn_and_over_the_rounds() -> None:
     assert watch.seconds(long, a=watch.build("a", 0, 1, 100, 2)) == {"a": 2}
 
 
-def test_every_run_has_a_preparation_of_its_own_which_does_not_count() -> None:
+def test_every_run_has_its_own_untimed_setup() -> None:
     watch = Watch()
     made: list[int] = []
 
@@ -98,7 +98,7 @@ def test_variants_are_freed_after_their_turn() -> None:
     assert seen == [f"{what} {name}" for name in "ab" for what in ("run", "run", "free")] * 2
 
 
-def test_the_garbage_collector_is_off_meanwhile() -> None:
+def test_the_garbage_collector_is_off_during_a_turn() -> None:
     states: list[bool] = []
 
     def broken() -> None:
@@ -141,6 +141,21 @@ def test_other_errors_are_errors() -> None:
         measure({"it": lambda: run}, CPU, ONCE)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(2), r"it has shape \[2\], the reference \[3\]"),
+        (torch.tensor([1.0, 2.0, 3.1]), "it differs from the reference by 0.0333 of the largest entry, allowed 0.01"),
+        (torch.full((3,), torch.nan), "it differs from the reference by nan"),
+    ],
+)
+def test_results_that_differ_are_refused(wrong: torch.Tensor, message: str) -> None:
+    right = torch.tensor([1.0, 2.0, 3.0])
+    require_near("it", right, right + 0.01, 0.01)
+    with pytest.raises(RuntimeError, match=message):
+        require_near("it", right, wrong, 0.01)
+
+
 def test_a_rate_needs_a_time() -> None:
     assert Measured(2.0).rate(10) == 5
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -164,7 +179,7 @@ def test_the_peak_counts_from_before_a_variant_is_built() -> None:
 @LINUX
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_the_peak_is_the_memory_held_at_once(blocks: int) -> None:
-    size = 64 * MIB  # large enough to be given back to the system at once
+    size = 64 * MIB  # large enough for the allocator to return it to the system at once
 
     def run() -> None:
         for _ in range(3):
@@ -177,7 +192,7 @@ def test_the_peak_is_the_memory_held_at_once(blocks: int) -> None:
 
 
 @LINUX
-def test_objects_count_and_earlier_memory_does_not() -> None:
+def test_the_peak_counts_objects_but_no_earlier_memory() -> None:
     before = torch.ones(64 * MIB, dtype=torch.uint8)
     count = 20_000
     peak = peak_memory(lambda: [torch.zeros(1) for _ in range(count)], CPU)
@@ -186,7 +201,7 @@ def test_objects_count_and_earlier_memory_does_not() -> None:
     assert before.numel() == 64 * MIB
 
 
-def test_a_system_without_a_mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_system_without_a_peak_counter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measuring, "_CLEAR_REFS", tmp_path / "nowhere" / "clear_refs")
     ran: list[int] = []
     assert peak_memory(lambda: ran.append(1), CPU) is None

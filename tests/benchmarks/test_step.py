@@ -1,4 +1,4 @@
-"""A user's own loop equals the framework; a difference is found; shares count the arithmetic of all steps."""
+"""The plain PyTorch loop equals the framework, differences are found, and shares count the arithmetic of all steps."""
 
 from typing import Any
 
@@ -170,7 +170,7 @@ def test_a_step_of_another_output_ends_the_benchmark(nothing_compiles: None, mon
         ({"size": "debug", "model": {"hidden_size": 0}}, ("model.hidden_size = 0", "greater than or equal to 1")),
     ],
 )
-def test_sizes_that_can_not_work(size: dict[str, Any], parts: tuple[str, ...]) -> None:
+def test_invalid_sizes(size: dict[str, Any], parts: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as error:
         Workload.read(SizeSettings(**size), 6, CPU, seed=1)
     for part in parts:

@@ -3,9 +3,9 @@
     python -m tests.campaigns.checkpoint_reads                  # after a kill
     python -m tests.campaigns.checkpoint_reads --corrupt-last   # and with a corrupt last.ckpt: the one before is used
 
-A run is killed after its first checkpoint and resumed in this process. Two counters see every way to open a file: an
-audit hook of Python, which every `open` and `os.open` calls, and a wrapper around torch's reader in C++, which opens a
-path by itself.
+A run is killed after its first checkpoint and resumed in this process. Two counters notice every way to open a file.
+One is an audit hook of Python, which every `open` and `os.open` calls. The other wraps torch's C++ reader, which opens
+paths by itself.
 """
 
 import argparse
@@ -45,7 +45,7 @@ sys.addaudithook(_audit)
 
 @contextmanager
 def counted_reads() -> Iterator[Counter[str]]:
-    """Count the times that each checkpoint is opened for reading in this process, by its name."""
+    """Count how often this process opens each checkpoint for reading, by file name."""
     counter: Counter[str] = Counter()
     reader = torch._C.PyTorchFileReader
 

@@ -1,11 +1,11 @@
-"""Checks that memory and open files stay flat, over the steps of one run or over the runs of one process.
+"""Check that memory and open files stay flat, over the steps of one run or over the runs of one process.
 
     python -m tests.campaigns.flat_memory steps 5000      # at debug size; compares step 500 (a tenth) with the last
     python -m tests.campaigns.flat_memory jobs 200        # a multirun of the smallest models
 
 Further words are overrides: `steps 5000 lattice.width=4 lattice.height=4 model.hidden_size=8` takes minutes on a CPU.
 
-Prints lines of CSV and the growth. The exit code is 1 where something grows by more than 2%.
+It prints CSV lines and the growth. The exit code is 1 if anything grows by more than 2%.
 """
 
 import gc
@@ -33,7 +33,7 @@ def usage() -> Usage:
 
 
 class Watch(Callback):
-    """Keeps the usage at every n-th step."""
+    """Record the usage at every n-th step."""
 
     def __init__(self, every: int) -> None:
         self.every = every

@@ -30,7 +30,7 @@ def main() -> None:
             (corpus / str(number)).write_bytes(bytes([number]) + seed.content)
 
         def once(content: bytes) -> None:
-            """Load one file: the first byte selects its seed, the others are its content."""
+            """Load one file. The first byte selects the seed, and the others are the content."""
             seed = seeds[content[0] % len(seeds)] if content else seeds[0]
             path = place / seed.name
             path.write_bytes(content[1:])

@@ -1,4 +1,4 @@
-"""Runs that something interrupts. After they go on, they must end like the uninterrupted run."""
+"""Interrupt runs and resume them. At the end they must equal the uninterrupted run."""
 
 import argparse
 import logging
@@ -34,7 +34,7 @@ class Findings:
     runs: int = 0
     events: Counter[str] = field(default_factory=Counter)  # interruptions, by the stage of the run
     unreadable: list[str] = field(default_factory=list)  # last.ckpt files that are not whole
-    failed: list[str] = field(default_factory=list)  # runs that ended wrongly or did not go on
+    failed: list[str] = field(default_factory=list)  # runs that ended wrongly or did not resume
     differences: list[str] = field(default_factory=list)  # to the uninterrupted run
 
     def report(self) -> str:
@@ -43,7 +43,7 @@ class Findings:
         lines = [
             f"{self.runs} runs, {self.events.total()} interruptions: {events}",
             f"unreadable last.ckpt: {len(self.unreadable)}",
-            f"runs that ended wrongly or did not go on: {len(self.failed)}",
+            f"runs that ended wrongly or did not resume: {len(self.failed)}",
             f"differences to the uninterrupted run: {len(self.differences)}",
         ]
         return "\n".join([*lines, *self.unreadable, *self.failed, *self.differences])
@@ -62,7 +62,7 @@ class Findings:
 
 
 def overrides(place: Path) -> tuple[str, ...]:
-    """Return the overrides of a run below `place`; the same command starts it and lets it go on."""
+    """Return the overrides of a run below `place`; the same command starts and resumes it."""
     stage = (f"+callbacks.stage.file={place}.stage", "+callbacks.stage._target_=tests.campaigns.stage_file.StageFile")
     return (*RUN, *stage, f"paths.log_dir={place}", "resume=auto")
 
@@ -84,7 +84,7 @@ def is_finished(place: Path) -> bool:
 
 
 def finish_and_compare(folder: Path, place: Path, uninterrupted: Path, findings: Findings) -> None:
-    """Let a run go on to its end, and compare it with the folder of the uninterrupted run."""
+    """Resume a run to its end, and compare it with the folder of the uninterrupted run."""
     findings.runs += 1
     if not is_finished(place):
         ended = spawn("train", folder, *overrides(place))

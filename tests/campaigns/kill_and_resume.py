@@ -1,4 +1,4 @@
-"""Ends runs by a signal at random moments, lets them go on, and compares them with an uninterrupted run.
+"""End runs by a signal at random moments, resume them, and compare them with an uninterrupted run.
 
     python -m tests.campaigns.kill_and_resume --runs 30                  # SIGKILL
     python -m tests.campaigns.kill_and_resume --runs 30 --signal TERM    # or INT, Ctrl-C
@@ -52,7 +52,7 @@ def campaign(
 
 
 def _interrupt(folder: Path, place: Path, moment: float, signum: signal.Signals, findings: Findings) -> None:
-    """Start a run or let it go on, and send it a signal `moment` seconds after it has begun to train."""
+    """Start or resume a run, and send it a signal `moment` seconds after training has begun."""
     process, stage = begin(folder, place)
     time.sleep(moment)
     if process.poll() is not None:
@@ -81,7 +81,7 @@ def _check_step(place: Path, err: str, findings: Findings) -> None:
     message = re.search(r"(?:terminated|interrupted) at step (\d+)\nto resume from step (\d+):\n", err)
     steps = [load(path)["global_step"] for path in place.glob("train/runs/*/checkpoints/last.ckpt")]
     if message is None or "Traceback" in err:
-        findings.failed.append(f"{place.name}: no message how to go on: {err[-500:]}")
+        findings.failed.append(f"{place.name}: no message how to resume: {err[-500:]}")
     elif [int(message[1]), int(message[2])] != steps * 2:
         findings.failed.append(
             f"{place.name}: ended at step {message[1]}, resumes from {message[2]}, checkpoint of {steps}"

@@ -1,9 +1,9 @@
-"""Loads damaged and forged files by the thousand: each loads correctly or raises an EnergyFlowError.
+"""Load thousands of damaged and forged files: each must load correctly or raise an EnergyFlowError.
 
     python -m tests.campaigns.mutated_files --data 20000 --checkpoints 5000
 
-All in one process. Everything else is a failure: another exception, a hang, growing memory, wrong content. File number
-i is the same in every run, except for the order of names in safetensors headers, which the library chooses.
+All files load in one process. Another exception, a hang, growing memory or wrong content is a failure. File number i is
+the same in every run, except for the order of names in safetensors headers, which the library chooses.
 `--only data:123` loads one file again.
 """
 
@@ -69,7 +69,7 @@ class Outcome:
 
 
 def forged(seed: Seed, rng: random.Random, seeds: Sequence[Seed]) -> bytes:
-    """Return a seed damaged one to three times, or with changed values under correct checksums."""
+    """Return a seed with one to three damages, or with changed values and correct checksums."""
     if seed.name.startswith("model") and rng.random() < 0.3:
         return (_other_settings if seed.name.endswith(".ckpt") else _other_card)(seed.content, rng)
     content, others = seed.content, [other.content for other in seeds]

@@ -44,7 +44,7 @@ def overwrites(content: bytes, rng: random.Random, others: Sequence[bytes]) -> b
 
 
 def truncations(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Cut off the end."""
+    """Cut off the end of the file."""
     return content[: rng.randrange(len(content))]
 
 
@@ -73,7 +73,7 @@ def words(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
 
 
 def records(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Damage one record of a zip archive under a correct checksum; or rename, compress, remove or repeat one."""
+    """Damage one record of a zip archive and correct its checksum; or rename, compress, remove or repeat one."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             parts = [(info.filename, archive.read(info)) for info in archive.infolist()]
@@ -100,7 +100,7 @@ def records(content: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def headers(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Change the length of a safetensors header, or its text under a correct length."""
+    """Change the length of a safetensors header; or change its text and correct the length."""
     if len(content) < 8 or content[8:9] != b"{":
         return flips(content, rng, others)
     length = int.from_bytes(content[:8], "little")

@@ -1,4 +1,4 @@
-"""Shows other processes the stage of a run."""
+"""Show the stage of a run to other processes."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 
 
 class StageFile(Callback):
-    """Writes the stage of the run into a file."""
+    """Write the stage of the run into a file."""
 
     def __init__(self, file: str) -> None:
         self._file = Path(file)

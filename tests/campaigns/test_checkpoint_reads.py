@@ -1,4 +1,4 @@
-"""A run with `resume=auto` opens each checkpoint once, and the counter sees every way to open one."""
+"""A run with `resume=auto` opens each checkpoint once, and the counter notices every way to open one."""
 
 import os
 import subprocess

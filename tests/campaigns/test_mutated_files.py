@@ -1,4 +1,4 @@
-"""The campaigns in their short form, the failures that they find, and headers of any structure."""
+"""The campaigns in their short form, the failures that they must find, and headers of any structure."""
 
 import json
 import signal
@@ -36,7 +36,7 @@ def test_files_load_correctly_or_are_refused(tmp_path: Path, kind: str, count: i
     found = campaign(kind, count, tmp_path)
     assert found.failures == []
     assert found.loaded + found.refused == count
-    assert found.loaded > count // 30  # otherwise the test reaches only the first checks of a file
+    assert found.loaded > count // 30  # otherwise the test reaches only the first checks
     assert found.refused > count // 2
 
 

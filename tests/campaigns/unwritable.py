@@ -1,4 +1,4 @@
-"""Takes the disk from runs at random moments, gives it back, and compares them with an uninterrupted run.
+"""Make the disk of runs unwritable at random moments, restore it, and compare the runs with an uninterrupted run.
 
     python -m tests.campaigns.unwritable full --runs 30         # a small tmpfs; needs the right to mount it
     python -m tests.campaigns.unwritable read-only --runs 30    # a folder without write permission
@@ -40,7 +40,7 @@ REASONS = {"full": ("No space left on device",), "read-only": ("Permission denie
 
 @dataclass
 class Disk:
-    """A place for a run. `take` makes it unwritable, `give` makes it writable again."""
+    """The folder of a run. `take` makes it unwritable, `give` makes it writable again."""
 
     place: Path
     take: Callable[[int], None]  # a tmpfs keeps this number of free bytes
@@ -75,7 +75,7 @@ def small_disk(place: Path) -> Iterator[Disk]:
 
 @contextmanager
 def locked_folder(place: Path) -> Iterator[Disk]:
-    """Make a folder whose files and folders lose and regain their write permission."""
+    """Make a folder that can lose and regain all write permissions."""
     place.mkdir()
 
     def change(writable: bool) -> None:
@@ -106,7 +106,7 @@ def campaign(kind: str, folder: Path, runs: int, seed: int) -> Findings:
 
 
 def _run(kind: str, folder: Path, disk: Disk, size: int, span: float, rng: random.Random, findings: Findings) -> None:
-    """Take the disk from one run. An uninterrupted run has `size` bytes and takes `span` seconds."""
+    """Make the disk of one run unwritable. An uninterrupted run has `size` bytes and takes `span` seconds."""
     small = kind == "full" and rng.random() < 0.4
     if small:
         disk.take(int(rng.uniform(0, 1.3) * size))

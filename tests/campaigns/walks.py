@@ -1,12 +1,12 @@
 """Count how often a training step changes between files of the package: `python -m tests.campaigns.walks --help`.
 
 A hop is a change of file while the call stack runs. `sys.setprofile` reports every call and every return of a Python
-function. After each of them, take the innermost frame that belongs to the package. If its file isn't that of the event
-before, count one hop. So a call into another file is one hop, and the return from it is another. Frames outside the
-package (torch, Lightning, the standard library, generated code) are transparent.
+function. After each event, take the innermost frame of the package. If its file is not the same as after the previous
+event, count one hop. So a call into another file is one hop, and the return from it is another. Frames outside the
+package (torch, Lightning, the standard library, generated code) don't count.
 
-The walk starts in `training_step` of the module and ends with its return, in the second batch: the first also fills
-caches. The model is that of the default config: one GRU layer, no noise, no children, learned temperature.
+The walk is one call of `training_step`, in the second batch, because the first one also fills caches. The model has the
+default config: one GRU layer, no noise, no children, learned temperature.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class Walk:
 
 
 class RecordedModule(EnergyFlowModule):
-    """Records the walk of its last training step."""
+    """A module that records the walk of its last training step."""
 
     walk: Walk
 

@@ -1,4 +1,4 @@
-"""The contents of a valid checkpoint."""
+"""The contents of a valid checkpoint, for the tests of this folder."""
 
 from typing import Any
 

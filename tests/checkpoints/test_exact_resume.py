@@ -1,4 +1,4 @@
-"""Random streams continue where they were, and a batch that has only begun isn't counted."""
+"""Random streams continue at the same place, and an unfinished batch does not count."""
 
 import random
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def test_random_streams(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("every_seconds", [0.0, -1.0, float("nan")])
-def test_an_interval_that_can_not_be(every_seconds: float) -> None:
+def test_an_invalid_interval(every_seconds: float) -> None:
     with pytest.raises(
         ConfigError, match=r"callbacks.last_checkpoint.every_seconds = .*: should be greater than 0; inf saves"
     ):

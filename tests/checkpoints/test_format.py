@@ -1,4 +1,4 @@
-"""One schema: the arguments of the module, the written provenance and a whole checkpoint agree with it."""
+"""The arguments of the module, the written provenance and a whole checkpoint agree with the one schema."""
 
 import inspect
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from energy_flow.checkpoints import format as checkpoints
-from energy_flow.checkpoints.archive import read_archive, read_outline
+from energy_flow.checkpoints.archive import read_archive
 from energy_flow.checkpoints.format import Contents, HyperParameters, Provenance
 from energy_flow.errors import CheckpointError
 from energy_flow.training.module import EnergyFlowModule
@@ -28,10 +28,10 @@ def test_what_is_written_is_the_schema(valid: dict[str, Any]) -> None:
     assert set(valid) | {"global_step"} == names
 
 
-def test_an_outline_has_everything_but_the_numbers(tmp_path: Path, valid: dict[str, Any]) -> None:
+def test_an_outline_has_all_but_the_numbers(tmp_path: Path, valid: dict[str, Any]) -> None:
     path = tmp_path / "it.ckpt"
     path.write_bytes(saved({**valid, "global_step": 12}))
-    outline, contents = read_outline(path), read_archive(path)
+    outline, contents = read_archive(path, outline=True), read_archive(path)
     weights = outline.pop("state_dict")
     assert {name: value.shape for name, value in weights.items()} == {
         name: value.shape for name, value in contents.pop("state_dict").items()
@@ -52,7 +52,7 @@ def test_the_step_is_read_without_weights(
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_a_step_is_read_from_no_archive_that_lies(tmp_path: Path, case: str) -> None:
+def test_no_step_is_read_from_a_forged_archive(tmp_path: Path, case: str) -> None:
     path = tmp_path / "it.ckpt"
     content, part = ARCHIVES[case]
     path.write_bytes(content)
@@ -60,7 +60,7 @@ def test_a_step_is_read_from_no_archive_that_lies(tmp_path: Path, case: str) -> 
         checkpoints.read_step(path)
 
 
-def test_a_step_is_read_from_no_corrupt_file(tmp_path: Path, valid: dict[str, Any]) -> None:
+def test_no_step_is_read_from_a_corrupt_file(tmp_path: Path, valid: dict[str, Any]) -> None:
     path, content = tmp_path / "it.ckpt", saved({**valid, "global_step": 12})
     record = content.index(valid["state_dict"]["processor.map_in.cell_value"].numpy().tobytes())
     for corrupt in (content[:-1], content[:record] + b"\x01" + content[record + 1 :], b""):

@@ -1,4 +1,4 @@
-"""Checkpoints are written whole, or the one before stays; one that was read is handed on once."""
+"""A checkpoint is written whole or not at all, and a loaded one is handed on once."""
 
 import resource
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ LARGE = {"global_step": 2, "weights": torch.ones(10_000)}
 
 @contextmanager
 def room(size: int) -> Iterator[None]:
-    """Limit the size of files, as a full disk does."""
+    """Limit the size of files, which has the effect of a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -33,7 +33,7 @@ def step(path: Path) -> int:
     return int(torch.load(path, weights_only=True)["global_step"])
 
 
-def test_the_one_before_stays(tmp_path: Path) -> None:
+def test_the_previous_checkpoint_stays(tmp_path: Path) -> None:
     io, last = AtomicCheckpointIO(), tmp_path / "deep" / "last.ckpt"
     io.save_checkpoint(SMALL, last)
     assert list(last.parent.iterdir()) == [last]
@@ -63,7 +63,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
         AtomicCheckpointIO().save_checkpoint({"global_step": 1, "it": lambda: None}, tmp_path / "last.ckpt")
 
 
-def test_leftovers_go_when_a_run_goes_on(tmp_path: Path) -> None:
+def test_resuming_removes_leftovers(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for name in ("metrics.json.unfinished", "checkpoints/last.ckpt.unfinished", "checkpoints/last.ckpt"):
         (tmp_path / name).write_bytes(b"")

@@ -27,7 +27,7 @@ PACKAGE = Path(loops.__file__).parents[1]
 
 
 class Watch(Callback):
-    """Note the value of a function at the end of every training batch."""
+    """Record the value of a function at the end of every training batch."""
 
     def __init__(self, function: Callable[[Trainer], Any]) -> None:
         self.function, self.seen = function, []
@@ -37,7 +37,7 @@ class Watch(Callback):
 
 
 class Steps(Logger):
-    """Keep the steps of all metrics."""
+    """Record the steps of all metrics."""
 
     name, version = "steps", "0"
 
@@ -164,7 +164,7 @@ def test_the_counts_of_a_checkpoint(tmp_path: Path) -> None:
 
 
 class Overriding(ModelCheckpoint):
-    """As BestCheckpoint: note when Lightning calls the private methods that it overrides."""
+    """Override the private methods that BestCheckpoint overrides, and record when Lightning calls them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -180,7 +180,7 @@ class Overriding(ModelCheckpoint):
 
 
 class Falling(BoringModel):
-    """A validation metric that gets better in every epoch."""
+    """A validation metric that improves in every epoch."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         self.log("metric", 10.0 - self.trainer.current_epoch)
@@ -212,7 +212,7 @@ OVERRIDDEN = {
     "ResumableCSVLogger": {"_experiment"},
     "_Writer": {"_check_log_dir_exists"},
 }
-# Private names of torch that Lightning has as well.
+# Private names of torch that Lightning also has.
 OTHERS = {"_version", "_dynamo"}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "lightning_loops.py")
@@ -243,7 +243,7 @@ def own_names(trees: list[ast.AST]) -> set[str]:
 
 
 def foreign(tree: ast.AST, own: set[str]) -> Iterator[str]:
-    """Private names of Lightning: attributes that the package doesn't define itself, and imports."""
+    """Private names of Lightning: imported names, and attributes that the package doesn't define itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in IN_LIGHTNING - own - OTHERS:
             yield node.attr

@@ -1,4 +1,4 @@
-"""Checkpoints and configs from strangers run no code, build nothing they name, and no size in them is trusted."""
+"""Checkpoints and configs from strangers run no code and build no named class. Their sizes are checked first."""
 
 import collections
 import io
@@ -36,7 +36,7 @@ def repacked(
     more: tuple[tuple[str, bytes], ...] = (),
     compression: int = zipfile.ZIP_STORED,
 ) -> bytes:
-    """The archive with its records changed."""
+    """The archive of `path` with changed records."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(file, "w", compression) as target:
         for name in archive.namelist():
@@ -47,7 +47,7 @@ def repacked(
 
 
 def refused(content: bytes, folder: Path, *parts: str) -> None:
-    """Check that every loader refuses it: training and evaluation, plain PyTorch, Lightning."""
+    """Check that every loader refuses the file: training and evaluation, plain PyTorch, Lightning."""
     path = folder / "stranger.ckpt"
     path.write_bytes(content)
     for load in (checkpoints.load, EnergyFlowModel.from_checkpoint, EnergyFlowModule.load_from_checkpoint):
@@ -59,7 +59,7 @@ def refused(content: bytes, folder: Path, *parts: str) -> None:
 
 
 class Calls:
-    """Call a function when unpickled."""
+    """Unpickling this object calls a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -69,7 +69,7 @@ class Calls:
 
 
 def trap(path: Path) -> dict[str, Calls]:
-    """Gadgets that would make a folder."""
+    """Objects whose unpickling would make a folder."""
     code = f"__import__('os').mkdir({str(path)!r})"
     return {
         "os.mkdir": Calls(os.mkdir, str(path)),
@@ -127,7 +127,7 @@ def bomb(levels: int) -> list:
 
 
 def wider(valid: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-    """Give every weight a shape with more places than it has numbers."""
+    """Give every weight a shape that is larger than its storage."""
     weights = {name: torch.zeros(()).expand(shape) for name in valid["state_dict"]}
     return {**valid, "state_dict": weights}
 
@@ -180,7 +180,7 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CONTENTS)
-def test_contents_that_are_endless_huge_or_name_code(tmp_path: Path, valid: dict[str, Any], case: str) -> None:
+def test_endless_huge_or_executable_contents(tmp_path: Path, valid: dict[str, Any], case: str) -> None:
     change, part = CONTENTS[case]
     path = tmp_path / "stranger.ckpt"
     path.write_bytes(saved(change(valid)))
@@ -201,7 +201,7 @@ def pickled(before: bytes, after: bytes) -> Callable[[str, bytes], bytes]:
     return change
 
 
-LONG = b"\x8a\x05" + (1 << 34).to_bytes(5, "little")  # 2^34 as a pickle says it
+LONG = b"\x8a\x05" + (1 << 34).to_bytes(5, "little")  # 2^34 as a pickle opcode
 FOUR = saved({"weight": torch.ones(4)})
 SHARED = b"K\x00K\x04\x85"  # offset 0, shape (4,)
 ARCHIVES = {
@@ -223,20 +223,20 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_archives_that_lie(tmp_path: Path, case: str) -> None:
+def test_forged_archives(tmp_path: Path, case: str) -> None:
     content, part = ARCHIVES[case]
     refused(content, tmp_path, part)
 
 
-def test_a_shape_that_is_dropped_again_is_found_too(tmp_path: Path) -> None:
-    """torch would allocate it before it is dropped: by a key that is written twice, as its unpickler knows no POP."""
+def test_a_huge_shape_is_found_even_if_it_is_dropped_again(tmp_path: Path) -> None:
+    """A key that is written twice drops its first value. torch would allocate this value before."""
     contents = repacked(saved({"weight": torch.ones(4)}), pickled(SHARED, b"K\x00" + LONG + b"\x85"))
     twice = repacked(contents, pickled(b"s.", b"sX\x06\x00\x00\x00weightNs."))
     refused(twice, tmp_path, "larger than their")
 
 
 def test_overlapping_records(tmp_path: Path) -> None:
-    """Many names for the same bytes: small in the file, endless to read."""
+    """Many records share the same bytes: the file is small, but reading it would never end."""
     content = saved({"weight": torch.ones(50_000)})
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         info = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
@@ -269,7 +269,7 @@ def test_a_config_in_a_checkpoint_stays_text(tmp_path: Path, valid: dict[str, An
     assert not (tmp_path / "trap").exists()
 
 
-def test_the_best_checkpoint_is_looked_for_beside_the_last_one(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_searched_beside_the_last(tmp_path: Path) -> None:
     (tmp_path / "secret.ckpt").write_text("of somebody else")
     callback = BestCheckpoint(dirpath=tmp_path / "run")
     state = {**callback.state_dict(), "dirpath": "/elsewhere", "best_model_path": str(tmp_path / "secret.ckpt")}

@@ -19,7 +19,7 @@ def program(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> stand_in.Library:
-    """Instead of sentence-transformers."""
+    """A replacement of sentence-transformers."""
     library = stand_in.Library()
     monkeypatch.setitem(sys.modules, "sentence_transformers", library)
     monkeypatch.setitem(sys.modules, "transformers.utils.logging", stand_in.Bars())
@@ -28,7 +28,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> stand_in.Library:
 
 @pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny files and, in logs/, the run of `trained`."""
+    """A folder with tiny files, and the run of `trained` in logs/."""
     folder = tmp_path_factory.mktemp("trained")
     write_pairs(folder)
     return folder
@@ -36,7 +36,7 @@ def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(trained_folder: Path) -> Outcome:
-    """One finished run with everything on, in a process of its own."""
+    """One finished run with everything switched on, in its own process."""
     overrides = (
         "trainer.max_epochs=2",
         "baselines.enabled=true",

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from safetensors.torch import save_file
 
+from energy_flow import train
 from energy_flow.check import main as check_main
 from energy_flow.encode import main as encode_main
 from energy_flow.evaluate import main as evaluate_main
@@ -28,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 DIM = 16
 SIZES = {"train": 64, "val": 32, "test": 32}
 
-# A model and a run as small as they get; pictures cost seconds and have their own tests.
+# The smallest model and run. Figures take seconds and have their own tests.
 TINY = {
     "data": "files",
     "lattice.width": "4",
@@ -65,7 +67,7 @@ class Outcome:
 
     @property
     def folder(self) -> Path:
-        """The run folder that was printed."""
+        """The printed run folder."""
         return Path(self.out.split("run folder: ")[1].split("\n")[0])
 
     def metrics(self) -> dict[str, float]:
@@ -88,7 +90,7 @@ def write_pairs(folder: Path, sizes: dict[str, int] | None = None, dim: int = DI
 
 
 def words(program: str, folder: Path, overrides: tuple[str, ...]) -> list[str]:
-    """The command line of a tiny run on the files of `folder`; `overrides` win over what they repeat."""
+    """The command line of a tiny run on the files of `folder`. `overrides` replace defaults."""
     own = MODULES[program][1]
     splits = {f"data.{split}": str(folder / f"{split}.safetensors") for split in SIZES} if "data" in own else {}
     given = {word.split("=")[0].lstrip("+~") for word in overrides}
@@ -106,8 +108,16 @@ class Program:
     capture: pytest.CaptureFixture
     patch: pytest.MonkeyPatch
 
-    def train(self, *overrides: str, multirun: bool = False) -> Outcome:
-        return self._run("train", overrides, multirun=multirun)
+    def train(self, *overrides: str, multirun: bool = False, more_callbacks: Sequence[Callback] = ()) -> Outcome:
+        """Run the training program; `more_callbacks` come after the callbacks of the config."""
+        build = train.build_trainer
+
+        def build_with_more(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
+            return build(*args, callbacks=[*callbacks, *more_callbacks], **kwargs)
+
+        with self.patch.context() as patch:
+            patch.setattr(train, "build_trainer", build_with_more)
+            return self._run("train", overrides, multirun=multirun)
 
     def evaluate(self, *overrides: str) -> Outcome:
         return self._run("evaluate", overrides)
@@ -137,7 +147,7 @@ class Program:
         with _logging_as_it_was(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("default")
             for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-                warnings.simplefilter("ignore", hidden)  # as Python does
+                warnings.simplefilter("ignore", hidden)  # as Python does by default
             try:
                 MODULES[program][0]()
                 code = 0
@@ -163,7 +173,7 @@ def files_of_runs(folder: Path) -> set[Path]:
 
 @contextmanager
 def _logging_as_it_was() -> Iterator[None]:
-    """Hydra replaces the root logger's handlers and level."""
+    """Restore the handlers and the level of the root logger, because Hydra replaces them."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
@@ -175,7 +185,7 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a subprocess; its configs may name callbacks of the tests."""
+    """The environment of a subprocess whose configs may name callbacks of the tests."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "ENERGY_FLOW_TRUST": "tests"}
     return {**os.environ, **own, **changes}
@@ -187,7 +197,7 @@ def spawn(program: str, folder: Path, *overrides: str, cwd: Path | None = None, 
 
 
 def run_alone(program: str, cwd: Path, arguments: Sequence[str], *, check: bool = False) -> Outcome:
-    """Run `python -m energy_flow.<program>` with these arguments and no others to its end."""
+    """Run `python -m energy_flow.<program>` to its end with exactly these arguments."""
     done = subprocess.run(
         [sys.executable, "-m", f"energy_flow.{program}", *arguments],
         cwd=cwd,
@@ -201,7 +211,7 @@ def run_alone(program: str, cwd: Path, arguments: Sequence[str], *, check: bool 
 
 
 def start(program: str, folder: Path, *overrides: str, prefix: Sequence[str] = ()) -> subprocess.Popen:
-    """Start a program, with the command `prefix` before it, and don't wait for it."""
+    """Start a program behind the command `prefix`, without waiting for it."""
     return subprocess.Popen(
         [*prefix, sys.executable, "-m", f"energy_flow.{program}", *words(program, folder, overrides)],
         cwd=folder,
@@ -213,7 +223,7 @@ def start(program: str, folder: Path, *overrides: str, prefix: Sequence[str] = (
 
 
 def wait_for(process: subprocess.Popen, condition: Any, seconds: float = 120) -> None:
-    """Wait until `condition()` holds; fail if the process ends before, or after `seconds`."""
+    """Wait until `condition()` is true. Fail if the process ends first, or after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended early: {process.communicate()}"
@@ -222,7 +232,7 @@ def wait_for(process: subprocess.Popen, condition: Any, seconds: float = 120) ->
 
 
 def interrupt(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Press Ctrl-C; returns exit code, stdout and stderr."""
+    """Press Ctrl-C. Returns exit code, stdout and stderr."""
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err

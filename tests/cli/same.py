@@ -7,11 +7,11 @@ from tests.cli.helpers import read_metrics
 from tests.cli.test_resume import checkpoint, differences
 from tests.training.runs import scalars
 
-_MEASURED = ("time/", "memory/", "cleanup/", "result/fit_seconds")  # depend on the machine
+_MEASURED = ("time/", "memory/", "cleanup/", "result/fit_seconds")  # these depend on the machine
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's scalars that don't depend on the machine."""
+    """TensorBoard's scalars, without those that depend on the machine."""
     return {tag: points for tag, points in scalars(folder / "tensorboard").items() if not tag.startswith(_MEASURED)}
 
 
@@ -27,7 +27,7 @@ def rows(folder: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def unlike(one: Path, other: Path) -> list[str]:
-    """Names of the values that differ between two run folders, bit for bit; without times."""
+    """Names of values that are not equal bit for bit in two run folders. Times are left out."""
     found = []
     for name in ("last", "best"):
         found += [f"{name}.ckpt{path}" for path in differences(checkpoint(one, name), checkpoint(other, name))]

@@ -1,4 +1,4 @@
-"""Replace sentence-transformers without a model: an embedding depends on its text alone."""
+"""A replacement of sentence-transformers without a model. An embedding depends only on its text."""
 
 import types
 import zlib
@@ -28,7 +28,7 @@ PREFIXES = ("stand/in-", "sentence-transformers/in-")
 
 
 class Library(types.ModuleType):
-    """The module; its models have the names `stand/in-DIM` and `sentence-transformers/in-DIM`.
+    """The module. Its models have the names `stand/in-DIM` and `sentence-transformers/in-DIM`.
 
     Attributes:
         cached: whether models are on this machine.

@@ -1,4 +1,4 @@
-"""A config that can't work is refused before any training, with value, limit, key and remedy in the message."""
+"""An invalid config is refused before any training. The message has value, limit, key and remedy."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_the_users_value_is_shown_in_full(program: Program) -> None:
 
 
 def test_the_remedy_for_a_metric_that_is_never_measured(program: Program) -> None:
-    """It names every callback that monitors the metric."""
+    """The message names every callback that monitors the metric."""
     unmeasured = "+trainer.limit_val_batches=0"
     message = program.refused(unmeasured)
     assert "val/mrr would never be measured" in message
@@ -142,8 +142,8 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize(("override", "key", "reason"), FOLDERS, ids=[row[0] for row in FOLDERS])
-def test_folders_that_can_not_be_written(program: Program, override: str, key: str, reason: str) -> None:
-    """A file is in the way: no permissions help there."""
+def test_unwritable_folders(program: Program, override: str, key: str, reason: str) -> None:
+    """A file has the name of the folder, so even the superuser can't make the folder."""
     way = program.folder / "file"
     way.write_text("")
     message = program.refused(override.format(way))
@@ -151,7 +151,7 @@ def test_folders_that_can_not_be_written(program: Program, override: str, key: s
         assert part in message
 
 
-def test_the_folder_of_a_sweep_that_can_not_be_written(program: Program) -> None:
+def test_an_unwritable_sweep_folder(program: Program) -> None:
     way = program.folder / "file"
     way.write_text("")
     outcome = program.train("seed=1,2", f"paths.log_dir={way}", multirun=True)
@@ -160,7 +160,7 @@ def test_the_folder_of_a_sweep_that_can_not_be_written(program: Program) -> None
     assert str(way) in outcome.err
 
 
-def test_keys_of_groups_that_were_not_chosen(program: Program) -> None:
+def test_keys_of_other_options(program: Program) -> None:
     message = program.refused("logger=csv", "logger.tensorboard.prefix=x")
     assert "logger.tensorboard" in message
 
@@ -175,7 +175,7 @@ def test_a_config_file_that_is_not_yaml(program: Program) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("override", ["trainer.accelerator=gpu", "trainer=gpu", "trainer=ddp"])
-def test_a_device_that_is_not_there(program: Program, override: str) -> None:
+def test_a_missing_device(program: Program, override: str) -> None:
     message = program.refused(override)
     assert "accelerator=gpu" in message
     assert "trainer.accelerator=auto" in message
@@ -196,7 +196,7 @@ def test_a_sweep_of_jobs_of_several_processes(program: Program) -> None:
     assert not list((program.folder / "logs").rglob("*.ckpt"))
 
 
-def test_the_reason_stands_in_the_log_too(program: Program) -> None:
+def test_the_log_has_the_reason_too(program: Program) -> None:
     program.refused("lattice.depth=0")
     (log,) = (program.folder / "logs").rglob("train.log")
     assert "lattice.depth = 0" in log.read_text()
@@ -209,7 +209,7 @@ def test_training_needs_a_posix_system(program: Program) -> None:
     assert "On Windows use WSL" in message
 
 
-def test_a_fault_of_the_program_is_not_dressed_up(program: Program) -> None:
+def test_a_bug_keeps_its_traceback(program: Program) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise ValueError("a bug")
 
@@ -229,7 +229,7 @@ def test_a_fault_of_the_program_is_not_dressed_up(program: Program) -> None:
         ("evaluate", "trainer=cpu", "ckpt_path: missing"),
     ],
 )
-def test_in_a_process_of_its_own(tmp_path, program_name: str, override: str, part: str) -> None:
+def test_in_a_separate_process(tmp_path, program_name: str, override: str, part: str) -> None:
     write_pairs(tmp_path)
     outcome = spawn(program_name, tmp_path, override)
     assert outcome.code == 1

@@ -41,7 +41,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_data_that_do_not_fit(program: Program, case: str) -> None:
+def test_mismatched_data(program: Program, case: str) -> None:
     tensors, parts = DATA[case]
     path = program.folder / "val.safetensors"
     save_file(tensors, path)
@@ -77,7 +77,7 @@ def test_objects_instead_of_numbers(program: Program) -> None:
 
 
 class Gadget:
-    """Unpickled, it would make a folder."""
+    """Unpickling this object would make a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,7 +110,7 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
 
 
 def restored(content: bytes, path: Path) -> EnergyFlowModule | None:
-    """The module of a checkpoint's bytes; None where it is refused."""
+    """The module of a checkpoint's bytes; None if the checkpoint is refused."""
     path.write_bytes(content)
     try:
         return compatibility.restore(EnergyFlowModule, checkpoints.load(path), path)
@@ -123,7 +123,7 @@ def same_weights(module: EnergyFlowModule, whole: dict[str, Any]) -> bool:
 
 
 def test_corrupt_bytes_are_found(checkpoint: Path, tmp_path: Path) -> None:
-    """Anywhere in the file, also in the weights, which torch alone would load as other weights."""
+    """A flipped bit is found anywhere in the file, even in weights, where torch itself checks nothing."""
     rng, whole = random.Random(0), checkpoint.read_bytes()
     loaded = torch.load(checkpoint, weights_only=True)
     found = [restored(flipped(whole, rng), tmp_path / "corrupt.ckpt") for _ in range(150)]
@@ -134,8 +134,8 @@ def test_corrupt_bytes_are_found(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_whatever_the_pickle_holds(checkpoint: Path, tmp_path: Path) -> None:
-    """Corrupt bytes under a valid checksum: contents that can be read are checked before they are used."""
+def test_any_contents_of_a_pickle(checkpoint: Path, tmp_path: Path) -> None:
+    """The checksum is valid, but the bytes are corrupt: readable contents are checked before use."""
     rng, archive = random.Random(0), zipfile.ZipFile(checkpoint)
     (pickled,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
     outcomes = []
@@ -190,7 +190,7 @@ def test_contents_of_another_type(program: Program, checkpoint: Path, where: str
         assert f"not a checkpoint of energy_flow ({where}: " in program.refused(f"ckpt_path={path}", program=name)
 
 
-def test_settings_of_a_checkpoint_that_can_not_be(checkpoint: Path, tmp_path: Path) -> None:
+def test_invalid_settings_in_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     whole, path = torch.load(checkpoint, weights_only=True), tmp_path / "settings.ckpt"
     for key, value, part in (("width", -1, "lattice.width = -1"), ("width", 2**62, ""), ("dpeth", 3, "lattice.dpeth")):
         lattice = {**whole["hyper_parameters"]["lattice"], key: value}
@@ -212,7 +212,7 @@ def test_a_checkpoint_runs_no_code(program: Program, checkpoint: Path, name: str
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
-def test_checkpoints_of_something_else(program: Program, name: str) -> None:
+def test_checkpoints_of_other_programs(program: Program, name: str) -> None:
     path = program.folder / "other.ckpt"
     for saved in ({"state_dict": {"weight": torch.ones(2)}}, [1, 2], torch.ones(3)):
         torch.save(saved, path)

@@ -1,4 +1,4 @@
-"""Encoding text pairs: written files, continuation after an interruption, refusals before encoding starts."""
+"""Encoding text pairs: written files, resuming after an interruption, refusals before encoding starts."""
 
 import csv
 import json
@@ -38,7 +38,8 @@ def test_written_files(pairs: Program, dtype: str, error: float) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     assert "checked: 50 pairs with names, all rows finite and of length 1" in outcome.out
     dataset = PairDataset(pairs.folder / "out.safetensors", normalize=False)
-    assert dataset.storage == {"int8": "int8 with row scales"}.get(dtype, dtype)
+    stored = {"int8": "int8 with row scales"}.get(dtype, dtype)
+    assert dataset.description == f"stored as {stored}, not normalised, named"
     assert dataset.names == [target for _, target in PAIRS]
     for side, rows in enumerate(dataset.all()):
         torch.testing.assert_close(rows, rows_of(side), atol=error, rtol=0)
@@ -55,7 +56,7 @@ def test_training_accepts_the_output(pairs: Program) -> None:
     assert "nearest targets of the first test rows:\n  word 0: word " in outcome.out
 
 
-def test_an_input_in_the_place_of_the_names_stays(pairs: Program) -> None:
+def test_an_input_is_not_overwritten_by_the_names(pairs: Program) -> None:
     before = (pairs.folder / "pairs.jsonl").read_bytes()
     assert pairs.encode("output=pairs.safetensors").code == 0
     assert (pairs.folder / "pairs.jsonl").read_bytes() == before
@@ -128,8 +129,8 @@ def test_an_encoder_that_changed_is_found_at_the_end(pairs: Program, encoder: Li
     assert not (pairs.folder / "out.safetensors").exists()
 
 
-def test_an_encoder_that_int8_is_too_coarse_for(pairs: Program, encoder: Library) -> None:
-    """One number of its rows is much larger than the others; the first rows show it, and the remedy works."""
+def test_an_encoder_whose_rows_need_more_than_int8(pairs: Program, encoder: Library) -> None:
+    """One number of each row is much larger than the others. The first rows show it, and the remedy works."""
     encoder.change = np.eye(1, 512, dtype=np.float32)[0] * 3
     message = pairs.refused("encoder=stand/in-512", "batch_size=5", "save_every=1", program="encode")
     assert "dtype = int8: too coarse for this encoder: source row" in message
@@ -213,7 +214,7 @@ def test_refused(pairs: Program, encoder: Library, overrides: tuple[str, ...], p
     assert not list(pairs.folder.glob("*.partial"))
 
 
-def test_an_input_that_would_not_name_the_rows(pairs: Program) -> None:
+def test_an_input_that_would_name_the_rows_wrongly(pairs: Program) -> None:
     write_jsonl(pairs.folder / "pairs.jsonl", PAIRS, ("question", "answer"))
     given = ("source_key=question", "target_key=answer")
     assert "its rows would be named by the input file" in pairs.refused(

@@ -24,7 +24,7 @@ def best(trained: Outcome) -> Path:
 
 @pytest.fixture
 def other(best: Path, tmp_path: Path) -> Path:
-    """A file of `save_pretrained`: the same architecture with other weights, and without a loss."""
+    """A file of `save_pretrained`, with the same architecture, other weights and no loss."""
     model = EnergyFlowModel.from_checkpoint(best)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A run killed anywhere resumes with resume=auto as if nothing had happened: weights, counters, curves, results."""
+"""A run that is killed anywhere and resumed with resume=auto has the same weights, counters, curves and results."""
 
 import errno
 import re
@@ -12,7 +12,6 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import AtomicCounter
 from torch.utils.tensorboard import SummaryWriter
 
-from energy_flow import train
 from energy_flow.runs import folder as run_folder
 from energy_flow.runs.messages import unwritable
 from tests.cli.helpers import Program, check_message
@@ -29,23 +28,16 @@ OFTEN = (
 EMA = ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.7")
 
 
-def died(program: Program, callback: Callback, *overrides: str) -> None:
-    """A run that a callback ends with an error."""
-    build = train.build_trainer
-
-    def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, callback], **kwargs)
-
-    with program.patch.context() as patch:
-        patch.setattr(train, "build_trainer", build_and_stop)
-        with pytest.raises(RuntimeError, match="power cut"):
-            program.train(*overrides)
+def killed(program: Program, callback: Callback, *overrides: str) -> None:
+    """Start a run that a callback ends with an error."""
+    with pytest.raises(RuntimeError, match="power cut"):
+        program.train(*overrides, more_callbacks=[callback])
     # TensorBoard sorts files by the second in their name, and two runs of one process can begin in the same second.
     for count, file in enumerate(sorted(program.folder.rglob("tensorboard/events*"))):
         file.rename(file.with_name(re.sub(r"\d{10}", f"{1000000000 + count}", file.name, count=1)))
 
 
-def runs(program: Program) -> list[Path]:
+def run_folders(program: Program) -> list[Path]:
     return sorted((program.folder / "logs" / "train" / "runs").glob("*"))
 
 
@@ -62,21 +54,21 @@ def runs(program: Program) -> list[Path]:
 )
 def test_from_any_batch(program: Program, overrides: tuple[str, ...]) -> None:
     run = (*OFTEN, *overrides)
-    through = program.train(*run)
-    assert (through.code, through.err) == (0, "")
-    assert max(map(len, curves(through.folder).values())) > 5
+    uninterrupted = program.train(*run)
+    assert (uninterrupted.code, uninterrupted.err) == (0, "")
+    assert max(map(len, curves(uninterrupted.folder).values())) > 5
     for step in (3, 4, 6):  # of 4 in an epoch, 2 with accumulation
         here = f"hydra.run.dir={program.folder}/at_{step}"
-        died(program, StopAt(step, RuntimeError("power cut")), *run, here)
+        killed(program, StopAt(step, RuntimeError("power cut")), *run, here)
         last = torch.load(program.folder / f"at_{step}" / "checkpoints" / "last.ckpt", weights_only=True)
         assert last["global_step"] == step
-        torch.manual_seed(step)  # a resumed run must not live on the state of the process
+        torch.manual_seed(step)  # a resumed run must not depend on the state of the process
         program.patch.setattr(
             event_file_writer, "_global_uid", AtomicCounter(0)
         )  # the first file of a process, as after a kill
         outcome = program.train(*run, "resume=auto", here)
         assert (outcome.code, outcome.err) == (0, "")
-        assert unlike(through.folder, outcome.folder) == []
+        assert unlike(uninterrupted.folder, outcome.folder) == []
 
 
 CUT = RuntimeError("power cut")
@@ -87,8 +79,8 @@ def test_the_newest_unfinished_run_of_the_config(program: Program) -> None:
     assert (new.code, new.err) == (0, "")
     assert "no unfinished run with this config" in new.out
     for overrides in ((), (), ("seed=2",)):
-        died(program, StopAt(9, CUT), *BUSY, *overrides)
-    finished, older, newer, other = runs(program)
+        killed(program, StopAt(9, CUT), *BUSY, *overrides)
+    finished, older, newer, other = run_folders(program)
     assert finished == new.folder
     described = newer / ".hydra" / "config.yaml"
     before = described.stat().st_mtime_ns
@@ -99,8 +91,8 @@ def test_the_newest_unfinished_run_of_the_config(program: Program) -> None:
     assert outcome.folder == newer
     assert differences(checkpoint(finished), checkpoint(newer)) == []
     assert [run_folder.is_finished(folder) for folder in (finished, older, newer, other)] == [True, False, True, False]
-    assert len(runs(program)) == 4
-    assert described.stat().st_mtime_ns == before, "a kill while it is written again would leave half of it"
+    assert len(run_folders(program)) == 4
+    assert described.stat().st_mtime_ns == before, "written again, although a kill meanwhile would leave half of it"
 
 
 def test_a_finished_run_is_left_alone(program: Program) -> None:
@@ -115,7 +107,7 @@ def test_a_finished_run_is_left_alone(program: Program) -> None:
 
 def test_a_folder_with_a_run_is_not_overwritten(program: Program) -> None:
     here = f"hydra.run.dir={program.folder}/run"
-    died(program, StopAt(9, CUT), *BUSY, here)
+    killed(program, StopAt(9, CUT), *BUSY, here)
     config = (program.folder / "run" / ".hydra" / "config.yaml").read_text()
     message = program.refused("seed=5", here)
     assert "holds a run, which would be overwritten. Continue it with resume=auto" in message
@@ -124,15 +116,15 @@ def test_a_folder_with_a_run_is_not_overwritten(program: Program) -> None:
     assert (program.folder / "run" / ".hydra" / "config.yaml").read_text() == config
 
 
-def test_two_at_once(program: Program) -> None:
+def test_two_runs_at_once(program: Program) -> None:
     here = f"hydra.run.dir={program.folder}/run"
-    died(program, StopAt(9, CUT), *BUSY, here)
+    killed(program, StopAt(9, CUT), *BUSY, here)
     with run_folder.locked(program.folder / "run"):
         assert "another process trains in it" in program.refused(*BUSY, here, "resume=auto")
     assert program.train(*BUSY, here, "resume=auto").code == 0
 
 
-def test_one_way_to_resume(program: Program) -> None:
+def test_only_one_way_to_resume_at_a_time(program: Program) -> None:
     assert "resume = auto and ckpt_path = a.ckpt: give one of them" in program.refused(
         "resume=auto", "ckpt_path=a.ckpt"
     )
@@ -141,9 +133,11 @@ def test_one_way_to_resume(program: Program) -> None:
 
 def test_a_corrupt_last_checkpoint(program: Program) -> None:
     here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
-    died(program, StopAt(10, CUT), *OFTEN, here)
+    killed(program, StopAt(10, CUT), *OFTEN, here)
     last, before = folder / "last.ckpt", folder / "last-1.ckpt"
-    assert [torch.load(path, weights_only=True)["global_step"] for path in (before, last)] == [10, 10], "the error, too"
+    assert [torch.load(path, weights_only=True)["global_step"] for path in (before, last)] == [10, 10], (
+        "both from step 10: one of them after the error"
+    )
     last.write_bytes(last.read_bytes()[:-1000])
     message = program.refused(*OFTEN, here, f"ckpt_path={last}")
     assert "corrupt, or no checkpoint" in message
@@ -159,7 +153,7 @@ def test_a_corrupt_last_checkpoint(program: Program) -> None:
 
 def test_all_checkpoints_corrupt(program: Program) -> None:
     here, folder = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "checkpoints"
-    died(program, StopAt(9, CUT), *BUSY, here)
+    killed(program, StopAt(9, CUT), *BUSY, here)
     for path in folder.glob("*.ckpt"):
         path.write_bytes(b"")
     outcome = program.train(*BUSY, here, "resume=auto")
@@ -188,16 +182,10 @@ class NoFolder(Callback):
 
 
 @pytest.mark.parametrize("until", [14, 99])
-def test_a_last_checkpoint_that_can_not_be_written(program: Program, until: int) -> None:
-    build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
+def test_an_unwritable_last_checkpoint(program: Program, until: int) -> None:
+    here = f"hydra.run.dir={program.folder}/run"
     fault = NoFolder(program.folder / "run" / "checkpoints", (10, until))
-
-    def build_faulty(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, fault], **kwargs)
-
-    with program.patch.context() as patch:
-        patch.setattr(train, "build_trainer", build_faulty)
-        outcome = program.train(*BUSY, "optimizer.lr=1e-5", here)
+    outcome = program.train(*BUSY, "optimizer.lr=1e-5", here, more_callbacks=[fault])
     assert "last.ckpt: the checkpoint of step 12 can't be written (File exists)" in outcome.out
     if until == 14:
         assert outcome.code == 0
@@ -210,21 +198,15 @@ def test_a_last_checkpoint_that_can_not_be_written(program: Program, until: int)
         outcome = program.train(*BUSY, "optimizer.lr=1e-5", here, "resume=auto")
         assert (outcome.code, outcome.err) == (0, "")
         assert "from step 8" in outcome.out
-    through = program.train(*BUSY, "optimizer.lr=1e-5")
-    assert differences(checkpoint(through.folder), checkpoint(outcome.folder)) == []
+    uninterrupted = program.train(*BUSY, "optimizer.lr=1e-5")
+    assert differences(checkpoint(uninterrupted.folder), checkpoint(outcome.folder)) == []
 
 
-def test_a_best_one_that_can_not_be_written(program: Program) -> None:
+def test_an_unwritable_best_checkpoint(program: Program) -> None:
     """The saved state must not give the old file the score of the lost one."""
-    build, here = train.build_trainer, f"hydra.run.dir={program.folder}/run"
+    here = f"hydra.run.dir={program.folder}/run"
     fault = NoFolder(program.folder / "run" / "checkpoints", (6, 10))
-
-    def build_faulty(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, fault], **kwargs)
-
-    with program.patch.context() as patch:
-        patch.setattr(train, "build_trainer", build_faulty)
-        outcome = program.train(*BUSY, "optimizer.lr=0.01", "trainer.max_epochs=3", here)
+    outcome = program.train(*BUSY, "optimizer.lr=0.01", "trainer.max_epochs=3", here, more_callbacks=[fault])
     assert "best.ckpt: the checkpoint of step 8 can't be written (File exists)" in outcome.out
     states = [
         state
@@ -235,7 +217,7 @@ def test_a_best_one_that_can_not_be_written(program: Program) -> None:
     assert states[0]["best_model_score"] == states[1]["best_model_score"]
 
 
-def test_no_room_for_curves(program: Program) -> None:
+def test_no_space_for_curves(program: Program) -> None:
     def no_room(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -247,9 +229,9 @@ def test_no_room_for_curves(program: Program) -> None:
     assert f"it resumes from step {checkpoint(outcome.folder)['global_step']}" in outcome.err
 
 
-def test_half_a_row_of_csv(program: Program) -> None:
+def test_an_incomplete_csv_row(program: Program) -> None:
     here, file = f"hydra.run.dir={program.folder}/run", program.folder / "run" / "csv" / "metrics.csv"
-    died(program, StopAt(9, CUT), *OFTEN, here)
+    killed(program, StopAt(9, CUT), *OFTEN, here)
     with file.open("a") as end:
         end.write(file.read_text().splitlines()[-1][:-1])
     outcome = program.train(*OFTEN, here, "resume=auto")
@@ -257,12 +239,12 @@ def test_half_a_row_of_csv(program: Program) -> None:
     assert rows(outcome.folder) == rows(program.train(*OFTEN).folder)
 
 
-def test_errors_of_a_disk_that_can_not_be_written() -> None:
+def test_errors_of_an_unwritable_disk() -> None:
     assert unwritable(OSError(errno.ENOSPC, "No space left on device")) == (
         "the disk: No space left on device. Make room and repeat the command"
     )
     wrapped = ValueError("by a library")
     wrapped.__cause__ = PermissionError(errno.EACCES, "Permission denied", "a.csv")
     assert unwritable(wrapped) == "a.csv: Permission denied. Change its permissions and repeat the command"
-    assert unwritable(PermissionError(errno.EPERM, "Operation not permitted")) is None  # of a process, say
+    assert unwritable(PermissionError(errno.EPERM, "Operation not permitted")) is None  # also raised for processes
     assert unwritable(FileNotFoundError(errno.ENOENT, "No such file", "a.csv")) is None

@@ -1,4 +1,4 @@
-"""Runs of version 0.1.0 are evaluated, loaded and resumed by the code of today."""
+"""The present code loads, evaluates and resumes runs of version 0.1.0."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.cli.helpers import Program, read_metrics
 
 OLD = Path(__file__).parents[1] / "fixtures" / "runs_0_1"
 BEST = OLD / "finished" / "checkpoints" / "best.ckpt"
-# The command that made the runs. The helpers switch baselines off where nobody switches them on.
+# The command that made the runs. The helpers switch baselines off by default.
 COMMAND = (*yaml.safe_load((OLD / "finished" / ".hydra" / "overrides.yaml").read_text()), "baselines.enabled=true")
 # All of this is float32. Kernels for other processors (MKL_CBWR=COMPATIBLE, ATEN_CPU_CAPABILITY=default) move the final
 # weights by 3e-8. The bound leaves room for other libraries; the six steps move weights by more than 1e-2.
@@ -25,13 +25,13 @@ ROUNDING = 1e-4
 
 @pytest.fixture
 def outputs() -> dict[str, Tensor]:
-    """Fixed rows, and the outputs of the old code for them."""
+    """Fixed rows, and their outputs in version 0.1.0."""
     return load_file(OLD / "outputs.safetensors")
 
 
 @pytest.fixture
 def old_runs(program: Program) -> Path:
-    """A copy of the data and of both runs, where the programs look for them."""
+    """A copy of the data and of both runs in the default folders of the programs."""
     shutil.copytree(OLD / "data", program.folder / "data")
     runs = program.folder / "logs" / "train" / "runs"
     for name in ("finished", "interrupted"):
@@ -40,7 +40,7 @@ def old_runs(program: Program) -> Path:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """Of the last checkpoint of a run."""
+    """The weights of the last checkpoint of a run."""
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_is_evaluated(program: Program, old_runs: Path) -> None:
     assert_same_results(outcome.folder, OLD / "finished")
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_the_other(program: Program, old_runs: Path) -> None:
+def test_an_interrupted_run_resumes_and_ends_like_the_finished_one(program: Program, old_runs: Path) -> None:
     interrupted = old_runs / "interrupted"
     before = weights(interrupted)
     outcome = program.train(*COMMAND, "resume=auto")
@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_other(program: Program, old_
     assert after.keys() == expected.keys() == before.keys()
     for name, value in expected.items():
         near(after[name], value)
-    # Six steps more are no rounding.
+    # The six resumed steps change weights by much more than rounding.
     moved = [(expected[name] - value).abs().max().item() for name, value in before.items() if value.is_floating_point()]
     assert sum(change > 100 * ROUNDING for change in moved) > len(moved) / 2
     assert_same_results(interrupted, OLD / "finished")
@@ -104,7 +104,7 @@ def test_a_finished_run_is_left_alone(program: Program, old_runs: Path) -> None:
 
 
 def assert_same_results(folder: Path, expected: Path) -> None:
-    """The same measures, and the same ranks of the test rows; both to rounding."""
+    """Check that the metrics and the ranks of the test rows are equal to rounding."""
     found, wanted = read_metrics(folder), read_metrics(expected)
     tested = {name for name in wanted if name.startswith(("test/", "baseline/"))}
     assert tested <= found.keys()

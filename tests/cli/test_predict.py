@@ -116,7 +116,7 @@ def test_a_file(program: Program, ckpt: str, model: EnergyFlowModel, named: dict
         assert (outcome.code, outcome.err) == (0, "")
         assert len(tables(outcome.out)) == 5
         written = load_file(outcome.folder / "predictions.safetensors")
-        # The program runs batches of 16 rows, this test all 40 at once: rows equal to rounding may swap.
+        # The program runs batches of 16 rows, this test one batch of 40. So rows that are equal to rounding may swap.
         for rows in (order[:, :3], written["neighbour_row"]):
             torch.testing.assert_close(written["score"], scores.gather(1, rows), atol=1e-6, rtol=0)
         with torch.no_grad():

@@ -27,7 +27,7 @@ def test_metrics_are_kept_if_baselines_fail(program: Program, monkeypatch: pytes
     assert json.loads(written.read_text())["test/mrr"] > 0
 
 
-def test_without_a_test_no_baselines_are_fitted(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_baselines_without_a_test(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "run_baselines", lambda *args, **kwargs: pytest.fail("fitted without a test"))
     outcome = program.train("baselines.enabled=true", "test=false")
     assert outcome.code == 0
@@ -46,7 +46,7 @@ def test_ctrl_c_in_the_test_is_an_interruption(program: Program, monkeypatch: py
     assert "Traceback" not in outcome.err
 
 
-def test_diverging_ends_with_a_message(program: Program) -> None:
+def test_a_diverging_run_ends_with_a_message(program: Program) -> None:
     outcome = program.train("optimizer.lr=1.0e30", "optimizer.warmup_steps=0", "trainer.max_epochs=3")
     assert outcome.code == 1
     check_message(outcome.err)

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed ends like one that was never stopped, bit for bit."""
+"""A run that was interrupted and resumed ends like an uninterrupted run, bit for bit."""
 
 import shlex
 import signal
@@ -12,7 +12,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from energy_flow import train
 from tests.cli.helpers import (
     Outcome,
     Program,
@@ -37,11 +36,11 @@ BUSY = (
     "lattice.movement.final_scale=0.5",
     "optimizer.warmup_steps=3",
 )
-NOT_COMPARED = ("run_config", "hyper_parameters", "energy_flow")  # say how it was started
+NOT_COMPARED = ("run_config", "hyper_parameters", "energy_flow")  # these depend on how the run was started
 
 
 def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Where two checkpoints differ, bit for bit."""
+    """Paths to the values of two checkpoints that are not equal bit for bit."""
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         return [] if left.dtype == right.dtype and torch.equal(left, right) else [path]
     if isinstance(left, dict) and isinstance(right, dict):
@@ -53,7 +52,7 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
 
 
 def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
-    """A checkpoint of a run, without its paths and without the way it was started."""
+    """The contents of a checkpoint, without paths and `NOT_COMPARED`."""
     saved = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
     saved = {key: value for key, value in saved.items() if key not in NOT_COMPARED}
     for state in saved["callbacks"].values():
@@ -84,36 +83,22 @@ class StopAt(Callback):
 
 
 @pytest.fixture
-def through(program: Program) -> Path:
-    """The folder of a run that was never stopped."""
+def uninterrupted(program: Program) -> Path:
+    """The folder of the uninterrupted run."""
     outcome = program.train(*BUSY)
     assert outcome.code == 0, outcome.err
     return outcome.folder
 
 
 def stopped(program: Program, step: int, error: BaseException) -> Outcome:
-    """The same run, interrupted; in the folder "broken"."""
-    build = train.build_trainer
-
-    def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, StopAt(step, error)], **kwargs)
-
-    with program.patch.context() as patch:
-        patch.setattr(train, "build_trainer", build_and_stop)
-        return program.train(*BUSY, f"hydra.run.dir={program.folder}/broken")
+    """Run into the folder "interrupted", and raise an error before the batch after `step`."""
+    return program.train(*BUSY, f"hydra.run.dir={program.folder}/interrupted", more_callbacks=[StopAt(step, error)])
 
 
 def test_the_printed_command_survives_special_characters(program: Program) -> None:
     folder = program.folder / "a=1, b"
     path = f'hydra.run.dir="{folder}"'
-    build = train.build_trainer
-
-    def build_and_stop(*args: Any, callbacks: list[Callback], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, StopAt(6, KeyboardInterrupt())], **kwargs)
-
-    with program.patch.context() as patch:
-        patch.setattr(train, "build_trainer", build_and_stop)
-        outcome = program.train(*BUSY, path)
+    outcome = program.train(*BUSY, path, more_callbacks=[StopAt(6, KeyboardInterrupt())])
     printed = shlex.split(outcome.err.strip().splitlines()[-1])[3:]
     again = program.train(
         *[word for word in printed if word in BUSY or word.startswith(("ckpt_path", "hydra.run.dir"))]
@@ -122,14 +107,14 @@ def test_the_printed_command_survives_special_characters(program: Program) -> No
     assert again.folder == folder
 
 
-def test_noise_and_seed_change_the_result(program: Program, through: Path) -> None:
-    """The comparison would be worthless if every run ended the same."""
+def test_noise_and_seed_change_the_result(program: Program, uninterrupted: Path) -> None:
+    """Without this, the comparison of runs would show nothing."""
     other = program.train(*BUSY, "lattice.noise.std=0.11").folder
-    assert any(path.startswith("/state_dict") for path in differences(checkpoint(through), checkpoint(other)))
+    assert any(path.startswith("/state_dict") for path in differences(checkpoint(uninterrupted), checkpoint(other)))
 
 
-def test_resuming_a_finished_run(program: Program, through: Path) -> None:
-    last, here = through / "checkpoints" / "last.ckpt", f"hydra.run.dir={through}"
+def test_resuming_a_finished_run(program: Program, uninterrupted: Path) -> None:
+    last, here = uninterrupted / "checkpoints" / "last.ckpt", f"hydra.run.dir={uninterrupted}"
     longer = program.train(*BUSY, "trainer.max_epochs=6", f"ckpt_path={last}", here)
     assert (longer.code, longer.err) == (0, "")
     assert torch.load(last, weights_only=True)["epoch"] == 5
@@ -140,14 +125,14 @@ def test_resuming_a_finished_run(program: Program, through: Path) -> None:
 
 
 def test_the_last_checkpoint_is_of_the_last_epoch(program: Program) -> None:
-    """Also if the best one is of an earlier epoch: a killed run loses at most one epoch."""
+    """Even if the best checkpoint is older: a killed run loses at most one epoch."""
     folder = program.train("trainer.max_epochs=3", "+callbacks.checkpoint.every_n_epochs=2").folder
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
     assert torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 1
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(program: Program, through: Path) -> None:
+def test_killed_and_resumed(program: Program, uninterrupted: Path) -> None:
     last = program.folder / "killed" / "checkpoints" / "last.ckpt"
     process = start("train", program.folder, *BUSY, f"hydra.run.dir={program.folder}/killed")
     wait_for(process, last.exists)
@@ -155,7 +140,7 @@ def test_killed_and_resumed(program: Program, through: Path) -> None:
     process.communicate()
     outcome = program.train(*BUSY, f"hydra.run.dir={program.folder}/killed", f"ckpt_path={last}")
     assert outcome.code == 0, outcome.err
-    assert differences(checkpoint(through), checkpoint(outcome.folder)) == []
+    assert differences(checkpoint(uninterrupted), checkpoint(outcome.folder)) == []
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def resume(program: Program, first: Outcome, *overrides: str) -> Outcome:
     return program.train("trainer.max_epochs=4", "optimizer.lr=0.02", f"ckpt_path={last}", *overrides)
 
 
-def test_in_a_new_folder_the_best_so_far_moves_along(program: Program, first: Outcome) -> None:
+def test_the_best_checkpoint_is_copied_to_a_new_folder(program: Program, first: Outcome) -> None:
     # A score that no later epoch can reach.
     path = first.folder / "checkpoints" / "last.ckpt"
     checkpoint = load(first.folder, "last")

@@ -44,7 +44,7 @@ def test_metrics_are_flat_finite_and_complete(trained: Outcome) -> None:
     assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
 
 
-def test_the_rows_behind_the_metrics(program: Program, trained: Outcome, trained_folder: Path) -> None:
+def test_row_scores_agree_with_the_metrics(program: Program, trained: Outcome, trained_folder: Path) -> None:
     found, metrics = read_row_scores(trained.folder / "test_rows.safetensors"), trained.metrics()
     assert next(iter(found.values)) == "model"
     assert set(found.values) == {"model", *(name.split("/")[1] for name in metrics if name.startswith("baseline/"))}
@@ -66,7 +66,7 @@ def test_a_limited_test_says_that_rows_are_missing(program: Program) -> None:
     assert "no test_rows.safetensors: the test was limited" in outcome.out
 
 
-def test_errors_have_rows_too(program: Program) -> None:
+def test_errors_have_row_scores_too(program: Program) -> None:
     outcome = program.train(
         "optimized_metric=val/mse", "loss=mse", "baselines.enabled=true", "baselines.training.epochs=1"
     )
@@ -76,7 +76,7 @@ def test_errors_have_rows_too(program: Program) -> None:
     assert found.values["ridge"].mean().item() == pytest.approx(metrics["baseline/ridge/mse"])
 
 
-def test_what_callbacks_may_watch_is_measured(trained: Outcome) -> None:
+def test_every_monitored_metric_is_measured(trained: Outcome) -> None:
     curves = scalars(trained.folder / "tensorboard")
     measured = {name for name in curves if name.startswith("val/") and not name.startswith("val/flows/")}
     assert measured == set(VALIDATED)
@@ -86,7 +86,7 @@ def test_nothing_on_stderr(trained: Outcome) -> None:
     assert trained.err == ""
 
 
-def test_what_is_printed(trained: Outcome, trained_folder: Path) -> None:
+def test_the_printed_output(trained: Outcome, trained_folder: Path) -> None:
     for part in ("flow lattice", *BASELINES, "median rank", "R@10", "3,377 parameters", "64 train, 32 val, 32 test"):
         assert part in trained.out, part
     assert f"tensorboard --logdir {trained_folder / 'logs'}" in trained.out
@@ -104,7 +104,7 @@ def test_tensorboard_has_curves_and_hyperparameters(trained: Outcome) -> None:
     assert "hp_metric" not in curves
 
 
-def test_the_checkpoint_stands_alone(trained: Outcome) -> None:
+def test_the_checkpoint_needs_no_other_file(trained: Outcome) -> None:
     path = trained.folder / "checkpoints" / "best.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     info = checkpoint["energy_flow"]
@@ -317,7 +317,7 @@ def test_a_bad_job_does_not_end_the_sweep(program: Program) -> None:
 
 
 @NO_WARNINGS
-def test_a_users_own_trainer_and_loader(trained: Outcome, tmp_path: Path) -> None:
+def test_a_custom_trainer_and_loader(trained: Outcome, tmp_path: Path) -> None:
     module = EnergyFlowModule.load_from_checkpoint(trained.folder / "checkpoints" / "best.ckpt")
     module.loss = module.loss.model_copy(update={"candidates": "batch"})  # pairs of its own know no rows
     before = {name: value.clone() for name, value in module.named_parameters()}
@@ -337,7 +337,7 @@ def test_a_users_own_trainer_and_loader(trained: Outcome, tmp_path: Path) -> Non
 
 
 @NO_WARNINGS
-def test_a_batch_of_another_kind_is_refused(trained: Outcome, tmp_path: Path) -> None:
+def test_a_batch_of_an_unknown_kind_is_refused(trained: Outcome, tmp_path: Path) -> None:
     module = EnergyFlowModule.load_from_checkpoint(trained.folder / "checkpoints" / "best.ckpt")
     module.loss = module.loss.model_copy(update={"candidates": "batch"})
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}

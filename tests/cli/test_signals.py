@@ -1,4 +1,4 @@
-"""Signals and data workers that end: message, checkpoint, exit code."""
+"""Message, checkpoint and exit code after a signal, and after a data worker that fails."""
 
 import gc
 import os
@@ -23,45 +23,45 @@ from energy_flow.data.pairs import PairDataset
 from energy_flow.runs import results
 from energy_flow.runs.sweep import SweepSummary
 from tests.cli.helpers import Program, start, wait_for, write_pairs
-from tests.cli.test_broken_off import At, broken_off, resumes_exactly, saved_step, signalled
+from tests.cli.test_interruptions import ActAt, check_resume, interrupted, saved_step, sender
 
 
 @pytest.fixture(scope="module")
-def straight() -> dict[str, dict[str, Any]]:
+def uninterrupted() -> dict[str, dict[str, Any]]:
     return {}
 
 
-def test_while_a_checkpoint_is_written(program: Program, straight: Any) -> None:
-    outcome = broken_off(program, At("on_save_checkpoint", 4, signalled(signal.SIGTERM)))
+def test_a_signal_while_a_checkpoint_is_written(program: Program, uninterrupted: Any) -> None:
+    outcome = interrupted(program, ActAt("on_save_checkpoint", 4, sender(signal.SIGTERM)))
     assert outcome.code == 143
     assert "terminated at step 4\nto resume from step 4:" in outcome.err
-    there = {path.name for path in (program.folder / "broken" / "checkpoints").iterdir()}
+    there = {path.name for path in (program.folder / "interrupted" / "checkpoints").iterdir()}
     assert there == {"last.ckpt", "last-1.ckpt", "best.ckpt"}
-    resumes_exactly(program, straight)
+    check_resume(program, uninterrupted)
 
 
-def test_in_the_test_and_at_the_baselines(program: Program) -> None:
+def test_a_signal_during_the_test_and_the_baselines(program: Program) -> None:
     with program.patch.context() as patch:
-        patch.setattr(results, "run_baselines", lambda *_, **__: signalled(signal.SIGTERM)())
+        patch.setattr(results, "run_baselines", lambda *_, **__: sender(signal.SIGTERM)())
         outcome = program.train("baselines.enabled=true")
     assert outcome.code == 143
     assert "terminated at step 4\nto resume from step 4:" in outcome.err
     assert "ending after this batch" not in outcome.err
     assert outcome.metrics()["test/mrr"] > 0, "the model's own results are there"
     with program.patch.context() as patch:
-        patch.setattr(PairDataset, "__getitems__", lambda *_: signalled(signal.SIGINT)())
+        patch.setattr(PairDataset, "__getitems__", lambda *_: sender(signal.SIGINT)())
         again = program.train(f"ckpt_path={outcome.folder}/checkpoints/last.ckpt", "data=files")
     assert again.code == 130, "training is over: its test reads rows"
     assert "interrupted at step 4\nto resume from" in again.err
     last = f"ckpt_path={outcome.folder}/checkpoints/last.ckpt"
     assert program.train(last, f"hydra.run.dir={outcome.folder}").metrics()["test/mrr"] > 0
     with program.patch.context() as patch:
-        patch.setattr(PairDataset, "__getitems__", lambda *_: signalled(signal.SIGTERM)())
+        patch.setattr(PairDataset, "__getitems__", lambda *_: sender(signal.SIGTERM)())
         evaluated = program.evaluate(last)
     assert (evaluated.code, evaluated.err.strip()) == (143, "terminated")
 
 
-def test_slurm_requeues(program: Program, straight: Any) -> None:
+def test_slurm_requeues(program: Program, uninterrupted: Any) -> None:
     """Lightning's own handlers run: they save a checkpoint that the next start finds, then `scontrol requeue`."""
     scontrol = program.folder / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -71,66 +71,66 @@ def test_slurm_requeues(program: Program, straight: Any) -> None:
     for name, value in names.items():
         program.patch.setenv(f"SLURM_{name}", value)
     program.patch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
-    requeue = At("on_before_backward", 5, signalled(signal.SIGUSR1))
-    outcome = broken_off(program, requeue, At("on_before_backward", 6, signalled(signal.SIGTERM)))
+    requeue = ActAt("on_before_backward", 5, sender(signal.SIGUSR1))
+    outcome = interrupted(program, requeue, ActAt("on_before_backward", 6, sender(signal.SIGTERM)))
     assert outcome.code == 143
     assert (program.folder / "asked").read_text() == "requeue 77\n"
-    saved = program.folder / "broken" / "hpc_ckpt_1.ckpt"
+    saved = program.folder / "interrupted" / "hpc_ckpt_1.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 6, "between two steps"
     for name in names:
         program.patch.delenv(f"SLURM_{name}")
-    saved.rename(program.folder / "broken" / "checkpoints" / "last.ckpt")
-    resumes_exactly(program, straight)
+    saved.rename(program.folder / "interrupted" / "checkpoints" / "last.ckpt")
+    check_resume(program, uninterrupted)
 
 
 def in_worker(batch: int, do: Callable[[], Any]) -> Callable[..., Any]:
-    """A replacement for reading a batch: the worker does something at its n-th."""
+    """A replacement of `PairDataset.__getitems__`: a worker calls `do` at its batch number `batch`."""
     read, seen = PairDataset.__getitems__, []
 
-    def broken(self: PairDataset, rows: list[int]) -> Any:
+    def read_and_do(self: PairDataset, rows: list[int]) -> Any:
         seen.append(0)
         if get_worker_info() is not None and len(seen) == batch:
             do()
         return read(self, rows)
 
-    return broken
+    return read_and_do
 
 
 def raise_in_worker() -> None:
     raise ValueError("a bad row")
 
 
-def hang_deaf() -> None:
+def hang_and_ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(1000)
 
 
 @pytest.mark.parametrize(
-    ("do", "said"),
+    ("do", "expected"),
     [
         (raise_in_worker, "ValueError: a bad row"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "data.num_workers = 1: a worker was killed from outside"),
         (lambda: time.sleep(1000), "data.timeout = 2: no batch arrived within these seconds."),
-        (hang_deaf, "data.timeout = 2: no batch arrived within these seconds."),
+        (hang_and_ignore_sigterm, "data.timeout = 2: no batch arrived within these seconds."),
     ],
-    ids=["raises", "killed", "hangs", "hangs and can't be asked to end"],
+    ids=["raises", "killed", "hangs", "hangs and ignores SIGTERM"],
 )
-def test_a_worker_fails(program: Program, straight: Any, do: Callable[[], Any], said: str) -> None:
+def test_a_worker_fails(program: Program, uninterrupted: Any, do: Callable[[], Any], expected: str) -> None:
     workers, before = ("data.num_workers=1", "data.timeout=2"), set(psutil.Process().children())
     with program.patch.context() as patch:
         patch.setattr(PairDataset, "__getitems__", in_worker(6, do))
         with pytest.raises((RuntimeError, ValueError)) as caught:
-            broken_off(program, overrides=workers)
-    told = "\n".join([str(caught.value), *caught.value.__notes__])
+            interrupted(program, overrides=workers)
+    message = "\n".join([str(caught.value), *caught.value.__notes__])
     step = saved_step(program.folder)
-    assert said in told
-    assert f"to resume from step {step}:\npython -m energy_flow.train" in told
-    assert 1 <= step <= 8, "after the first batches of an epoch, the workers being a few ahead"
+    assert expected in message
+    assert f"to resume from step {step}:\npython -m energy_flow.train" in message
+    assert 1 <= step <= 8, "within the first epochs: workers are a few batches ahead"
     assert set(psutil.Process().children()) <= before, "a worker is left behind"
-    resumes_exactly(program, straight)
+    check_resume(program, uninterrupted)
 
 
-def test_while_a_config_is_composed(program: Program) -> None:
+def test_a_signal_while_a_config_is_composed(program: Program) -> None:
     def composing(*args: Any, **kwargs: Any) -> Any:
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -143,7 +143,7 @@ def test_while_a_config_is_composed(program: Program) -> None:
 
 
 def test_a_run_leaves_nothing_open(program: Program) -> None:
-    """Hundreds of runs share the process of a multirun."""
+    """A multirun has hundreds of runs in one process."""
     process, used = psutil.Process(), []
     for _ in range(2):
         assert program.train("baselines.enabled=true", "baselines.training.epochs=1").code == 0
@@ -162,7 +162,7 @@ def test_a_sweep_does_not_keep_configs(program: Program) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_job(tmp_path: Path) -> None:
-    """The workers end first, which is no error then. A worker that fails alone gives exit code 1."""
+    """Workers that end first are no error then. A worker that fails alone gives exit code 1."""
     write_pairs(tmp_path, {"train": 1600, "val": 32, "test": 32})
     process = start("train", tmp_path, "trainer.max_epochs=60", "data.batch_size=4", "data.num_workers=2")
     wait_for(process, lambda: list(tmp_path.rglob("last.ckpt")))

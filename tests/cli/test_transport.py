@@ -1,4 +1,4 @@
-"""experiment=transport as a user runs it: training, table of errors, evaluation on another lattice."""
+"""experiment=transport from the command line: training, table of errors, evaluation on another lattice."""
 
 import csv
 
@@ -137,7 +137,7 @@ def test_refused(program: Program, override: str, names: str, remedy: str) -> No
     assert remedy in message
 
 
-def test_the_metric_turns_what_watches_it(program: Program) -> None:
+def test_the_metric_sets_the_direction_of_callbacks(program: Program) -> None:
     config = program.train("optimized_metric=val/mse", "--cfg", "job", "--resolve")
     assert config.out.count("mode: min") == 2
     config = program.train("--cfg", "job", "--resolve")

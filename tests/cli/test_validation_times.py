@@ -1,4 +1,4 @@
-"""Runs that end, or validate, in the middle of an epoch."""
+"""Runs that end or validate within an epoch."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from energy_flow import train
 from tests.cli.helpers import Program, read_metrics
 from tests.cli.test_resume import BUSY, StopAt, checkpoint, differences
 from tests.training.runs import scalars
@@ -31,7 +30,7 @@ def load(folder: Path, name: str) -> dict[str, Any]:
         (("trainer.max_steps=2", "trainer.max_epochs=-1"), 2, 2),
         (("trainer.max_steps=2", "trainer.val_check_interval=3"), 2, 2),
         (("trainer.max_steps=1", "trainer.accumulate_grad_batches=2"), 1, 2),
-        # Steps of 3 batches and of the 1 that is left of an epoch.
+        # Steps of 3 batches, and of the 1 batch that remains of an epoch.
         (("trainer.max_steps=3", "trainer.accumulate_grad_batches=3", "trainer.check_val_every_n_epoch=5"), 3, 7),
         (("trainer.max_steps=6", "trainer.check_val_every_n_epoch=5"), 6, 6),
         (("trainer.max_epochs=3", "trainer.check_val_every_n_epoch=5"), 12, 12),
@@ -41,7 +40,7 @@ def load(folder: Path, name: str) -> dict[str, Any]:
 def test_ending_before_the_first_validation(
     program: Program, overrides: tuple[str, ...], steps: int, batches: int
 ) -> None:
-    """A validation then follows the last batch."""
+    """Then a validation follows the last batch."""
     outcome = program.train("trainer.max_epochs=4", *overrides)
     assert (outcome.code, outcome.err) == (0, "")
     assert f"training ends after {batches}: validating at its end" in (outcome.folder / "train.log").read_text()
@@ -51,7 +50,7 @@ def test_ending_before_the_first_validation(
     assert outcome.metrics()["test/mrr"] > 0
 
 
-def test_going_on_after_a_part_of_an_epoch(program: Program) -> None:
+def test_resuming_within_an_epoch(program: Program) -> None:
     folder, here = program.folder / "run", f"hydra.run.dir={program.folder}/run"
     run = ("trainer.max_epochs=2", here)
     program.train(*run, "trainer.max_steps=2")
@@ -62,7 +61,7 @@ def test_going_on_after_a_part_of_an_epoch(program: Program) -> None:
 
 
 @pytest.mark.parametrize("overrides", OFTEN, ids=" ".join)
-def test_the_best_checkpoint_is_what_was_validated(program: Program, overrides: tuple[str, ...]) -> None:
+def test_the_best_checkpoint_holds_the_validated_weights(program: Program, overrides: tuple[str, ...]) -> None:
     outcome = program.train(*BUSY, "optimizer.lr=0.01", *overrides)
     assert (outcome.code, outcome.err) == (0, "")
     curve = dict(scalars(outcome.folder / "tensorboard")["val/mrr"])
@@ -75,21 +74,14 @@ def test_the_best_checkpoint_is_what_was_validated(program: Program, overrides: 
 
 @pytest.mark.parametrize("name", ["best", "last"])
 @pytest.mark.parametrize("overrides", [(), *OFTEN], ids=" ".join)
-def test_going_on_from_either_checkpoint(program: Program, overrides: tuple[str, ...], name: str) -> None:
-    """The best checkpoint may be one in the middle of an epoch."""
+def test_resuming_from_either_checkpoint(program: Program, overrides: tuple[str, ...], name: str) -> None:
+    """The best checkpoint may come from the middle of an epoch."""
     run = (*BUSY, "optimizer.lr=0.0001", *overrides)
-    through = program.train(*run).folder
-    broken, here = program.folder / "broken", f"hydra.run.dir={program.folder}/broken"
-    build, stop = train.build_trainer, StopAt(9, RuntimeError("power cut"))
-
-    def build_and_stop(*args: Any, callbacks: list[Any], **kwargs: Any) -> Any:
-        return build(*args, callbacks=[*callbacks, stop], **kwargs)
-
-    with program.patch.context() as patch:
-        patch.setattr(train, "build_trainer", build_and_stop)
-        with pytest.raises(RuntimeError, match="power cut"):
-            program.train(*run, here)
-    outcome = program.train(*run, here, f"ckpt_path={broken}/checkpoints/{name}.ckpt")
+    uninterrupted = program.train(*run).folder
+    interrupted, here = program.folder / "interrupted", f"hydra.run.dir={program.folder}/interrupted"
+    with pytest.raises(RuntimeError, match="power cut"):
+        program.train(*run, here, more_callbacks=[StopAt(9, RuntimeError("power cut"))])
+    outcome = program.train(*run, here, f"ckpt_path={interrupted}/checkpoints/{name}.ckpt")
     assert (outcome.code, outcome.err) == (0, "")
     for other in ("last", "best"):
-        assert differences(checkpoint(through, other), checkpoint(broken, other)) == []
+        assert differences(checkpoint(uninterrupted, other), checkpoint(interrupted, other)) == []

@@ -43,7 +43,7 @@ def run(command: list[str | Path], cwd: Path, *, quiet: bool = True, **environme
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build it from a copy, so that the build leaves no files in the checkout."""
+    """The wheel. It is built from a copy, so that the checkout gets no build files."""
     copy = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         source = ROOT / name

@@ -14,7 +14,7 @@ NUM_ROWS = 200
 
 
 def ranks_about(middle: float, seed: int) -> Tensor:
-    """Ranks of `NUM_ROWS` rows, most of them below `middle`; the same rows are hard for all seeds."""
+    """Ranks of `NUM_ROWS` rows, mostly below `middle`. The same rows are hard for all seeds."""
     hard = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     own = torch.rand(NUM_ROWS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return 1 + (middle * hard * (0.8 + 0.4 * own)).floor()
@@ -29,7 +29,7 @@ def write_job(
     measure: str = "rank",
     fingerprint: str = "data",
 ) -> Path:
-    """Write a job's folder with row scores `values`; None: the job failed."""
+    """Write a job's folder with the row scores `values`. None: the job failed."""
     run = folder / str(number)
     (run / ".hydra").mkdir(parents=True)
     given = words.split()

@@ -1,4 +1,4 @@
-"""Baselines: maps that they must recover, tiny data, missing data; the global random state stays as it was."""
+"""Baselines recover known maps, accept tiny and missing data, and keep the global random state."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def test_procrustes_recovers_a_rotation() -> None:
 
 
 def test_ridge_recovers_a_linear_map() -> None:
-    # Strongly stretched, so that no rotation comes near.
+    # The map stretches strongly, so no rotation is near it.
     matrix = numbers(8, 8, seed=6) * torch.logspace(-1, 1, 8)
     results = run_baselines(*three_splits(matrix, noise=1e-3), **SETTINGS)
     assert results.metrics["ridge"]["mrr"] == 1
@@ -116,7 +116,7 @@ def test_mean_of_zero_ties_with_all() -> None:
     assert results.metrics["mean"]["cosine"] == 0
 
 
-def test_mlp_learns_and_its_loss_is_the_models() -> None:
+def test_the_mlp_learns_with_the_loss_of_the_model() -> None:
     splits = three_splits(rotation(8))
     results = run_baselines(*splits, **{**SETTINGS, "num_parameters": 2000, "settings": epochs(60)})
     assert results.metrics["mlp"]["mrr"] > 0.5  # untrained: 0.09, as by chance
@@ -124,11 +124,11 @@ def test_mlp_learns_and_its_loss_is_the_models() -> None:
     assert results.metrics["mlp_cosine"]["cosine"] > results.metrics["mlp"]["cosine"]
     weight = LOSS.model_copy(update={"contrastive": 0.0, "cosine": 1.0, "surface": 5.0})
     same = run_baselines(*splits, **{**SETTINGS, "num_parameters": 2000, "settings": epochs(240), "loss": weight})
-    assert same.metrics["mlp"] == results.metrics["mlp_cosine"]  # no surface, so only the cosine is left
+    assert same.metrics["mlp"] == results.metrics["mlp_cosine"]  # a baseline has no surface, so only the cosine counts
 
 
 def test_mlp_keeps_the_best_epoch() -> None:
-    """Targets are random: the best epoch is not the last one, and the reported metric belongs to the kept weights."""
+    """With random targets the best epoch is not the last one. The reported metric belongs to the kept weights."""
     splits = [(numbers(n, 6, seed=n), numbers(n, 6, seed=n + 1)) for n in (40, 30)]
     results = run_baselines(*splits, splits[1], **{**SETTINGS, "settings": epochs(12)})  # measured on val itself
     for name in ("linear", "mlp", "residual_mlp"):
@@ -174,7 +174,7 @@ def test_the_random_state_is_left_alone() -> None:
     assert other.metrics["ridge"] == first.metrics["ridge"]
 
 
-def test_in_inference_mode() -> None:
+def test_baselines_train_in_inference_mode() -> None:
     """Lightning tests in inference mode, where autograd can't save tensors for backward."""
     expected = run_baselines(*three_splits(rotation(5)), **SETTINGS)
     with torch.inference_mode():
@@ -198,7 +198,7 @@ def test_without_val() -> None:
     }
 
 
-def test_without_either() -> None:
+def test_without_train_and_val() -> None:
     results = run_baselines(None, None, three_splits(rotation(5))[2], **SETTINGS)
     assert results.skipped["ridge"] == "needs data.train to fit and data.val to select λ by MRR"
 
@@ -224,13 +224,13 @@ def check_complete(results: BaselineResults) -> None:
 
 
 def test_report() -> None:
-    said: list[str] = []
-    run_baselines(*three_splits(rotation(5)), **SETTINGS, report=said.append)
-    assert said[:4] == ["identity", "mean", "ridge", "procrustes"]
-    assert said[4:8] == ["linear", "linear epoch 1/2", "linear epoch 2/2", "mlp"]
+    reported: list[str] = []
+    run_baselines(*three_splits(rotation(5)), **SETTINGS, report=reported.append)
+    assert reported[:4] == ["identity", "mean", "ridge", "procrustes"]
+    assert reported[4:8] == ["linear", "linear epoch 1/2", "linear epoch 2/2", "mlp"]
 
 
-def test_shapes_that_do_not_match() -> None:
+def test_mismatched_shapes() -> None:
     train, val, test = three_splits(rotation(5))
     with pytest.raises(ValueError, match=r"val: source \[40, 5\] and target \[39, 5\]"):
         run_baselines(train, (val[0], val[1][:-1]), test, **SETTINGS)
@@ -249,7 +249,7 @@ def curve(loss: LossSettings, splits: tuple[Pairs, ...], monkeypatch: pytest.Mon
     return losses
 
 
-def test_the_loss_is_the_models_with_all_that_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_linear_map_has_the_loss_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The candidate bank holds all training targets, also for small batches; the temperature can be learned."""
     monkeypatch.setattr(trained_baselines, "BATCH", 50)
     splits = three_splits(rotation(8))
@@ -264,10 +264,10 @@ def test_the_loss_is_the_models_with_all_that_belongs_to_it(monkeypatch: pytest.
     assert bank[0] == pytest.approx(functional.cross_entropy(logits, rows).item(), rel=1e-5)
     assert batch[0] < bank[0] - 0.5
     monkeypatch.setattr(trained_baselines, "BATCH", 50)
-    learnt = curve(LOSS.model_copy(update={"learn_temperature": True}), splits, monkeypatch)
-    # A learnt temperature is exp(log(0.05)): float32 rounds log(0.05) by up to 1.2e-7, and each processor rounds exp.
-    assert learnt[0] == pytest.approx(batch[0], rel=1e-6)
-    assert learnt[-1] != batch[-1]
+    learned = curve(LOSS.model_copy(update={"learn_temperature": True}), splits, monkeypatch)
+    # A learned temperature is exp(log(0.05)): float32 rounds log(0.05) by up to 1.2e-7, and each processor rounds exp.
+    assert learned[0] == pytest.approx(batch[0], rel=1e-6)
+    assert learned[-1] != batch[-1]
 
 
 @pytest.mark.gpu

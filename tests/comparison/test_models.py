@@ -9,11 +9,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from energy_flow.comparison.compare import ALONE, Comparison, Method
-from energy_flow.comparison.models import MEAN, best_baseline, flat_metrics, mean_model, pairs_of, short_names
+from energy_flow.comparison.compare import (
+    ALONE,
+    MEAN,
+    Comparison,
+    Method,
+    best_baseline,
+    flat_metrics,
+    mean_model,
+    pairs_of,
+)
 from energy_flow.comparison.report import interval_table
 from energy_flow.metrics.bootstrap import Interval, mean_interval
 from energy_flow.metrics.task import REGRESSION, RETRIEVAL
+from energy_flow.runs.models import short_names
 from tests.comparison.sweeps import paired_difference
 
 

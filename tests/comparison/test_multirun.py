@@ -122,13 +122,13 @@ def test_the_first_model_with_rows_is_the_reference(tmp_path: Path) -> None:
     assert to_reference(comparison, other) is not None
 
 
-def test_no_job_was_tested(tmp_path: Path) -> None:
+def test_no_tested_job(tmp_path: Path) -> None:
     for number in range(2):
         write_job(tmp_path, number, f"seed={number}", None)
     assert compare_jobs(read_jobs(tmp_path)) is None
 
 
-def test_other_test_data_are_no_pair(tmp_path: Path) -> None:
+def test_models_with_other_test_data_are_not_compared(tmp_path: Path) -> None:
     write_job(tmp_path, 0, "data.test=a", {"model": ranks_about(8, 1)})
     write_job(tmp_path, 1, "data.test=b", {"model": ranks_about(8, 2)[:50]}, fingerprint="other")
     write_job(tmp_path, 2, "data.test=c seed=1", {"model": ranks_about(8, 2)}, fingerprint="one")
@@ -145,7 +145,7 @@ def test_other_test_data_are_no_pair(tmp_path: Path) -> None:
     assert comparison.interval(errors.key) is None
 
 
-def test_errors_are_compared_as_they_are(tmp_path: Path) -> None:
+def test_errors_are_compared_without_ranks(tmp_path: Path) -> None:
     for number, size in enumerate((0.1, 0.3)):
         values = {"model": size * torch.linspace(0.9, 1.1, NUM_ROWS, dtype=torch.float64)}
         write_job(tmp_path, number, f"lattice.depth={number}", values, measure="mse")

@@ -72,6 +72,7 @@ def test_folder_unknown_suffix_single_npy_and_wrong_lists(tmp_path, good):
     refused(tmp_path / "x.npy", "[source.npy,target.npy]")
     refused([npz(tmp_path, **good)] * 2, "two .npy")
     refused([tmp_path / "x.npy"] * 3, "3 files")
+    refused([], "0 files")
 
 
 def test_missing_arrays_name_the_existing_ones(tmp_path, good):
@@ -113,7 +114,7 @@ def test_wrong_shapes(tmp_path, good, shape):
     refused(npz(tmp_path, **good | {"source": np.ones(shape, np.float32)}), f"source has shape {shape}")
 
 
-def test_sides_that_do_not_match(tmp_path, good):
+def test_mismatched_sides(tmp_path, good):
     refused(npz(tmp_path, **good | {"target": good["target"][1:]}), "target has 5 rows, source 6")
     refused(npz(tmp_path, **good | {"target": good["target"][:, 1:]}), "target has dimension 3, source 4")
 
@@ -184,7 +185,7 @@ def test_bad_names(tmp_path, good, text, part):
     refused(npz(tmp_path, **good), "pairs.jsonl", part)
 
 
-def test_headers_that_claim_more_than_the_file_holds(tmp_path, good):
+def test_headers_that_claim_more_than_the_file_has(tmp_path, good):
     header = json.dumps({"source": {"dtype": "F32", "shape": [1 << 40, 768], "data_offsets": [0, 3072 << 40]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     refused(tmp_path / "a.safetensors", "truncated")

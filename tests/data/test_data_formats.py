@@ -1,4 +1,4 @@
-"""All formats give the same batches, and are memory-mapped if possible."""
+"""All formats give the same batches. Files are memory-mapped if possible."""
 
 import mmap
 import pickle
@@ -23,7 +23,7 @@ def numbers(dtype=np.float32, rows=N, dim=D):
 
 
 def write(folder: Path, form: str, arrays: dict[str, np.ndarray], stem: str = "pairs"):
-    """Write `arrays`; returns the path or paths for the config."""
+    """Write `arrays`. Returns the path or paths for the config."""
     path = folder / f"{stem}.{form.split('-')[0]}"
     if form == "safetensors":
         save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
@@ -73,7 +73,7 @@ def test_int8_rows_are_scaled(tmp_path, form):
     source, target = dataset.all()
     np.testing.assert_array_equal(source.numpy(), arrays["source"] * scales["source_scale"][:, None])
     np.testing.assert_array_equal(target.numpy(), arrays["target"] * scales["target_scale"][:, None])
-    assert dataset.storage == "int8 with row scales"
+    assert dataset.description == "stored as int8 with row scales, not normalised, without names"
 
 
 def test_bfloat16_is_read_exactly(tmp_path):

@@ -222,7 +222,7 @@ def fit(files, folder, *, epochs=4, workers=0, resume=None, callbacks=(), batch_
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("limit", [1.0, 3])
-def test_resumed_epochs_see_the_rows_of_a_straight_run(files, tmp_path, workers, limit):
+def test_resumed_epochs_have_the_rows_of_an_uninterrupted_run(files, tmp_path, workers, limit):
     straight = fit(files, tmp_path, workers=workers, limit_train_batches=limit)
     assert len({str(seen) for seen in straight.values()}) == 4
     save = ModelCheckpoint(tmp_path, save_last=True)

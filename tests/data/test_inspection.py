@@ -1,4 +1,4 @@
-"""One pass finds faults that training refuses, and oddities, for any chunk size."""
+"""One pass finds oddities, and the faults that training refuses, with any chunk size."""
 
 import json
 import logging

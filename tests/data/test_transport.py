@@ -60,7 +60,7 @@ def slow_landing(field: str, strength: float, x: float, y: float, energy: float)
 def slow_target(
     source: list[float], field: str, strength: float, contrast: float, width: int, height: int
 ) -> list[float]:
-    """One flow after the other, one cell after the other: every cell has the tent max(0, 1 - |distance in cells|)."""
+    """A loop over flows and cells. The weight of a cell is the tent max(0, 1 - |distance in cells|) per axis."""
     energy_sum, share_sum, mass = ([0.0] * len(source) for _ in range(3))
     for index, energy in enumerate(source):
         x, y = 2 * (index % width) / (width - 1) - 1, 2 * (index // width) / (height - 1) - 1
@@ -111,7 +111,7 @@ def test_sources_against_a_slow_loop(monkeypatch: pytest.MonkeyPatch) -> None:
         assert source[row, cell].item() == pytest.approx(slow_energy(drawn[row], x, y), abs=1e-6)
 
 
-def test_energies_have_the_size_that_is_said() -> None:
+def test_levels_have_unit_variance() -> None:
     source, _ = settings(train=2000, width=16, height=16, waves=8).open("train").all()
     level = 2 * torch.atanh(source.double())
     assert source.abs().max() < 1
@@ -124,7 +124,7 @@ def test_energies_have_the_size_that_is_said() -> None:
 
 
 def test_a_finer_plane_has_the_same_surfaces() -> None:
-    """Every second centre of a plane of 2W - 1 cells is a centre of one of W cells."""
+    """Every second cell centre of a plane with 2W - 1 cells is a cell centre of a plane with W cells."""
     coarse, _ = settings().open("train").all()
     fine, _ = settings(width=11, height=9).open("train").all()
     torch.testing.assert_close(fine.view(-1, 9, 11)[:, ::2, ::2].flatten(1), coarse, rtol=0, atol=1e-6)
@@ -152,7 +152,7 @@ def test_the_displacement_depends_on_place_and_energy() -> None:
 
 
 def test_a_flow_lattice_can_be_exact() -> None:
-    """Flows with constant energies and the right landings, on the input plane for 4 steps."""
+    """Flows keep their energies, stay on the input plane for 4 steps, and land at the true places."""
     data = settings(width=7, height=7, contrast=0.7)
     source, target = data.open("train").all()
     batch, cells = source.shape
@@ -175,7 +175,7 @@ def test_the_same_seed_gives_the_same_data() -> None:
         assert torch.equal(ours, theirs)
     assert first.fingerprint == again.fingerprint
     more = settings(train=9).open("train")
-    # More rows leave the first ones as they are, to rounding: the sums over waves are products of another shape.
+    # More rows change the first ones only by rounding, because the matrix products have another shape.
     torch.testing.assert_close(more.all()[0][:7], first.all()[0], rtol=0, atol=1e-6)
 
 

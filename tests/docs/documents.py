@@ -1,4 +1,4 @@
-"""Read the documents: code blocks, inline code, and the commands in both."""
+"""Read code blocks, inline code and commands from the documents."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DATED = ROOT / "docs" / "benchmarks"  # records of a day: only their commands are checked
+DATED = ROOT / "docs" / "benchmarks"  # dated records; only their commands are checked
 
 _FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
@@ -44,14 +44,14 @@ class Inline:
 
 @dataclass(frozen=True)
 class Command:
-    """One command as the shell would split it."""
+    """One command, split into words as by the shell."""
 
     where: str
     words: tuple[str, ...]
 
 
 def documents() -> list[Path]:
-    """README and every page of the site; no output of a build."""
+    """README and every page of the site, without built files."""
     built = (ROOT / "docs" / "_build", ROOT / "docs" / "reference" / "generated")
     pages = [page for page in (ROOT / "docs").rglob("*.md") if not any(page.is_relative_to(place) for place in built)]
     return [ROOT / "README.md", *sorted(pages)]
@@ -72,7 +72,7 @@ def blocks() -> Iterator[Block]:
 
 
 def inline(*, dated: bool = False) -> Iterator[Inline]:
-    """All inline code outside of blocks; that of dated pages only if asked."""
+    """All inline code outside of blocks. Dated pages count only with `dated`."""
     for page in documents():
         if dated or not page.is_relative_to(DATED):
             for match in _INLINE.finditer(_FENCE.sub("", read(page))):
@@ -93,7 +93,7 @@ def commands() -> list[Command]:
 
 
 def split(where: str, line: str) -> Iterator[Command]:
-    """The commands of a line, without comments; a variable stands for some word."""
+    """The commands of a line without comments. The word 1 replaces shell variables."""
     for part in line.split("&&"):
         words = shlex.split(re.sub(r"\$\w+", "1", part), comments=True)
         if words:

@@ -1,4 +1,4 @@
-"""Check command lines of the programs without running them: their overrides must compose."""
+"""Check the overrides of command lines by composing the config, without running the program."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -60,7 +60,7 @@ def _parse(words: list[str]) -> tuple[set[str], list[str]]:
 
 
 def _jobs(overrides: Sequence[str], *, sweep: bool) -> Iterator[list[str]]:
-    """Every combination of a sweep; the overrides themselves without one."""
+    """Every combination of a sweep; without a sweep the overrides themselves."""
     choices = []
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         assert override.input_line is not None
@@ -75,7 +75,7 @@ def _jobs(overrides: Sequence[str], *, sweep: bool) -> Iterator[list[str]]:
 
 def _check_values(config: DictConfig) -> None:
     for name, settings in (("lattice", LatticeSettings), ("model", ModelSettings)):
-        if name in config and "depth" in config.lattice:  # evaluate and predict name a size alone
+        if name in config and "depth" in config.lattice:  # evaluate and predict only give a size
             read(settings, _plain(config, name), name)
     if "data" in config:
         read_data_settings(_plain(config, "data"))

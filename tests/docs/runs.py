@@ -1,4 +1,4 @@
-"""Tiny runs of every program, whose files and tags the documents may name."""
+"""Tiny runs of every program. The documents may name their files and tags."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -7,7 +7,11 @@ from pathlib import Path
 from tests.cli.helpers import TINY, Outcome, read_metrics, run_alone, write_pairs
 from tests.training.runs import events
 
-_NOT_TINY = ("callbacks.flow_monitor", "baselines.enabled", "trainer.max_epochs")  # left as they are, or given below
+_NOT_TINY = (
+    "callbacks.flow_monitor",
+    "baselines.enabled",
+    "trainer.max_epochs",
+)  # these keep their defaults or are set below
 _QUIET = "trainer.enable_progress_bar=false"
 _LOGGED = (
     "lattice.spawn.enabled=true",
@@ -23,7 +27,7 @@ _BASELINES = ("baselines.enabled=true", "baselines.training.epochs=1")
 
 @dataclass(frozen=True)
 class Runs:
-    """What the runs left behind."""
+    """Files, tags and metrics of the runs."""
 
     folder: Path  # holds logs/
     tags: frozenset[str]  # of TensorBoard
@@ -36,7 +40,7 @@ class Runs:
 
 
 def make_runs(folder: Path) -> Runs:
-    """One training, one sweep, travelling energies, and what works on trained models; half a minute."""
+    """Run a training, a sweep, transport, and the programs for trained models. This takes half a minute."""
     write_pairs(folder)
     data = ["data=files", *(f"data.{split}={split}.safetensors" for split in ("train", "val", "test"))]
     tiny = [f"{key}={value}" for key, value in TINY.items() if key not in _NOT_TINY]

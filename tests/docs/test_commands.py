@@ -1,4 +1,4 @@
-"""Every command that README and docs show can be run as it stands, as far as that shows without running it."""
+"""Check every command in README and docs as far as possible without running it."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ LANGUAGES = {"bash", "python", "json", "yaml"}  # of blocks; each has a test
 
 
 class _Reached(Exception):
-    """The arguments of a campaign were read."""
+    """A campaign has read its arguments."""
 
 
 def pip(words: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ def campaign(name: str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 def own_configs(folder: Path) -> Path:
-    """Write the YAML blocks of the documents, each under the name that stands before it."""
+    """Write the YAML blocks of the documents. Each gets the file name that the text before it gives."""
     for block in blocks():
         if block.language == "yaml":
             path = folder / _name_before(block)
@@ -70,7 +70,7 @@ def _name_before(block: Block) -> str:
 
 
 def check(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail on a command that is wrong, or that nothing here knows how to check."""
+    """Fail for a wrong command, and for a command without a check."""
     match command.words:
         case ("python", "-m", module, *rest):
             modules: dict[str, Callable[[Sequence[str]], None]] = {"pip": pip, "pytest": pytest_, "sphinx": sphinx}
@@ -91,7 +91,7 @@ def check(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         case (name, *rest) if name in PROJECT["project"]["scripts"]:
             check_program(name.removeprefix("energy-flow-"), rest, own_configs(folder))
         case _:
-            pytest.fail(f"{command.where}: no test knows how to check: {' '.join(command.words)}")
+            pytest.fail(f"{command.where}: no check for this command: {' '.join(command.words)}")
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: f"{command.where}: {' '.join(command.words)}"[:150])

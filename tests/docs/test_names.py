@@ -1,4 +1,4 @@
-"""Paths, tags, config keys and environment variables that the documents name are there."""
+"""Paths, tags, config keys and environment variables in the documents exist."""
 
 import re
 from fnmatch import fnmatch
@@ -25,10 +25,10 @@ LINK = re.compile(r"\]\((?!\w+://)([^)#\s]+)\)")
 DEFINED = re.compile(r"`(\w+)`\s(?:in|of)\s`((?:energy_flow|energy_flow_benchmarks)/[\w/]+\.py)`")
 VARIABLE = re.compile(r"([A-Z][A-Z_]+)=\S+")
 
-# What the tiny runs can't leave behind; the package must name it.
+# The tiny runs can't make these; the package must name them.
 ON_A_GPU = {"memory/allocated", "memory/reserved", "memory/peak", "memory/inactive_split", "cleanup/cache_freed_bytes"}
 AFTER_A_FAULT = {"checkpoints/before_fault.ckpt", "bad_batch.safetensors"}
-# What belongs to the reader or to others.
+# Names of the reader's files, and names of other software.
 OF_THE_READER = {"my_conf", "experiment/mine.yaml", "train.safetensors", "pairs.jsonl", "a.ckpt", "b.ckpt"}
 OF_OTHERS = {"sentence-transformers/", "PYTORCH_CUDA_ALLOC_CONF", "HYDRA_FULL_ERROR", "fit-profile.txt"}
 
@@ -67,7 +67,7 @@ def composes_somewhere(overrides: str) -> bool:
     for program in PROGRAMS:
         try:
             composed(program, *words)
-        except Exception:  # noqa: BLE001  # of Hydra or of what it calls: any means no
+        except Exception:  # noqa: BLE001  # any error, of Hydra or of a resolver, means no
             continue
         return True
     return False
@@ -129,7 +129,7 @@ def test_paths_and_tags_exist(tmp_path: Path) -> None:
 
 
 def log_paths(words: tuple[str, ...]) -> list[str]:
-    """Paths below logs/ in the values of a command, `...` as a wildcard."""
+    """Paths below logs/ in the values of a command, with `...` as a wildcard."""
     values = [word.partition("=")[2] for word in words if not word.startswith("hydra.run.dir=")]
     return [value.replace("...", "*") for value in values if value.startswith("logs/")]
 
@@ -142,7 +142,7 @@ def has_tag(runs: Runs, tag: str) -> bool:
 
 
 def has_path(runs: Runs, path: str) -> bool:
-    """In the repository, in a folder of a run, or of one of the kinds above."""
+    """Whether the path is in the repository, in a run folder, or among the names above."""
     if path in AFTER_A_FAULT:
         return f'"{Path(path).name}"' in package_source() or Path(path).stem in package_source()
     if path in OF_THE_READER | OF_OTHERS or (ROOT / path).exists():

@@ -14,7 +14,7 @@ from energy_flow.config import compose
 from energy_flow.training.module import EnergyFlowModule
 from tests.docs.documents import Block, blocks
 
-# Long things made short: one batch instead of three epochs, nothing compiled.
+# Shorter forms: one batch instead of three epochs, and no compilation.
 SHORTER = {
     '"size=debug"': '"size=debug", "rollout.compile=false"',
     "pl.Trainer(max_epochs=3)": (
@@ -30,7 +30,7 @@ def of_language(language: str) -> list[Any]:
 
 @pytest.fixture
 def loader() -> DataLoader:
-    """What the reader calls `my_loader`."""
+    """The reader's `my_loader`."""
     return DataLoader(TensorDataset(torch.randn(8, 768), torch.randn(8, 768)), batch_size=4)
 
 

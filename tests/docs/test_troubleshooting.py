@@ -1,4 +1,4 @@
-"""Every message of docs/troubleshooting.md is one that the package says."""
+"""Every message in docs/troubleshooting.md is a message of the package."""
 
 import ast
 import re
@@ -8,11 +8,11 @@ import pytest
 from tests.docs.documents import ROOT, read
 
 MESSAGES = re.findall(r"^### `(.*)`$", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
-HOLE = "…"  # of a value, in messages here and there
+HOLE = "…"  # stands for a value, in the document and in the package
 
 
 def texts() -> list[str]:
-    """All strings of the package; what an f-string or `%` fills in is a hole."""
+    """All strings of the package, with a hole for each value that an f-string or `%` fills in."""
     found = []
     for path in (ROOT / "energy_flow").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -27,17 +27,17 @@ def texts() -> list[str]:
 TEXTS = texts()
 
 
-def is_said(message: str) -> bool:
+def is_in_the_package(message: str) -> bool:
     """Whether one string of the package has all the words of a message, in their order."""
     pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split(HOLE)), re.DOTALL)
     return any(pattern.search(text) for text in TEXTS)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_a_message_is_said(message: str) -> None:
-    assert is_said(message)
+def test_the_package_has_the_message(message: str) -> None:
+    assert is_in_the_package(message)
 
 
-def test_messages_are_many_and_others_are_found() -> None:
+def test_there_are_many_messages_and_unknown_ones_are_found() -> None:
     assert len(set(MESSAGES)) == len(MESSAGES) >= 25
-    assert not is_said("lattice.depth = …: the lattice is too deep")
+    assert not is_in_the_package("lattice.depth = …: the lattice is too deep")

@@ -1,4 +1,4 @@
-"""Measuring on a GPU: time of the device and bytes of its allocator count."""
+"""Measuring on a GPU: device time and the bytes of the device's allocator."""
 
 import time
 from collections.abc import Callable

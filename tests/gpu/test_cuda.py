@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Run with: python -m pytest tests/gpu"""
+"""Tests that need a CUDA device. Run them with: python -m pytest -m gpu"""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Everything at once: children, removals, early ends, noise; heads strong enough for all of it to happen.
+# All rules together: children, removals, early ends, noise. The heads are so strong that every event happens.
 LIVELY_CASE = Case(
     {
         "width": 6,
@@ -59,7 +59,7 @@ def run(processor: FlowProcessor, source: Tensor, cotangent: Tensor) -> tuple[Fl
 
 @contextmanager
 def no_sync() -> Iterator[None]:
-    """Any wait of the host for the device raises."""
+    """Raise an error if the host waits for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -110,8 +110,8 @@ EARLY_CASE = Case(
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_flows_that_have_ended_are_left_out(recompute: bool) -> None:
-    """Products in bfloat16, where rows are left out, forward, backward and from graphs; all sides round differently."""
+def test_ended_flows_are_left_out(recompute: bool) -> None:
+    """bfloat16 products leave rows out: forward, backward and in graphs. Each way rounds differently."""
     case, way = dataclasses.replace(EARLY_CASE, seed=1), {"recompute": recompute, "cuda_graph": True}
     source = case.embedding().detach().float().cuda()
     cotangent, rows = torch.randn_like(source), torch.arange(8, device="cuda")
@@ -145,11 +145,11 @@ def test_the_host_never_waits_inside_a_rollout(compaction: bool) -> None:
     with no_sync():
         (processor(source, rows).embedding * cotangent).sum().backward()
     with pytest.raises(RuntimeError), no_sync():
-        source.sum().item()  # the guard itself works
+        source.sum().item()  # the guard works
 
 
-def test_recorded_passes_write_to_no_memory_but_their_own() -> None:
-    """Evaluation in larger batches, with rows and without, takes larger buffers; the old ones are others' then."""
+def test_recorded_passes_write_only_to_their_own_memory() -> None:
+    """Larger evaluation batches need larger buffers. Then other tensors may get the old buffers."""
     source = dataclasses.replace(LIVELY_CASE, batch=9).embedding().detach().cuda()
     cotangent, rows = torch.randn_like(source), torch.arange(9, device="cuda")
     plain = dataclasses.replace(LIVELY_CASE, rollout={"engine": "autograd"}).processor().cuda()
@@ -174,7 +174,7 @@ def test_recorded_passes_write_to_no_memory_but_their_own() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_deterministic_algorithms_give_the_same_bits(autocast: bool) -> None:
-    """In a process of its own: cuBLAS reads its setting once."""
+    """This runs in a separate process, because cuBLAS reads its setting once."""
     code = f"""
 import faulthandler
 faulthandler.dump_traceback_later(180, exit=True)
@@ -198,8 +198,8 @@ print(len(processor._engines.tape._graphs), "recorded")
 
 
 @pytest.mark.parametrize("waiting", ["Rollout.run", "Tape.backward"])
-def test_a_pass_that_cannot_be_recorded_is_an_error_with_a_remedy(waiting: str) -> None:
-    """In a process of its own: torch isn't fit for much afterwards."""
+def test_a_failed_recording_is_an_error_with_a_remedy(waiting: str) -> None:
+    """This runs in a separate process, because a failed recording leaves torch in a bad state."""
     code = f"""
 import faulthandler
 faulthandler.dump_traceback_later(180, exit=True)
@@ -238,7 +238,7 @@ def test_mixed_precision_trains(precision: str) -> None:
 
 
 class NoSync(Callback):
-    """From batch 3 to batch 6, everything between included, nobody may wait for the device."""
+    """From batch 3 to batch 6 the host must not wait for the device, not even between batches."""
 
     def __init__(self) -> None:
         self.watched = 0
@@ -257,7 +257,7 @@ class NoSync(Callback):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("bad", [False, True])
 def test_the_host_never_waits_in_a_training_loop(precision: str, bad: bool, tmp_path: Path) -> None:
-    """Not for a step that is skipped either; what it is called is copied when it is known, a step later."""
+    """This holds for skipped steps too: the host copies their result one step later."""
     batches = [{name: value.cuda() for name, value in batch.items()} for batch in make_loader(64)]
     watch, stop, module = NoSync(), StopOnBadSteps(tmp_path, 3), make_module(*LIVELY)
     if bad:
@@ -277,11 +277,11 @@ def test_the_host_never_waits_in_a_training_loop(precision: str, bad: bool, tmp_
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
-def test_any_gradient_that_is_not_finite_is_found(value: float) -> None:
+def test_any_nonfinite_gradient_is_found(value: float) -> None:
     check_step_guard(value, "cuda")
 
 
-def test_a_gradient_scaler_that_finds_its_scale_makes_no_fault(tmp_path: Path) -> None:
+def test_the_search_of_a_gradient_scaler_is_no_fault(tmp_path: Path) -> None:
     module = make_module("optimizer.lr=1.0e-2")
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**18)
     plugin = MixedPrecision("16-mixed", "cuda", scaler)

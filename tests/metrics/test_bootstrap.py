@@ -20,7 +20,8 @@ def test_the_interval_of_a_mean_agrees_with_its_standard_error() -> None:
     found = mean_interval(values)
     error = values.std(correction=0).item() / math.sqrt(500)
     assert found.mean == pytest.approx(values.mean().item())
-    # With 10,000 samples a 2.5% quantile is known to about 2% of its distance; the distribution is nearly normal.
+    # The distribution is nearly normal. With 10,000 samples the error of a 2.5% quantile is about 2% of its distance to
+    # the mean.
     assert found.low == pytest.approx(found.mean - 1.96 * error, abs=0.1 * error)
     assert found.high == pytest.approx(found.mean + 1.96 * error, abs=0.1 * error)
 
@@ -52,8 +53,8 @@ def test_runs_that_differ_widen_the_interval() -> None:
     assert paired_difference(differing, rows).low < -0.5, "runs are sampled for each method on its own"
 
 
-def test_few_runs_spread_as_new_ones_would() -> None:
-    """Two runs, one row: bootstrap means have variance var / 2, as the mean of two new runs."""
+def test_two_runs_spread_like_two_new_runs() -> None:
+    """With two runs and one row, bootstrap means have variance var / 2, like the mean of two new runs."""
     found = mean_interval(torch.tensor([[0.0], [1.0]]))
     assert found == Interval(0.5, pytest.approx(0.5 - math.sqrt(0.5)), pytest.approx(0.5 + math.sqrt(0.5)))
 

@@ -13,7 +13,7 @@ from tests.metrics.test_retrieval import numbers, whole_numbers
 
 
 def sorted_by_hand(prediction: Tensor, gallery: Tensor, k: int) -> tuple[list[list[float]], list[list[int]]]:
-    """Scores and indices for rows of length 2, whose products are exact; Python's sort keeps the order of ties."""
+    """Scores and indices for rows of norm 2, whose products are exact. Python's sort keeps the order of ties."""
     scores = (prediction @ gallery.T / 4).tolist()
     order = [sorted(range(len(gallery)), key=lambda j: -row[j])[:k] for row in scores]
     return [[row[j] for j in found] for row, found in zip(scores, order, strict=True)], order
@@ -43,7 +43,7 @@ def test_duplicates_tie() -> None:
 
 
 @pytest.mark.parametrize("block_bytes", [1, 8 * 30 * 4, 2**20])
-def test_blocks_do_not_show(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_blocks(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prediction, gallery = numbers(15, 5, seed=5), numbers(30, 5, seed=6)
     expected = nearest(prediction, gallery, 4)
     monkeypatch.setattr(retrieval, "SCORE_BLOCK_BYTES", block_bytes)

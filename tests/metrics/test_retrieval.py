@@ -1,4 +1,4 @@
-"""Ranks: compared with counting in Python; ties, duplicates, blocks; changes that must not matter."""
+"""Ranks against counts in Python: ties, duplicates, blocks, and changes without effect."""
 
 import math
 
@@ -18,7 +18,7 @@ def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tenso
 
 
 def whole_numbers(num_rows: int, seed: int) -> Tensor:
-    """Rows of length 2, either ±1 four times or ±2 once: directions and their products are exact, ties are frequent."""
+    """Rows of norm 2, either ±1 four times or ±2 once: directions and products are exact, ties are frequent."""
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (num_rows, 4), generator=generator) * 2.0 - 1
     single = torch.eye(4)[torch.randint(0, 4, (num_rows,), generator=generator)] * 2
@@ -27,7 +27,7 @@ def whole_numbers(num_rows: int, seed: int) -> Tensor:
 
 
 def counted(prediction: Tensor, gallery: Tensor, gold: list[int]) -> list[float]:
-    """Ranks by counting, in whole numbers: cosines of rows of equal length compare like their dot products."""
+    """Ranks by counting in integers. For rows of equal norm, cosines compare like dot products."""
     result = []
     for row, own in zip(prediction.tolist(), gold, strict=True):
         scores = [sum(int(a) * int(b) for a, b in zip(row, other, strict=True)) for other in gallery.tolist()]
@@ -60,7 +60,7 @@ def test_lengths_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("block_bytes", [1, 8 * 15 * 4, 2**20])
-def test_chunks_do_not_show(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_chunks(block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prediction, gallery = numbers(15, 5, seed=5), numbers(15, 5, seed=6)
     expected = ranks(prediction, gallery)
     sizes = []
@@ -83,7 +83,7 @@ def test_duplicates_of_a_target_tie() -> None:
 
 
 def test_duplicates_tie_despite_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal columns of a product may differ in the last bit; here they do."""
+    """Equal columns of a product may differ in the last bit. Here they do differ."""
     gallery = numbers(5, 8, seed=7)[[0, 1, 1, 2, 0, 3, 1, 4]]
     prediction = numbers(8, 8, seed=8)
     expected = ranks(prediction, gallery)
@@ -98,8 +98,8 @@ def test_duplicates_tie_despite_rounding(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(ranks(prediction, gallery), expected)
 
 
-def test_gold_score_of_the_same_product() -> None:
-    """Candidates differ in the last bit of float32: a gold score computed on its own would give random ranks."""
+def test_the_gold_score_comes_from_the_same_product() -> None:
+    """Candidates differ in the last bit of float32. A gold score from another product would give random ranks."""
     base = torch.nn.functional.normalize(numbers(1, 768, seed=9, dtype=torch.float32), dim=-1)
     gallery = base.repeat(200, 1)
     gallery[torch.arange(200), torch.arange(200)] *= 1 + 1e-6
@@ -113,7 +113,7 @@ def test_gold_score_of_the_same_product() -> None:
     assert rank.min() >= 1
     assert rank.max() <= 200
     apart = torch.nn.functional.cosine_similarity(prediction, gallery, dim=-1).unsqueeze(-1)
-    assert not torch.equal(rank, 1.0 + (exact > apart).sum(-1))  # the trap is real
+    assert not torch.equal(rank, 1.0 + (exact > apart).sum(-1))  # the other product does differ
 
 
 def test_autocast_does_not_matter() -> None:
@@ -168,7 +168,7 @@ def test_not_finite(value: float) -> None:
         ranks(bad, good)
 
 
-def test_shapes_that_do_not_match() -> None:
+def test_mismatched_shapes() -> None:
     with pytest.raises(ValueError, match=r"\[N, D\]"):
         ranks(torch.ones(3, 4), torch.ones(3, 5))
     with pytest.raises(ValueError, match="give `gold`"):

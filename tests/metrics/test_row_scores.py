@@ -1,4 +1,4 @@
-"""Row scores: tasks and baselines compute them, a file keeps them."""
+"""Row scores of tasks and baselines, and their file."""
 
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def test_scores_of_another_shape_are_not_written(bad: Tensor, tmp_path: Path) ->
 
 
 def run_test(path: Path, folder: Path, processes: int, **options: object) -> Path:
-    """Test on the file `path` in batches of 6; returns the file of row scores."""
+    """Test on the file `path` in batches of 6. Returns the file of row scores."""
     config = compose(*TINY, "data=files", f"data.test={path}", "data.eval_batch_size=6")
     kept = folder / f"{processes}.safetensors"
     trainer = Trainer(
@@ -112,7 +112,7 @@ def run_test(path: Path, folder: Path, processes: int, **options: object) -> Pat
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """41 rows, an odd number: two processes measure one row twice."""
+    """41 rows: with an odd number, two processes measure one row twice."""
     rows, path = make_rows(41), tmp_path / "pairs.safetensors"
     save_file({name: torch.stack([row[name] for row in rows]) for name in ("source", "target")}, path)
     return path
@@ -123,7 +123,7 @@ def test_the_rows_of_a_test_in_order(pairs: Path, tmp_path: Path) -> None:
     data = load_file(pairs)
     with torch.no_grad():
         prediction = make_module().eval()(data["source"]).embedding
-    # The run has other batches, and so other rounding: no candidate may come near the own target.
+    # The run has other batches and so other rounding. No candidate may be close to the true target.
     cosines = (
         functional.normalize(prediction.double(), dim=-1) @ functional.normalize(data["target"].double(), dim=-1).T
     )

@@ -1,4 +1,4 @@
-"""The group softmax with deposit in plain, differentiable torch: slow and simple."""
+"""The group softmax with deposit in plain torch with autograd: slow and simple."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def group_softmax_reference(
         member_scores = flat_scores.masked_fill(flat_weights <= 0, -torch.inf)
         floor = torch.where(missing > 0, 0.0, -torch.inf).to(scores.dtype)
         maximum = floor.scatter_reduce(0, flat_keys, member_scores, "amax", include_self=True)
-    # The clamp only changes members of weight 0, because others are <= 0 after the subtraction.
+    # The clamp only changes members of weight 0: for all others the exponent is <= 0.
     exponent = (flat_scores - maximum[flat_keys]).clamp(max=60.0)
     share = flat_weights * exponent.exp()
     # With an empty member the maximum is 0 or more; otherwise the clamp avoids 0 * exp(1e4) = NaN.

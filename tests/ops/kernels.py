@@ -1,8 +1,8 @@
-"""Devices and tolerances of the tests of hand-written kernels.
+"""Devices and tolerances for the tests of hand-written kernels.
 
-The tests of an operation call the function that picks plain torch or Triton. On a CPU that is plain torch, or Triton's
-interpreter if TRITON_INTERPRET is 1 (tests/ops/test_triton_kernels.py runs them once more that way); on a CUDA device
-it is the compiled kernel.
+The tests call the public function of an operation, which selects plain torch or Triton. On a CPU it selects plain
+torch, or Triton's interpreter if TRITON_INTERPRET is 1. On a CUDA device it selects the compiled kernel.
+tests/ops/test_triton_kernels.py runs the tests again in the interpreter.
 """
 
 import os
@@ -18,16 +18,17 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic, biases and sums."""
+    """The dtype of arithmetic, biases and sums for operands of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tolerance(dtype: torch.dtype, device: str) -> float:
-    """Error of one result of order 1 that is computed in the wide dtype and rounded once."""
+    """Largest error of a result of order 1 that is computed in the wide dtype and rounded once."""
     if dtype == torch.float64:
         return 1e-12
     if dtype == torch.float32:
         return 1e-6
-    # Half a unit in the last place; the interpreter cuts bfloat16 off, and compiled kernels approximate tanh to 2^-11.
+    # Half a unit in the last place. The interpreter truncates to bfloat16 instead of rounding, and compiled kernels
+    # approximate tanh to 2^-11.
     rounding = torch.finfo(dtype).eps * (1.0 if INTERPRETED else 0.5)
     return rounding * 1.01 + (2**-10 if device == "cuda" else 0)

@@ -1,4 +1,4 @@
-"""Exploration noise: Philox against integers and published vectors, dependence on arguments, distribution."""
+"""Exploration noise: Philox against Python integers and published vectors, the arguments, the distribution."""
 
 import random
 from statistics import NormalDist
@@ -66,7 +66,7 @@ def noise(
 
 
 def test_numbers_are_quantiles_of_philox_words() -> None:
-    """The bits of a number are part of the contract: a later version can repeat a stored run."""
+    """The bits are part of the contract, so that a later version can repeat a stored run."""
     seed, step, rollout_step, rows, num_slots = 2**40 + 77, 11, 3, (2, 2**31), 4
     actual = noise(seed, step, rollout_step, rows, num_slots)
     for b, row in enumerate(rows):
@@ -84,7 +84,7 @@ def test_shape_and_dtype() -> None:
 
 
 @given(st.permutations([0, 3, 4, 17, 2**20]), st.integers(1, 9))
-def test_batch_and_slots_do_not_show(rows: list[int], num_slots: int) -> None:
+def test_noise_does_not_depend_on_batch_or_slots(rows: list[int], num_slots: int) -> None:
     actual = noise(rows=tuple(rows), num_slots=num_slots)
     for b, row in enumerate(rows):
         assert torch.equal(actual[b], noise(rows=(row,), num_slots=12)[0, :num_slots])
@@ -97,7 +97,7 @@ def test_batch_and_slots_do_not_show(rows: list[int], num_slots: int) -> None:
 )
 def test_every_input_matters(change: dict[str, int]) -> None:
     same = noise() == noise(**change)
-    assert same.double().mean() < 0.05  # a table of 2^16 values repeats values now and then
+    assert same.double().mean() < 0.05  # a table of 2^16 values sometimes repeats a value
 
 
 def test_slots_and_axes_differ() -> None:

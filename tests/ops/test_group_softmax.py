@@ -1,4 +1,4 @@
-"""The weighted softmax average per group, against a loop over groups."""
+"""The weighted softmax average per group against a loop over groups."""
 
 import math
 
@@ -10,7 +10,7 @@ from energy_flow.ops.group_softmax import group_softmax_deposit
 
 
 def reference(scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """sum(w exp(s) v) / (sum(w exp(s)) + max(0, 1 - sum w)), one group after the other."""
+    """sum(w exp(s) v) / (sum(w exp(s)) + max(0, 1 - sum w)), in a loop over groups."""
     groups, masses = [], []
     for group in range(num_groups):
         members = [(n, k) for n in range(keys.shape[0]) for k in range(keys.shape[1]) if int(keys[n, k]) == group]
@@ -26,7 +26,7 @@ def reference(scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num
 
 
 def landings(seed: int, num: int = 12, shares: int = 4, num_groups: int = 6, energy_dim: int = 2) -> list[Tensor]:
-    """Scores, values, keys (all different within a row; the last group stays empty), weights that sum to one."""
+    """Scores, values, keys and weights. Keys of a row differ; its weights sum to 1; the last group is empty."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num, generator=generator, dtype=torch.float64) * 3
     values = torch.randn(num, energy_dim, generator=generator, dtype=torch.float64)
@@ -46,13 +46,13 @@ def test_equals_the_formula(num: int, seed: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(mass, expected_mass, rtol=0, atol=1e-13)
     cotangent = torch.randn(actual.shape, dtype=torch.float64)
-    mine = torch.autograd.grad((actual * cotangent).sum(), leaves)
-    theirs = torch.autograd.grad((expected * cotangent).sum(), leaves)
-    for a, b in zip(mine, theirs, strict=True):
+    actual_grads = torch.autograd.grad((actual * cotangent).sum(), leaves)
+    expected_grads = torch.autograd.grad((expected * cotangent).sum(), leaves)
+    for a, b in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_both_sides_of_the_missing_share_are_tested() -> None:
+def test_groups_with_and_without_a_missing_share_are_tested() -> None:
     masses = []
     for num in (1, 3, 12):
         scores, values, keys, weights = landings(0, num)
@@ -78,7 +78,7 @@ def test_empty_groups_are_zero() -> None:
     assert torch.equal(mass[9:], torch.zeros(31, dtype=torch.float64))
 
 
-def test_no_members_at_all() -> None:
+def test_no_members() -> None:
     none = torch.zeros(0, dtype=torch.float64)
     actual, mass = group_softmax_deposit(none, none.view(0, 2), none.view(0, 4).long(), none.view(0, 4), 3)
     assert torch.equal(actual, torch.zeros(3, 2, dtype=torch.float64))
@@ -92,11 +92,11 @@ def test_one_whole_member_gives_its_value(score: float, dtype: torch.dtype) -> N
     values = torch.tensor([[0.3, -2.0]], dtype=dtype, requires_grad=True)
     actual, _ = group_softmax_deposit(scores, values, torch.tensor([[1]]), torch.ones(1, 1, dtype=dtype), 2)
     assert torch.equal(actual, torch.tensor([[0.0, 0.0], [0.3, -2.0]], dtype=dtype))
-    on_scores, on_values = torch.autograd.grad(
+    grad_scores, grad_values = torch.autograd.grad(
         (actual * torch.tensor([[5.0, 7.0], [2.0, 3.0]])).sum(), (scores, values)
     )
-    assert torch.equal(on_scores, torch.zeros_like(on_scores))
-    assert torch.equal(on_values, torch.tensor([[2.0, 3.0]], dtype=dtype))
+    assert torch.equal(grad_scores, torch.zeros_like(grad_scores))
+    assert torch.equal(grad_values, torch.tensor([[2.0, 3.0]], dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -108,9 +108,9 @@ def test_one_whole_member_gives_its_value(score: float, dtype: torch.dtype) -> N
         ([1e4, 1e4], [1.0, 1.0], 2.0),
         ([-1e4, -1e4], [1.0, 1.0], 2.0),
         ([1e4, 1e4 - math.log(3)], [0.5, 0.5], 1.5),
-        ([1e4, 1e4], [0.1, 0.3], 2.5),  # the empty member (0.6 at score 0) is negligible against e^10000
-        ([-1e4, -1e4], [0.1, 0.3], 0.0),  # and dominates e^-10000
-        ([0.0, 1e4], [1.0, 0.0], 1.0),  # weight 0 is no member, however large its score
+        ([1e4, 1e4], [0.1, 0.3], 2.5),  # the empty member (weight 0.6, score 0) is negligible beside e^10000
+        ([-1e4, -1e4], [0.1, 0.3], 0.0),  # the empty member dominates e^-10000
+        ([0.0, 1e4], [1.0, 0.0], 1.0),  # weight 0 is not a member, even with a huge score
     ],
 )
 def test_extreme_scores(scores: list[float], weights: list[float], expected: float, dtype: torch.dtype) -> None:
@@ -120,7 +120,7 @@ def test_extreme_scores(scores: list[float], weights: list[float], expected: flo
         torch.tensor(weights, dtype=dtype)[:, None].requires_grad_(),
     ]
     actual, _ = group_softmax_deposit(leaves[0], leaves[1], torch.zeros(2, 1, dtype=torch.int64), leaves[2], 1)
-    # float32 represents the difference of 10,000 and 9,998.9 to 1e-3 only.
+    # In float32, 10,000 - 9,998.9 is exact to 1e-3 only.
     torch.testing.assert_close(
         actual, torch.tensor([[expected]], dtype=dtype), rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-12
     )
@@ -146,17 +146,17 @@ def test_whole_weights_make_a_softmax_that_sums_to_one() -> None:
     torch.testing.assert_close(actual[hit], torch.full_like(actual[hit], 0.7), rtol=0, atol=1e-14)
 
 
-def test_groups_do_not_touch() -> None:
+def test_groups_are_independent() -> None:
     scores, values, keys, weights = landings(6)
     expected, _ = group_softmax_deposit(scores, values, keys, weights, 6)
-    both, _ = group_softmax_deposit(
+    joined, _ = group_softmax_deposit(
         torch.cat([scores, scores + 50]),
         torch.cat([values, -values]),
         torch.cat([keys, keys + 6]),
         weights.repeat(2, 1),
         12,
     )
-    torch.testing.assert_close(both[:6], expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(joined[:6], expected, rtol=0, atol=1e-14)
 
 
 def test_float32_is_close_to_float64() -> None:
@@ -167,8 +167,8 @@ def test_float32_is_close_to_float64() -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_moves_continuously_as_a_member_leaves() -> None:
-    """The result is continuous when the weight of a landing goes to 0, even if it is the only member."""
+def test_the_result_is_continuous_in_a_vanishing_weight() -> None:
+    """The result goes to 0 with the weight, even if the landing is the only member."""
     scores, values = torch.tensor([2.0], dtype=torch.float64), torch.tensor([[5.0]], dtype=torch.float64)
     out = [
         float(

@@ -1,4 +1,4 @@
-"""Properties of every group softmax; hypothesis looks for counterexamples."""
+"""Properties of the group softmax, with examples from hypothesis."""
 
 import math
 from typing import Any, NamedTuple
@@ -27,19 +27,19 @@ class Members(NamedTuple):
         return group_softmax_deposit(*self)
 
     def shares(self) -> tuple[Tensor, Tensor]:
-        """How much of each group every member is, [G, N], and the mass [G]: deposits of the unit vectors."""
+        """The share of every member in each group, [G, N], and the mass [G]. They are deposits of unit vectors."""
         return self._replace(values=torch.eye(len(self.scores), dtype=self.values.dtype)).deposit()
 
     @property
     def belongs(self) -> Tensor:
-        """Bool [G, N]: the member has a weight in the group."""
+        """Whether a member has a weight in a group, bool [G, N]."""
         groups = torch.arange(self.num_groups)[:, None, None]
         return ((self.keys == groups) & (self.weights > 0)).any(-1)
 
 
 @st.composite
 def members(draw: st.DrawFn, min_size: int = 0) -> Members:
-    """Any members; weights sum to 1 or less. The last group has no members."""
+    """Any members, with weights up to 1. The last group has no members."""
     num, num_keys = draw(st.integers(min_size, 10)), draw(st.sampled_from([1, 4]))
     num_groups, energy_dim = draw(st.integers(2, 5)), draw(st.integers(1, 3))
     dtype = draw(st.sampled_from(list(TOLERANCE)))
@@ -96,9 +96,9 @@ def test_shares_sum_to_one(case: Members) -> None:
 @given(members(min_size=1))
 @settings(max_examples=60)
 def test_the_result_is_inside_the_convex_hull_of_the_members_and_0(case: Members) -> None:
-    """If the weights sum to 1 or more, it is in the hull of the members alone."""
+    """If the weights sum to 1 or more, the hull is without 0."""
     actual, mass = case.deposit()
-    shares, _ = case.shares()  # >= 0, and at most one together: so this is a point of the hull
+    shares, _ = case.shares()  # >= 0 with a sum of at most 1, so their product with the values is in the hull
     assert_close(actual, shares @ case.values, size=10)
     others = ~case.belongs[..., None]
     low = case.values.masked_fill(others, torch.inf).amin(1)
@@ -122,7 +122,7 @@ def test_groups_without_members_are_zero(case: Members) -> None:
 @given(SCORES, st.floats(1e-6, 1.0), st.sampled_from(list(TOLERANCE)))
 @settings(max_examples=60)
 def test_a_single_member_shares_with_the_empty_one(score: float, weight: float, dtype: torch.dtype) -> None:
-    """w exp(s) / (w exp(s) + 1 - w), in a form that doesn't overflow; all of it where w = 1."""
+    """The share is w exp(s) / (w exp(s) + 1 - w), written without overflow; it is 1 if w = 1."""
     scores, weights = torch.tensor([score], dtype=dtype), torch.tensor([[weight]], dtype=dtype)
     shares, mass = Members(scores, torch.ones(1, 1, dtype=dtype), torch.tensor([[1]]), weights, 2).deposit()
     weight, score = float(weights), float(scores)
@@ -140,14 +140,14 @@ def test_gradients_are_finite(case: Members) -> None:
 
 
 def crowd(num: int = 1000) -> Members:
-    """Too many members in one group for a sum of weights in bfloat16, which can't count beyond 256."""
+    """Members of one group. They are too many for a sum of weights in bfloat16, where 256 + 1 = 256."""
     generator = torch.Generator().manual_seed(0)
     scores, values = torch.rand(num, generator=generator), torch.randn(num, 2, generator=generator)
     return Members(scores, values, torch.zeros(num, 1, dtype=torch.int64), torch.ones(num, 1), 2)
 
 
 def test_autocast_changes_nothing() -> None:
-    """The lattice passes float32 or more, also under autocast, and the operation must not round it."""
+    """The lattice passes at least float32, also under autocast, and the operation must not round it."""
     case = crowd()
     expected, expected_mass = case.deposit()
     with torch.autocast("cpu", torch.bfloat16):
@@ -157,8 +157,8 @@ def test_autocast_changes_nothing() -> None:
     assert float(mass[0]) == 1000
 
 
-def test_inputs_rounded_to_bfloat16_give_nearly_the_same() -> None:
-    """Inputs that were rounded to bfloat16 give that error (2^-9), and no larger error from the sums."""
+def test_inputs_rounded_to_bfloat16_give_nearly_equal_results() -> None:
+    """Inputs rounded to bfloat16 have an error of 2^-9, and the sums add no larger one."""
     case = crowd()
     rounded = case._replace(values=case.values.bfloat16().float(), scores=case.scores.bfloat16().float())
     actual, expected = rounded.deposit()[0], case.deposit()[0]
@@ -171,7 +171,7 @@ def test_inputs_rounded_to_bfloat16_give_nearly_the_same() -> None:
     "which", [("values",), ("weights",), ("values", "weights"), ("scores", "values", "weights")], ids="+".join
 )
 def test_half_precision_is_refused(which: tuple[str, ...], dtype: torch.dtype) -> None:
-    """The weights of 1,000 members would sum to 256 in bfloat16, and a constant of 0.7 come out as 2.7."""
+    """In bfloat16 the weights of 1,000 members would sum to 256, and the average of a constant 0.7 would be 2.7."""
     case = crowd()
     halved = case._replace(**{name: getattr(case, name).to(dtype) for name in which})
     with pytest.raises(TypeError, match=f"float32.*{dtype}|{dtype}.*float32"):

@@ -1,4 +1,4 @@
-"""The tests of the group softmax once more, with its Triton kernels in Triton's interpreter."""
+"""Run the tests of the group softmax again, with its Triton kernels in Triton's interpreter."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.ops.kernels import INTERPRETED
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="would call itself")
+@pytest.mark.skipif(INTERPRETED, reason="this would call itself")
 @pytest.mark.parametrize(
     "file", ["test_group_softmax.py", pytest.param("test_group_softmax_fused.py", marks=pytest.mark.slow)]
 )

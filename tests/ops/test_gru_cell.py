@@ -24,9 +24,9 @@ def test_equals_torch(dtype: torch.dtype, tolerance: float) -> None:
     actual, expected = gru_cell(*leaves), cell(inputs, hidden)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
     cotangent = torch.randn_like(actual)
-    mine = torch.autograd.grad((actual * cotangent).sum(), leaves)
-    theirs = torch.autograd.grad((expected * cotangent).sum(), leaves)
-    for a, b in zip(mine, theirs, strict=True):
+    actual_grads = torch.autograd.grad((actual * cotangent).sum(), leaves)
+    expected_grads = torch.autograd.grad((expected * cotangent).sum(), leaves)
+    for a, b in zip(actual_grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=10 * tolerance)
 
 
@@ -35,7 +35,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(gru_cell, [inputs, hidden, *parameters(cell)])
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_are_not_changed() -> None:
     cell, inputs, hidden = cell_and_inputs()
     before = hidden.detach().clone()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The elementwise half of a GRU cell against `torch.nn.GRUCell`, and against autograd in float64."""
+"""The elementwise part of a GRU cell against `torch.nn.GRUCell` and against autograd in float64."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ INPUT_SIZE = 5
 
 
 def strided(values: Tensor, padding: int = 3) -> Tensor:
-    """The same values as columns of a wider matrix whose other columns are NaN."""
+    """The same values as columns of a wider matrix. Its other columns are NaN."""
     wider = values.new_full((values.shape[0], values.shape[1] + 2 * padding), torch.nan)
     wider[:, padding:-padding] = values
     return wider[:, padding:-padding]
@@ -30,7 +30,7 @@ def operands(num: int, size: int, dtype: torch.dtype, device: str) -> tuple[Tens
 
 
 def formula(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
-    """Next hidden state, out of place."""
+    """The next hidden state as one formula."""
     products, biases = gates.chunk(4, dim=1), bias.chunk(4)
     reset = torch.sigmoid(products[1] + biases[1])
     update = torch.sigmoid(products[2] + biases[2])
@@ -40,7 +40,7 @@ def formula(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 def forward(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
-    """`gates_forward` into a view whose neighbours are NaN."""
+    """Call `gates_forward` with a view as `out`, and check that nothing beside it changes."""
     before, out = gates.clone(), strided(torch.full_like(hidden, torch.nan))
     around = out._base
     assert around is not None
@@ -52,7 +52,7 @@ def forward(gates: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(gates: Tensor, hidden: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`gates_backward` on copies: gradients of the products, of the bias, and the direct one of the hidden state."""
+    """Call `gates_backward` on copies. Returns the gradients of products, bias and hidden state (its direct part)."""
     grad_bias = torch.zeros_like(bias)
     grad_gates, grad_hidden = gates_backward(gates.clone(), hidden, grad.clone(), bias, grad_bias)
     return grad_gates, grad_bias, grad_hidden
@@ -64,7 +64,7 @@ def close(actual: Tensor, expected: Tensor, bound: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("device", DEVICES)
-def test_with_its_products_it_is_torchs_cell(device: str, dtype: torch.dtype) -> None:
+def test_products_and_gates_equal_torchs_cell(device: str, dtype: torch.dtype) -> None:
     num, size = 37, 20
     cell = torch.nn.GRUCell(INPUT_SIZE, size, dtype=torch.float64)
     inputs = torch.randn(num, INPUT_SIZE, dtype=torch.float64, requires_grad=True)
@@ -72,7 +72,7 @@ def test_with_its_products_it_is_torchs_cell(device: str, dtype: torch.dtype) ->
     cotangent = torch.randn(num, size, dtype=torch.float64)
     expected = cell(inputs, hidden)
     leaves = [inputs, hidden, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    theirs = torch.autograd.grad((expected * cotangent).sum(), leaves)
+    expected_grads = torch.autograd.grad((expected * cotangent).sum(), leaves)
 
     x, h, w_input, w_hidden, b_input, b_hidden = (leaf.detach().to(device, dtype) for leaf in leaves)
     (ir, iz, in_), (hr, hz, hn) = (x @ w_input.t()).chunk(3, 1), (h @ w_hidden.t()).chunk(3, 1)
@@ -86,7 +86,7 @@ def test_with_its_products_it_is_torchs_cell(device: str, dtype: torch.dtype) ->
     grad_input_products = torch.cat([grad_reset, grad_update, grad_new], dim=1)
     grad_hidden_products = torch.cat([grad_reset, grad_update, grad_hidden_new], dim=1)
     b_new, b_reset, b_update, b_hidden_new = grad_bias.chunk(4)
-    mine = [
+    actual_grads = [
         grad_input_products @ w_input,
         grad_hidden + grad_hidden_products @ w_hidden,
         grad_input_products.t() @ x,
@@ -96,8 +96,8 @@ def test_with_its_products_it_is_torchs_cell(device: str, dtype: torch.dtype) ->
     ]
     bound = tolerance(dtype, device)
     close(out.cpu(), expected.detach(), bound)
-    for actual, wanted in zip(mine, theirs, strict=True):
-        close(actual.cpu(), wanted, 10 * bound)  # sums of 37 rows or 60 columns
+    for actual, reference in zip(actual_grads, expected_grads, strict=True):
+        close(actual.cpu(), reference, 10 * bound)  # sums over 37 rows or 60 columns
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -117,33 +117,43 @@ def test_backward(device: str, dtype: torch.dtype, size: tuple[int, int]) -> Non
     gates, hidden, bias, grad = operands(*size, dtype, device)
     leaves = [tensor.double().clone().requires_grad_() for tensor in (gates, hidden, bias)]
     grad_gates, grad_hidden, grad_bias = torch.autograd.grad(formula(*leaves), leaves, grad.double())
-    mine, my_bias, my_hidden = backward(gates, hidden, bias, grad)
-    assert mine.dtype == my_hidden.dtype == dtype
-    bound = 4 * tolerance(dtype, device)  # gradients of up to 3, products of several factors
-    close(mine, grad_gates, bound)
-    close(my_hidden, grad_hidden, bound)
-    # Plain torch sums rounded numbers and rounds again; errors of approximate tanhs in kernels add up.
-    close(my_bias, grad_bias, size[0] * bound)
+    actual_grads, actual_bias, actual_hidden = backward(gates, hidden, bias, grad)
+    assert actual_grads.dtype == actual_hidden.dtype == dtype
+    bound = 4 * tolerance(dtype, device)  # gradients are up to 3, and products of several factors
+    close(actual_grads, grad_gates, bound)
+    close(actual_hidden, grad_hidden, bound)
+    # Plain torch sums rounded numbers and rounds the sum. In kernels, errors of approximate tanhs add up.
+    close(actual_bias, grad_bias, size[0] * bound)
 
 
 @pytest.mark.parametrize("share", [0, 0.4, 1])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_beyond_a_count_give_nothing(device: str, dtype: torch.dtype, size: tuple[int, int], share: float) -> None:
+def test_rows_beyond_a_count_have_no_effect(
+    device: str, dtype: torch.dtype, size: tuple[int, int], share: float
+) -> None:
     gates, hidden, bias, grad = operands(*size, dtype, device)
     used = int(share * size[0])
     grad[used:] = 0
-    expected, (true_gates, true_bias, true_hidden) = forward(gates, hidden, bias), backward(gates, hidden, bias, grad)
-    if use_triton(gates):  # kernels don't read these rows, so they may hold anything
+    expected, (expected_gates, expected_bias, expected_hidden_grad) = (
+        forward(gates, hidden, bias),
+        backward(gates, hidden, bias, grad),
+    )
+    if use_triton(gates):  # kernels don't read these rows
         gates[used:], hidden[used:] = torch.nan, torch.nan
         expected[used:] = 0
     count, out, grad_bias = torch.tensor(used, device=device), torch.empty_like(hidden), torch.zeros_like(bias)
     gates_forward(gates, hidden, bias, out, count)
-    mine, my_hidden = gates_backward(gates, hidden, grad, bias, grad_bias, count)
-    for actual, wanted in ((out, expected), (mine, true_gates), (my_hidden, true_hidden), (grad_bias, true_bias)):
-        assert torch.equal(actual, wanted)
-    assert (mine[used:] == 0).all()
+    actual_grads, actual_hidden = gates_backward(gates, hidden, grad, bias, grad_bias, count)
+    for actual, reference in (
+        (out, expected),
+        (actual_grads, expected_gates),
+        (actual_hidden, expected_hidden_grad),
+        (grad_bias, expected_bias),
+    ):
+        assert torch.equal(actual, reference)
+    assert (actual_grads[used:] == 0).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -177,8 +187,8 @@ def test_no_rows(device: str) -> None:
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_a_given_kernel_and_in_place(in_place: bool, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both give the values of `gate_gradients`; in place they are in the buffers of the arguments."""
+def test_a_kernel_argument_and_in_place(in_place: bool, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both give the values of `gate_gradients`. `in_place` writes them over `gates`."""
     gates, hidden, bias, grad = operands(37, 20, torch.float32, "cpu")
     calls: list[int] = []
 

@@ -1,4 +1,4 @@
-"""The map to few outputs and its gradients, against float64."""
+"""The linear map to few outputs, and its gradients, against float64."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SIZES = [(37, 20, 4), (1, 20, 5), (9, 64, 16), (70, 129, 8), (3, 1100, 11)]
 
 
 def operands(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states (columns of a wider matrix of NaN), weight, bias, gradient of the result."""
+    """Hidden states, weight, bias, and gradient of the result. The hidden states are columns of a matrix of NaN."""
     num, columns, outputs = size
     hidden = torch.full((num, columns + 6), torch.nan, dtype=dtype)
     hidden[:, 3:-3] = torch.randn(num, columns)
@@ -32,14 +32,14 @@ def test_forward(device: str, dtype: torch.dtype, size: tuple[int, int, int]) ->
     actual = narrow_linear(hidden, weight, bias)
     assert actual.dtype == wide(dtype)
     expected = hidden.double() @ weight.double().t() + bias.double()
-    # Nothing is rounded to the dtype of `hidden`; the error of a sum grows with the root of its length.
+    # Nothing is rounded to the dtype of `hidden`. The error of a sum grows with the square root of its length.
     close(actual, expected, tolerance(wide(dtype), device) * size[1] ** 0.5)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_backward_adds_to_what_is_there(device: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+def test_backward_adds_to_its_outputs(device: str, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
     hidden, weight, bias, grad = operands(size, dtype, device)
     before = [torch.randn(tensor.shape).to(device, tensor.dtype) for tensor in (hidden, weight, bias)]
     after = [tensor.clone() for tensor in before]
@@ -50,19 +50,19 @@ def test_backward_adds_to_what_is_there(device: str, dtype: torch.dtype, size: t
         tolerance(dtype, "cpu") + tolerance(wide(dtype), device) * size[2] ** 0.5,
         *[tolerance(wide(dtype), device) * max(1, size[0] ** 0.5)] * 2,
     ]
-    for mine, own, theirs, bound in zip(after, before, expected, bounds, strict=True):
-        close(mine, own.double() + theirs, bound)
+    for found, start, added, bound in zip(after, before, expected, bounds, strict=True):
+        close(found, start.double() + added, bound)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_backward_is_the_gradient_of_forward(device: str) -> None:
     hidden, weight, bias, grad = operands((7, 20, 5), torch.float64, device)
     leaves = [hidden.clone().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
-    theirs = torch.autograd.grad(torch.nn.functional.linear(*leaves), leaves, grad)
-    mine = [torch.zeros_like(leaf) for leaf in leaves]
+    expected = torch.autograd.grad(torch.nn.functional.linear(*leaves), leaves, grad)
+    found = [torch.zeros_like(leaf) for leaf in leaves]
     with torch.no_grad():
-        narrow_linear_backward(grad, hidden, weight, *mine)
-    for a, b in zip(mine, theirs, strict=True):
+        narrow_linear_backward(grad, hidden, weight, *found)
+    for a, b in zip(found, expected, strict=True):
         close(a, b, 1e-12)
 
 

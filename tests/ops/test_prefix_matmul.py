@@ -1,4 +1,4 @@
-"""Products of the leading rows; their number is in a tensor."""
+"""Products of the leading rows, whose number is in a tensor."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.ops.kernels import DEVICES, HALVES, INTERPRETED
 from tests.ops.test_gru_gates import strided
 
 SIZES = [(300, 64, 96), (129, 40, 257), (1, 16, 8), (260, 100, 1)]  # N, K, M
-OTHER = 7  # in rows that aren't in use
+OTHER = 7  # value of `out` in rows that are not in use
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -23,11 +23,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("share", [0, 0.5, 0.99, 1])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_in_use_are_those_of_the_whole_product(
+def test_rows_in_use_equal_the_whole_product(
     device: str, size: tuple[int, int, int], share: float, dtype: torch.dtype, transposed: bool
 ) -> None:
     if INTERPRETED and dtype == torch.bfloat16 and device == "cpu":
-        pytest.skip("Triton's interpreter takes bfloat16 operands of a product for whole numbers")
+        pytest.skip("Triton's interpreter reads bfloat16 operands of a product as integers")
     num, inner, columns = size
     used = int(share * num)
     left, right, before = (torch.randn(shape) for shape in ((num, inner), (inner, columns), (num, columns)))
@@ -38,7 +38,7 @@ def test_rows_in_use_are_those_of_the_whole_product(
     count, product = torch.tensor(used, device=device), left.double() @ right.double()
 
     out, total = strided(torch.full_like(before, OTHER)), strided(before)
-    if use_triton(left):  # torch's bfloat16 products on a CPU read beyond an operand
+    if use_triton(left):  # on a CPU, torch's bfloat16 products read beyond the operand
         left = strided(left)
     prefix_mm(left, right, out, count)
     prefix_addmm(left, right, total, count)

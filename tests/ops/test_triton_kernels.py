@@ -1,4 +1,4 @@
-"""Triton kernels: their tests once more in the interpreter, and tests that need a device."""
+"""Run the tests of Triton kernels again in the interpreter, and test kernels on a device."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from energy_flow.ops.narrow_linear import narrow_linear, narrow_linear_backward
 from tests.ops.kernels import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
-BOTH_WAYS = [
+ALSO_INTERPRETED = [
     pytest.param("ops/test_gru_gates.py", marks=pytest.mark.slow),
     "ops/test_narrow_linear.py",
     "ops/test_prefix_matmul.py",
@@ -26,8 +26,8 @@ BOTH_WAYS = [
 ]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="would call itself")
-@pytest.mark.parametrize("file", BOTH_WAYS)
+@pytest.mark.skipif(INTERPRETED, reason="this would call itself")
+@pytest.mark.parametrize("file", ALSO_INTERPRETED)
 def test_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", f"tests/{file}"]
@@ -36,13 +36,13 @@ def test_in_the_interpreter(file: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kernels_are_picked_by_device() -> None:
-    """The interpreter picks kernels on a CPU too, so its tests do run kernels."""
+def test_the_device_selects_the_kernels() -> None:
+    """With the interpreter, kernels also run on a CPU, so its tests do test them."""
     assert use_triton(torch.zeros(1)) == INTERPRETED
     assert not use_triton(torch.zeros(1, device="meta"))
 
 
-def test_without_triton_kernels_are_not_picked() -> None:
+def test_no_kernels_without_triton() -> None:
     code = (
         "import sys, importlib.util; sys.modules['triton'] = None; importlib.util.find_spec = lambda *_: None;"
         "import torch; from energy_flow.ops.backend import use_triton; assert not use_triton(torch.zeros(1))"
@@ -58,7 +58,7 @@ def test_other_column_strides_are_refused() -> None:
 
 
 def test_resident_programs() -> None:
-    """On a CPU there is one multiprocessor; shares of its programs are rounded up, and no tile is computed twice."""
+    """A CPU counts as one multiprocessor. Programs per block are rounded up, but there are no more than tiles."""
     tensor = torch.zeros(1)
     assert [resident_programs(tensor, 9, blocks, 8) for blocks in (1, 2, 3, 8, 9)] == [8, 4, 3, 1, 1]
     assert [resident_programs(tensor, tiles, 1, 8) for tiles in (0, 3, 8, 9)] == [0, 3, 8, 8]
@@ -95,7 +95,7 @@ def narrow_linear_step() -> tuple[Callable[[], None], list[Tensor]]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_replays_from_a_cuda_graph(make: Callable[[], tuple[Callable[[], None], list[Tensor]]]) -> None:
-    """Nothing waits for the device, and a replay has the bits of a plain call."""
+    """No call waits for the device, and a replay gives the bits of a plain call."""
     step, state = make()
     start = [tensor.clone() for tensor in state]
     torch.cuda.synchronize()

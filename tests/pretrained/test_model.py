@@ -1,4 +1,4 @@
-"""A model in one file: the same numbers, no heavy imports, and clear errors for any content."""
+"""A model in one file: equal numbers, no heavy imports, and clear errors for any contents."""
 
 import json
 import random
@@ -42,7 +42,7 @@ CARD: dict[str, Any] = {
 def build(**changes: Any) -> EnergyFlowModel:
     model = EnergyFlowModel(read(ModelCard, CARD | changes, ""))
     fill_parameters(model, seed=1, displacement=1.0)
-    model.processor.optimizer_step.fill_(3)  # displacements still warm up
+    model.processor.optimizer_step.fill_(3)  # the displacement scale is still warming up
     return model.eval()
 
 
@@ -53,7 +53,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, described: dict[str, Any] | str, weights: dict[str, Tensor]) -> None:
-    """A file from another program, with the right digest."""
+    """Write a file with other contents and the right digest."""
     text = described if isinstance(described, str) else json.dumps(described)
     save_file(weights, path, {"energy_flow": text, "sha256": card.digest(text, weights)})
 
@@ -65,7 +65,7 @@ def refused(path: Path, *parts: str) -> None:
         assert part in str(caught.value), str(caught.value)
 
 
-def test_what_is_saved_comes_back(saved: Path) -> None:
+def test_a_saved_model_is_loaded_unchanged(saved: Path) -> None:
     model, source = build(), torch.randn(4, DIM)
     again = EnergyFlowModel.from_pretrained(saved)
     assert again.card == model.card
@@ -99,7 +99,7 @@ def test_it_can_be_trained_further(saved: Path) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_rows_that_are_no_embedding() -> None:
+def test_invalid_embeddings() -> None:
     source = torch.randn(5, DIM)
     source[1], source[3, 0] = 0, float("nan")
     with pytest.raises(DataError, match=r"source row 1 of 5 .* 2 of them do"):
@@ -108,7 +108,7 @@ def test_rows_that_are_no_embedding() -> None:
         build(normalize=False)(source)
 
 
-def test_an_output_that_is_none() -> None:
+def test_an_invalid_output() -> None:
     model = build()
     with torch.no_grad():
         model.processor.lattice.map_out.network[0].bias.fill_(float("inf"))
@@ -116,7 +116,7 @@ def test_an_output_that_is_none() -> None:
         model(torch.randn(2, DIM))
 
 
-def test_half_the_size(tmp_path: Path) -> None:
+def test_saving_in_half_precision(tmp_path: Path) -> None:
     model, source = build().half().float(), torch.randn(4, DIM)
     model.save_pretrained(tmp_path / "half.safetensors", torch.float16, {"test/mrr": 0.25})
     again = EnergyFlowModel.from_pretrained(tmp_path / "half.safetensors")
@@ -125,7 +125,7 @@ def test_half_the_size(tmp_path: Path) -> None:
     assert load_file(tmp_path / "half.safetensors")["map_in.cell_value"].dtype == torch.float16
 
 
-def test_what_can_not_be_written(tmp_path: Path) -> None:
+def test_unwritable_models(tmp_path: Path) -> None:
     model, path = build(), tmp_path / "model.safetensors"
     with pytest.raises(CheckpointError, match=r"can't be written .No such file"):
         model.save_pretrained(tmp_path / "nope" / "model.safetensors")
@@ -138,7 +138,7 @@ def test_what_can_not_be_written(tmp_path: Path) -> None:
 
 
 def test_damaged_bytes_are_found(saved: Path) -> None:
-    """A change anywhere in the file is found, though safetensors has no checksum."""
+    """A change anywhere in the file is found, although safetensors has no checksum."""
     rng, whole = random.Random(0), saved.read_bytes()
     for _ in range(150):
         damaged = bytearray(whole)
@@ -150,7 +150,7 @@ def test_damaged_bytes_are_found(saved: Path) -> None:
         refused(saved, "damaged, or no safetensors file")
 
 
-def test_files_of_something_else(saved: Path, tmp_path: Path) -> None:
+def test_files_of_other_programs(saved: Path, tmp_path: Path) -> None:
     refused(tmp_path / "nope.safetensors", "there is no such file")
     refused(tmp_path, "is a folder; give the file in it")
     save_file({"weight": torch.ones(3)}, saved)
@@ -177,7 +177,7 @@ CARDS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", CARDS)
-def test_cards_that_are_not_understood(saved: Path, case: str) -> None:
+def test_unknown_cards(saved: Path, case: str) -> None:
     change, parts = CARDS[case]
     rewrite(saved, change(CARD), load_file(saved))
     refused(saved, *parts)
@@ -215,7 +215,7 @@ assert not found, found
 
 
 def write_checkpoint(path: Path, config: dict[str, Any] | None) -> FlowProcessor:
-    """The parts of a training checkpoint that a model needs."""
+    """Write the parts of a training checkpoint that a model needs."""
     processor = build().processor
     saved = {
         "hyper_parameters": {**{key: CARD[key] for key in ("dim", "lattice", "model", "seed")}, "loss": {}},
@@ -240,7 +240,7 @@ def test_neither_lightning_nor_hydra_is_needed(saved: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
 
 
-def test_of_a_checkpoint(tmp_path: Path) -> None:
+def test_from_a_checkpoint(tmp_path: Path) -> None:
     path, source = tmp_path / "best.ckpt", torch.nn.functional.normalize(torch.randn(4, DIM), dim=1)
     for config, encoder, normalize in (
         ({"data": {"name": "reverse_dictionary", "normalize": True}}, _ENCODERS["reverse_dictionary"], True),
@@ -262,7 +262,7 @@ def test_the_encoder_of_the_embedded_data() -> None:
         assert file.metadata()["encoder"] == _ENCODERS["reverse_dictionary"]
 
 
-def test_what_comes_with_the_package_reaches_what_its_card_says() -> None:
+def test_the_shipped_model_reaches_the_metrics_of_its_card() -> None:
     model = EnergyFlowModel.from_pretrained()
     pairs = PairDataset(EMBEDDED / "test.safetensors", normalize=True, key="data.test")
     assert model.card.data_fingerprint["test"] == pairs.fingerprint
@@ -273,6 +273,6 @@ def test_what_comes_with_the_package_reaches_what_its_card_says() -> None:
     assert SHIPPED.stat().st_size < 6e6
 
 
-def test_the_package_says_what_it_lacks() -> None:
+def test_an_unknown_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'EnergyModel'"):
         _ = energy_flow.EnergyModel

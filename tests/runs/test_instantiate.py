@@ -1,4 +1,4 @@
-"""A config builds callbacks and loggers of known packages alone, whatever it names."""
+"""A config builds only callbacks and loggers of known packages."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A tiny Lightning run for callbacks, and a reader of its logs."""
+"""A tiny Lightning run for tests of callbacks, and a reader of its logs."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from energy_flow.core.timing import PhaseTimer
 from energy_flow.settings import read
 from tests.helpers import DIM, LATTICE, MODEL, section
 
-# A run of ours raises no warnings; these are Lightning's own, about a toy of this size and about torch.
+# The package raises no warnings. These are Lightning's warnings about tiny runs and about torch.
 NO_WARNINGS = pytest.mark.filterwarnings(
     "error",
     "ignore:.*does not have many workers",
@@ -31,7 +31,7 @@ Scalars = dict[str, list[tuple[int, float]]]
 
 
 class Pairs(Dataset):
-    """Rows with the shapes of the data module."""
+    """Rows with the shapes of `EnergyDataModule`."""
 
     def __init__(self, size: int) -> None:
         self.source = torch.nn.functional.normalize(torch.randn(size, DIM), dim=-1)
@@ -44,7 +44,7 @@ class Pairs(Dataset):
 
 
 class TinyModule(LightningModule):
-    """A processor in a training loop, without anything else."""
+    """A processor in a training loop, and nothing else."""
 
     def __init__(self, **lattice: Any) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def events(folder: Path) -> EventAccumulator:
 
 
 def scalars(folder: Path) -> Scalars:
-    """Tag -> (step, value) of everything logged as a scalar."""
+    """Tag -> (step, value) of every scalar."""
     accumulator = events(folder)
     return {
         tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]

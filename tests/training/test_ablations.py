@@ -1,4 +1,4 @@
-"""Each ablation changes only the settings in its name, and overrides an experiment."""
+"""Each ablation changes only its own settings, and overrides an experiment."""
 
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,14 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_ablation_changes_what_it_says(name: str) -> None:
+def test_an_ablation_changes_only_its_settings(name: str) -> None:
     before, after = (flat(compose("experiment=ablation", *more)) for more in ((), (f"ablation={name}",)))
     assert {key: after[key] for key in after if after[key] != before[key]} == CHANGES[name]
     if name != "full":
         EnergyFlowModule.from_config(compose(f"ablation={name}"), 12)
 
 
-def test_it_wins_over_an_experiment() -> None:
+def test_an_ablation_overrides_an_experiment() -> None:
     transport = compose("experiment=transport", "ablation=no_movement")
     assert transport["lattice"]["movement"]["scale"] == 0.0
     assert transport["data"]["name"] == "transport"

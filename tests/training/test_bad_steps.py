@@ -1,4 +1,4 @@
-"""Several bad steps in a row end a run. It saves everything that is needed to find the cause."""
+"""Several bad steps in a row end a run, which saves batch and state for the search of the cause."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ BATCH = 8
 
 
 def loader(steps: int, bad: set[int]) -> DataLoader:
-    """Batches in order; those of some steps have a NaN in one row."""
+    """Batches in order. The batches of `bad` steps have a NaN in one row."""
     rows = make_rows(BATCH * steps)
     for step in bad:
         rows[BATCH * step + 3]["source"][2] = torch.nan
@@ -31,7 +31,7 @@ def loader(steps: int, bad: set[int]) -> DataLoader:
 
 
 class StateAfter(Callback):
-    """Weights and moments after a number of steps."""
+    """Keep weights and moments after a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.state = steps, dict[str, Tensor]()
@@ -50,7 +50,7 @@ def fit(folder: Path, steps: int, bad: set[int], *callbacks: Callback, limit: in
 
 
 def test_the_state_from_before_the_fault_and_its_batch_are_kept(tmp_path: Path) -> None:
-    """The host learns of the last bad step one step late. That step is good, but must be skipped too."""
+    """The host learns of the last bad step one step later. That later step is good, but must be skipped too."""
     before = StateAfter(2)
     with pytest.raises(NotFiniteError) as caught:
         fit(tmp_path, 9, {2, 3, 4}, before)
@@ -58,8 +58,8 @@ def test_the_state_from_before_the_fault_and_its_batch_are_kept(tmp_path: Path) 
     message = str(caught.value)
     assert "3 steps in a row were skipped" in message
     assert "step 2: NaN in the source (rows 19 of the training data)" in message
-    for said in (str(path), str(file), "optimizer.lr", "debug=anomaly", "max_bad_steps"):
-        assert said in message
+    for part in (str(path), str(file), "optimizer.lr", "debug=anomaly", "max_bad_steps"):
+        assert part in message
     checkpoint = torch.load(path, weights_only=True)
     found = {**checkpoint["state_dict"], **tensors_of(checkpoint["optimizer_states"][0]["state"])}
     assert found.keys() == before.state.keys()
@@ -78,7 +78,7 @@ def test_the_state_from_before_the_fault_and_its_batch_are_kept(tmp_path: Path) 
         }
 
 
-def test_training_goes_on_from_it(tmp_path: Path) -> None:
+def test_training_resumes_from_the_state_before_the_fault(tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError):
         fit(tmp_path, 12, {1, 3, 4, 5})
     stop, module = StopOnBadSteps(tmp_path, 3), make_module(*LIVELY, "optimizer.lr=1.0e-2")
@@ -89,20 +89,20 @@ def test_training_goes_on_from_it(tmp_path: Path) -> None:
     assert {float(entry["step"]) for entry in trainer.optimizers[0].state.values()} == {12.0 - 5}
 
 
-def test_a_good_step_between_them_starts_the_count_anew(tmp_path: Path) -> None:
+def test_a_good_step_resets_the_count(tmp_path: Path) -> None:
     module = fit(tmp_path, 8, {0, 1, 3, 4, 6, 7})
     assert (module.guard.skipped, module.guard.in_row, module.guard.limit) == (6, 2, None)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("steps", [3, 4])
-def test_also_at_the_end_of_training(steps: int, tmp_path: Path) -> None:
+def test_bad_steps_at_the_end_of_training(steps: int, tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="3 steps in a row"):
         fit(tmp_path, steps, set(range(steps - 3, steps)))
 
 
 @pytest.mark.parametrize("value", [0, -1])
-def test_no_step_at_all_is_refused(value: int, tmp_path: Path) -> None:
+def test_a_limit_below_one_is_refused(value: int, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=rf"callbacks\.bad_steps\.max_bad_steps = {value}: should be greater than or equal to 1; null"
     ):
@@ -110,7 +110,7 @@ def test_no_step_at_all_is_refused(value: int, tmp_path: Path) -> None:
 
 
 class Scores(LightningModule):
-    """A module whose validations give these scores."""
+    """A module with given validation scores."""
 
     def __init__(self, scores: list[float]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Arguments of callbacks are checked by their annotations, in Python and in a config."""
+"""Annotations check the arguments of callbacks, in Python and in a config."""
 
 from typing import Annotated, Any
 
@@ -47,7 +47,7 @@ def test_a_wrong_argument(callback: type, good: dict[str, Any], name: str, value
     assert type(build_all({section: {"_target_": target, **good}}, "callbacks")[0]) is callback
 
 
-def test_the_key_is_that_of_the_config() -> None:
+def test_the_message_has_the_config_key() -> None:
     target = f"{MemoryCleanup.__module__}.MemoryCleanup"
     with pytest.raises(ConfigError, match=r"^callbacks\.mine\.interval = 0: "):
         build_all({"mine": {"_target_": target, "interval": 0, "threshold": 0.5}}, "callbacks")

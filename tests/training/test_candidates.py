@@ -1,4 +1,4 @@
-"""The contrastive loss with all training targets as candidates, and the learnt temperature."""
+"""The contrastive loss with all training targets as candidates, and the learned temperature."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> EnergyDataModule:
 
 
 class Batches(Callback):
-    """The training data and the losses."""
+    """Keep the training batches and the losses."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, Tensor]] = []
@@ -56,14 +56,14 @@ def test_all_training_targets_are_candidates(data: EnergyDataModule) -> None:
     assert loss > of_batch + 0.1
 
 
-def test_the_candidates_are_let_go_of(data: EnergyDataModule) -> None:
+def test_the_candidates_are_freed(data: EnergyDataModule) -> None:
     module = make_module("loss.candidates=bank")
     make_trainer(max_steps=1).fit(module, datamodule=data)
     assert not [name for name, value in vars(module).items() if isinstance(value, Tensor)]
     assert all("bank" not in name for name in module.state_dict())
 
 
-def test_a_learnt_temperature(tmp_path: Path) -> None:
+def test_a_learned_temperature(tmp_path: Path) -> None:
     module = make_module("loss.learn_temperature=true", "optimizer.lr=1.0e-2", "optimizer.weight_decay=10.0")
     assert float(module.temperature()) == pytest.approx(0.05)
     trainer = make_trainer(max_epochs=2)
@@ -84,7 +84,7 @@ def test_no_bank_without_its_loss() -> None:
     make_trainer().fit(module, make_loader(8))
 
 
-def test_what_is_missing_for_a_bank(data: EnergyDataModule) -> None:
+def test_a_bank_needs_rows_and_training_data(data: EnergyDataModule) -> None:
     with pytest.raises(
         ConfigError, match=r"loss\.candidates = bank: needs the training targets of an EnergyDataModule"
     ):

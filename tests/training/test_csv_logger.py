@@ -1,4 +1,4 @@
-"""The CSV file on a full disk: every row is complete and occurs once."""
+"""On a full disk the CSV file has complete rows, each once."""
 
 import csv
 import signal

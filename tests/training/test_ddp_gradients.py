@@ -1,4 +1,4 @@
-"""Several processes get the gradients of one process with the joined batch, and synchronise once per optimiser step."""
+"""Several processes have the gradients of one process with the joined batch, with one synchronisation per step."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.training.test_module import LIVELY, make_module, make_rows, make_trai
 PROCESSES, ACCUMULATED, OPTIMIZER_STEPS, BATCH = 2, 2, 2, 6
 NUM_ROWS = BATCH * ACCUMULATED * OPTIMIZER_STEPS
 ROLLOUT = ("rollout.engine=tape", "rollout.chunk=2", "rollout.compaction=true")
-TOLERANCE = 1e-10  # float64: sums over samples in another order
+TOLERANCE = 1e-10  # of float64, because sums over samples run in another order
 
 
 class Recorder(Callback):
@@ -53,7 +53,7 @@ class Recorder(Callback):
 
 
 class Shares(Sampler[int]):
-    """Give every process its part of each joined batch, in order."""
+    """A loader that gives every process its part of each joined batch, in order."""
 
     def __init__(self, processes: int) -> None:
         self.share = BATCH // processes
@@ -68,7 +68,7 @@ class Shares(Sampler[int]):
 
 
 def fit(folder: Path, processes: int, *overrides: str) -> list[dict[str, Any]]:
-    """The records of each process."""
+    """Train, and return the records of each process."""
     path = folder / str(processes)
     trainer = make_trainer(
         Recorder(path),

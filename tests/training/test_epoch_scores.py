@@ -48,7 +48,7 @@ def test_metrics_are_those_of_the_whole_split(split: dict[str, Tensor]) -> None:
 
 
 def test_rows_are_sorted_and_count_once(split: dict[str, Tensor]) -> None:
-    """The order and the padding of a distributed sampler."""
+    """Rows have the order and the padding of a distributed sampler."""
     scores = make_scores(split, [[*range(0, N, 2), 0], [*range(1, N, 2), 1]])
     assert torch.equal(scores.prediction, split["prediction"])
     assert torch.equal(scores.target, split["target"])
@@ -57,13 +57,13 @@ def test_rows_are_sorted_and_count_once(split: dict[str, Tensor]) -> None:
     assert torch.equal(scores.row_scores("rank"), ranks(split["prediction"], split["target"]))
 
 
-def test_without_rows_batches_stay_as_they_are(split: dict[str, Tensor]) -> None:
+def test_without_rows_batches_keep_their_order(split: dict[str, Tensor]) -> None:
     scores = make_scores(split, [[3, 1], [1]], with_rows=False)
     assert torch.equal(scores.prediction, split["prediction"][[3, 1, 1]])
 
 
 def test_values_of_other_processes_are_joined(split: dict[str, Tensor]) -> None:
-    """Two processes: this one has the even rows, `gather` adds the odd ones."""
+    """This process has the even rows, and `gather` adds the odd rows of the other process."""
     scores = EpochScores(read(LossSettings, compose("loss=combined")["loss"], "loss"))
     scores.add(**{name: value[::2] for name, value in split.items()}, rows=torch.arange(0, N, 2))
     error = (split["surface"] - split["target_surface"]).square().mean((1, 2))

@@ -27,7 +27,7 @@ def images(samples: int) -> set[str]:
 
 
 class Watched(TinyModule):
-    """Remembers every pass of the processor that records trajectories."""
+    """Record every pass of the processor that records trajectories."""
 
     def __init__(self, **lattice: Any) -> None:
         super().__init__(**lattice)
@@ -77,7 +77,7 @@ def test_once_per_epoch_however_often_it_is_validated(tmp_path: Path) -> None:
     assert [step for step, *_ in module.passes] == [1, 3]
 
 
-def test_more_samples_than_the_batch_has(tmp_path: Path) -> None:
+def test_more_samples_than_in_the_batch(tmp_path: Path) -> None:
     trainer(tmp_path, FlowMonitor(1, samples=99, max_flows=4)).fit(TinyModule(), loader(1), loader(1))
     assert set(events(tmp_path).Tags()["images"]) == images(2)
 
@@ -96,20 +96,20 @@ def test_modes_of_submodules_are_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("logger", [False, "csv"])
-def test_nothing_without_tensorboard(tmp_path: Path, logger: Any) -> None:
+def test_no_figures_without_tensorboard(tmp_path: Path, logger: Any) -> None:
     module = Watched()
     logger = CSVLogger(tmp_path) if logger == "csv" else False
     trainer(tmp_path, FlowMonitor(1, 1, 4), logger=logger).fit(module, loader(1), loader(1))
     assert module.passes == []
 
 
-def test_nothing_when_only_validating(tmp_path: Path) -> None:
+def test_no_figures_in_a_plain_validation(tmp_path: Path) -> None:
     module = Watched()
     trainer(tmp_path, FlowMonitor(1, 1, 4)).validate(module, loader(1), verbose=False)
     assert module.passes == []
 
 
-def test_without_validation_data_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_validation_data_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = Watched()
     with caplog.at_level("INFO", "energy_flow"):
         trainer(tmp_path, FlowMonitor(1, 1, 4)).fit(module, loader(1))
@@ -139,7 +139,7 @@ def test_final_z_is_where_the_flow_was_before_projection() -> None:
         output = TinyModule(**{"movement.scale": 0.1}).processor(torch.randn(2, 5), record_trajectories=True)
     histograms = _histograms(output)
     assert output.landings.projected.all()
-    # One step before the end and the last move: nobody is further from it than one displacement.
+    # The final place is at most one displacement away from the place before the last step.
     assert output.trajectories is not None
     before = output.trajectories.position[-2, ..., 2].flatten()
     last_move = output.trajectories.displacement[-1].flatten()

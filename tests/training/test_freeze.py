@@ -35,13 +35,13 @@ def test_frozen_parts_stay_and_the_others_learn(engine: str) -> None:
     assert module.num_frozen == sum(before[name].numel() for name in carrier)
 
 
-def test_nothing_is_frozen_without_being_asked() -> None:
+def test_nothing_is_frozen_by_default() -> None:
     module = make_module()
     assert module.num_frozen == 0
     assert sorted(module.processor.trained_parts()) == ["carrier", "map_in", "map_out", "neuron"]
 
 
-def test_parts_that_are_not_there() -> None:
+def test_unknown_parts() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.freeze\[1\] = 'carier': no part with .*did you mean carrier\?"):
         make_module("optimizer.freeze=[neuron,carier]")
     with pytest.raises(ConfigError, match="known: carrier, map_in, map_out, neuron"):
@@ -53,7 +53,7 @@ def test_parts_that_are_not_there() -> None:
         make_module(*identity, "optimizer.freeze=[carrier,neuron]")
 
 
-def test_a_resumed_run_keeps_them(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_frozen_parts(tmp_path: Path) -> None:
     module = make_module(FROZEN)
     before = values(module)
     trainer = make_trainer()
@@ -71,7 +71,7 @@ def test_a_resumed_run_keeps_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_processes_train_what_is_not_frozen() -> None:
+def test_several_processes_train_the_other_parts() -> None:
     module = make_module(FROZEN)
     before = values(module)
     trainer = Trainer(
@@ -89,7 +89,7 @@ def test_several_processes_train_what_is_not_frozen() -> None:
     assert changed(module, before) == set(before) - carrier
 
 
-def test_going_on_from_before_there_was_such_a_key() -> None:
+def test_resuming_from_a_checkpoint_without_the_key() -> None:
     saved = {"dim": 4, "lattice": {}, "model": {}, "optimizer": {"lr": 0.1}}
     checkpoint = {"optimizer_states": [], "hyper_parameters": saved}
     compatibility.check_resume(checkpoint, {**saved, "optimizer": {"lr": 0.1, "freeze": []}}, "old.ckpt")

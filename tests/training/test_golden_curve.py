@@ -1,4 +1,4 @@
-"""The loss curve of a run whose numbers are known, with all rules of the lattice at work."""
+"""The loss curve of a run with known numbers, in which all rules of the lattice act."""
 
 import json
 from collections import Counter
@@ -18,7 +18,7 @@ from tests.reference_flows import Margins, ReferenceOutput
 from tests.training.test_module import DIM, LIVELY, TINY, LossCurve, make_trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
-# Small enough that no decision of the whole run comes near its threshold.
+# So small that no decision of the run comes near its threshold.
 GOLDEN_CASE = (
     "lattice.width=4",
     "lattice.height=3",
@@ -30,7 +30,7 @@ GOLDEN_CASE = (
 
 
 def float64_module() -> EnergyFlowModule:
-    """Initial weights in float64 too: an orthogonal start in float32 differs from one LAPACK to the next."""
+    """A module with float64 initial weights. In float32, orthogonal initialisation differs between LAPACK versions."""
     config = compose(*TINY, *LIVELY, *GOLDEN_CASE)
     torch.set_default_dtype(torch.float64)
     try:
@@ -41,7 +41,7 @@ def float64_module() -> EnergyFlowModule:
 
 
 def float64_loader(num_rows: int, batch_size: int) -> DataLoader:
-    """Random directions and a rotation that doesn't round: in float32 both would differ between processors by 1e-7."""
+    """Random directions and a rotation in float64. In float32, processors would differ by 1e-7."""
     generator = torch.Generator().manual_seed(0)
     source = functional.normalize(torch.randn(num_rows, DIM, generator=generator, dtype=torch.float64), dim=-1)
     rows = [{"source": row, "target": -row.flip(-1), "row": torch.tensor(i)} for i, row in enumerate(source)]
@@ -49,7 +49,7 @@ def float64_loader(num_rows: int, batch_size: int) -> DataLoader:
 
 
 class Decisions(Callback):
-    """Follow every training batch with the slow reference: which events happen, and how close to a threshold."""
+    """Run the slow reference on every training batch. It counts events and measures distances to thresholds."""
 
     expected: ReferenceOutput
 
@@ -77,6 +77,6 @@ def test_the_loss_curve_is_the_golden_one() -> None:
     margins = decisions.margins
     assert margins.smallest > SMALLEST_MARGIN, f"{margins.name} came within {margins.smallest:.2g} of its threshold"
     assert curve.losses[-1] < 0.8 * curve.losses[0]
-    # Rounding alone: torch's and MKL's kernels without AVX, for AVX2 and for AVX-512 differ by at most 2.4e-15 here.
+    # Only rounding differs: kernels of torch and MKL without AVX, with AVX2 and with AVX-512 differ by up to 2.4e-15.
     # The bound leaves room for other libraries; an early difference of 1e-10 would be a change of the computation.
     assert curve.losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-10)

@@ -38,7 +38,7 @@ def settings(**changes: Any) -> LossSettings:
 
 
 def by_hand(prediction: Tensor, target: Tensor, temperature: float) -> dict[str, float]:
-    """The terms in plain Python, sample by sample."""
+    """The loss terms in plain Python, in a loop over samples."""
     p, t = prediction.tolist(), target.tolist()
     cosines = [[dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) for b in t] for a in p]
     squares = [(x - y) ** 2 for a, b in zip(p, t, strict=True) for x, y in zip(a, b, strict=True)]
@@ -107,11 +107,11 @@ def test_processes_together_are_one_process_with_the_joined_batch() -> None:
         assert expected.abs().max() > 1e-3
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=TOLERANCE)
     alone = embedding_losses(prediction[:own], target[:own], 0.1)["contrastive"]
-    assert alone.item() < parts[0]["contrastive"].item() - 0.1  # the others' targets are negatives
+    assert alone.item() < parts[0]["contrastive"].item() - 0.1  # targets of the other process are negatives
 
 
 def test_candidates_in_any_order_and_number() -> None:
-    """Cross entropy against each prediction's own row, also if two predictions share a row."""
+    """The loss is the cross entropy with the row of each prediction, even if two predictions share a row."""
     prediction, bank, own = numbers(3, 4, seed=14), numbers(7, 4, seed=15), torch.tensor([5, 0, 5])
     loss = embedding_losses(prediction, bank[own], 0.2, Candidates(directions(bank), own))["contrastive"]
     one_by_one = []
@@ -128,20 +128,20 @@ def test_the_temperature_gets_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("start", [-1, 3])
-def test_own_rows_outside_of_the_targets(start: int) -> None:
+def test_rows_outside_of_the_targets(start: int) -> None:
     with pytest.raises(ValueError, match="4 targets"):
         Candidates.of_rows(numbers(4, 3, seed=9), start, 2)
 
 
-def test_candidates_that_do_not_fit() -> None:
+def test_mismatched_candidates() -> None:
     target = numbers(4, 3, seed=9)
     for candidates in (Candidates.of_rows(target, 0, 3), Candidates.of_rows(numbers(4, 2, seed=9), 0, 4)):
         with pytest.raises(ValueError, match=r"must be \[G, D\] and \[B\]"):
             embedding_losses(target, target, 0.1, candidates)
 
 
-def test_a_target_that_occurs_twice_moves_no_optimum() -> None:
-    """If the probability of both copies together is 1, the loss is log 2 and its gradient is 0."""
+def test_a_duplicate_target_has_no_gradient_at_the_optimum() -> None:
+    """If the two copies have probability 1/2 each, the loss is log 2 and its gradient is 0."""
     target = torch.eye(3, dtype=torch.float64)[[0, 0, 1]]
     prediction = target.clone().requires_grad_()
     loss = embedding_losses(prediction[:1], target[:1], 0.01, Candidates.of_rows(target, 0, 1))["contrastive"]
@@ -166,7 +166,7 @@ def test_float32_under_autocast() -> None:
 
 
 @pytest.mark.parametrize(("prediction", "target"), [((3, 4), (3, 5)), ((3, 4), (2, 4)), ((4,), (4,))])
-def test_shapes_that_do_not_fit(prediction: tuple[int, ...], target: tuple[int, ...]) -> None:
+def test_mismatched_shapes(prediction: tuple[int, ...], target: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[B, D\]"):
         embedding_losses(torch.ones(prediction), torch.ones(target), 0.1)
     with pytest.raises(ValueError, match="surface"):
@@ -183,7 +183,7 @@ def test_surface_loss_leaves_the_target_alone() -> None:
     torch.testing.assert_close(surface.grad, (2 / 12 * (surface - target)).detach(), rtol=1e-12, atol=1e-14)
 
 
-def test_weighted_sums_what_has_a_weight() -> None:
+def test_weighted_sums_the_terms_with_a_weight() -> None:
     losses = {"cosine": torch.tensor(2.0), "mse": torch.tensor(math.nan), "contrastive": torch.tensor(10.0)}
     assert weighted(losses, settings(cosine=0.5, contrastive=0.25)).item() == 3.5
     with pytest.raises(KeyError, match="surface"):
@@ -207,7 +207,7 @@ def test_weighted_sums_what_has_a_weight() -> None:
         ({"contrastiv": 1.0}, r"loss\.contrastiv: unknown key; did you mean contrastive"),
     ],
 )
-def test_settings_that_cannot_work(changes: dict[str, float], message: str) -> None:
+def test_invalid_settings(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(**changes)
 

@@ -16,7 +16,7 @@ pytestmark = NO_WARNINGS
 
 
 class World:
-    """Stand-ins for everything that the callback uses: a clock that ticks one second per reading, a device, a heap."""
+    """Replacements for a clock, a device and a heap. The n-th reading of the clock is n^2 seconds."""
 
     def __init__(self, allocated: int = 10, reserved: int = 95, total: int = 100) -> None:
         self.allocated, self.reserved, self.total = allocated, reserved, total
@@ -33,7 +33,7 @@ class World:
 
     def clock(self) -> float:
         self.ticks += 1
-        return self.ticks**2  # 1, 4, 9, 16: no two differences are equal
+        return self.ticks**2  # so that all differences are different
 
     def cleanup_memory_safe(self) -> int:
         self.removals.append(self.batch)
@@ -82,8 +82,8 @@ def _no_peak_reset(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("interval", [1, 3])
-def test_acts_at_exactly_these_batches(interval: int) -> None:
-    world = World(allocated=95)  # above the threshold, but nothing is unused: one check each
+def test_acts_at_the_given_batches_only(interval: int) -> None:
+    world = World(allocated=95)  # above the threshold, but everything is in use, so only checks happen
     world.run(world.callback(interval), batches=12 * interval)
     assert world.removals == [interval * batch for batch in (2, 4, 6, 8, 10, 12)]
     assert world.trims == world.removals
@@ -92,7 +92,7 @@ def test_acts_at_exactly_these_batches(interval: int) -> None:
     assert [step for step, _ in world.logged] == [batch - 1 for batch in world.removals]
 
 
-def test_between_them_it_touches_nothing(world: World) -> None:
+def test_other_batches_cost_nothing(world: World) -> None:
     callback = world.callback(interval=5)
     for batch in range(1, 10):
         callback.on_train_batch_end(None, None, None, None, batch)  # type: ignore[arg-type]
@@ -107,19 +107,19 @@ class TestCache:
         assert world.logged[-1][1]["cleanup/cache_freed_bytes"] == 85
 
     @pytest.mark.parametrize("reserved", [51, 74, 75])
-    def test_not_up_to_it(self, reserved: int) -> None:
+    def test_kept_up_to_the_threshold(self, reserved: int) -> None:
         world = World(reserved=reserved)
         world.run(world.callback(threshold=0.5), batches=8)  # 0.5 * 1.5 * 100 = 75, exact in binary
         assert world.releases == []
         assert world.looks == [4, 8]
         assert world.logged[-1][1]["cleanup/cache_freed_bytes"] == 0
 
-    def test_not_when_all_of_it_is_in_use(self) -> None:
+    def test_kept_if_all_of_it_is_in_use(self) -> None:
         world = World(allocated=95, reserved=95)
         world.run(world.callback(threshold=0.6), batches=8)
         assert world.releases == []
 
-    def test_not_without_a_device(self, world: World) -> None:
+    def test_nothing_without_a_device(self, world: World) -> None:
         world.run(world.callback(memory_reader=lambda device: None), batches=4)
         assert world.releases == []
         assert read_device_memory(torch.device("cpu")) is None
@@ -141,7 +141,7 @@ class TestHost:
             return 7
 
         callback = world.callback(trim_host=slow)
-        for batch in range(1, 7):  # three removals while the first trimming is still at work
+        for batch in range(1, 7):  # three removals during the first trimming
             callback.on_train_batch_end(world.trainer, world.module, None, None, batch)  # type: ignore[arg-type]
         assert len(world.logged) == 3
         assert not any("cleanup/host_freed_bytes" in metrics for _, metrics in world.logged)
@@ -151,7 +151,7 @@ class TestHost:
         assert threads[0] is not threading.main_thread()
         assert not threads[0].is_alive()
 
-    def test_its_failure_is_not_swallowed(self, world: World) -> None:
+    def test_a_failed_trim_raises(self, world: World) -> None:
         def broken() -> int:
             raise OSError("no such heap")
 

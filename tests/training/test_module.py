@@ -52,7 +52,7 @@ def make_module(*overrides: str) -> EnergyFlowModule:
 
 
 def make_rows(num_rows: int) -> list[dict[str, Tensor]]:
-    """A learnable toy task: a fixed rotation of random directions."""
+    """A task that can be learned: a fixed rotation of random directions."""
     generator = torch.Generator().manual_seed(0)
     source = functional.normalize(torch.randn(num_rows, DIM, generator=generator), dim=-1)
     rotation = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator)).Q
@@ -97,7 +97,7 @@ class LiveTensors(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx in self.at:
             gc.collect()
-            # Plain tensors only: compilers leave tensors that own no memory.
+            # Only plain tensors count, because compilers leave tensors without memory.
             alive = [item for item in gc.get_objects() if type(item) in (Tensor, torch.nn.Parameter)]
             with_graph = sum(tensor.grad_fn is not None for tensor in alive)
             self.seen[batch_idx] = (len(alive), sum(tensor.nbytes for tensor in alive), with_graph)
@@ -141,7 +141,7 @@ def test_faults_of_every_accumulated_batch_are_raised(monkeypatch: pytest.Monkey
         make_trainer(accumulate_grad_batches=3).fit(module, make_loader(24))
 
 
-def test_a_row_of_nan_ends_an_evaluation_by_its_name() -> None:
+def test_an_evaluation_with_nan_ends_and_names_the_row() -> None:
     rows = make_rows(16)
     rows[13]["source"] = torch.full((DIM,), torch.nan)
     loader = DataLoader(rows, batch_size=8)  # type: ignore[arg-type]
@@ -166,14 +166,14 @@ def test_a_checkpoint_within_an_epoch_knows_its_step(tmp_path: Path) -> None:
         assert checkpoint["state_dict"]["processor.optimizer_step"] == step == checkpoint["global_step"]
 
 
-def test_overflow_is_said_with_the_number_needed_and_the_key(caplog: pytest.LogCaptureFixture) -> None:
+def test_overflow_is_logged_with_the_needed_number_and_the_key(caplog: pytest.LogCaptureFixture) -> None:
     overrides = ("lattice.spawn.enabled=true", "lattice.spawn.threshold=0.0001", "lattice.max_flows_per_sample=21")
     with caplog.at_level(logging.WARNING, "energy_flow"):
         make_trainer().fit(make_module(*overrides), make_loader(32))
-    said = [record.getMessage() for record in caplog.records if "overflow" in record.getMessage()]
-    assert said
-    assert "lattice.max_flows_per_sample = 21. Raise it to" in said[0]
-    assert len(said) < 4, "said again only where more is needed than was said before"
+    messages = [record.getMessage() for record in caplog.records if "overflow" in record.getMessage()]
+    assert messages
+    assert "lattice.max_flows_per_sample = 21. Raise it to" in messages[0]
+    assert len(messages) < 4, "logged again only if more is needed than before"
 
 
 def test_biases_norms_and_cell_values_are_not_decayed() -> None:
@@ -200,7 +200,7 @@ def test_the_rate_warms_up_and_decays_to_its_final_share() -> None:
         make_module("optimizer.lr=1.0e-2", "optimizer.final_lr=0.1"), make_loader(88)
     )
     assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
-    assert rates[7] == pytest.approx(0.01 * 0.55)  # half way down from step 3 to step 11
+    assert rates[7] == pytest.approx(0.01 * 0.55)  # halfway between step 3 and step 11
     assert all(late < early for early, late in itertools.pairwise(rates[3:]))
 
 
@@ -224,7 +224,7 @@ def test_validation_metrics_are_those_of_the_whole_split() -> None:
     assert reported["val/flows/landed"] > 0
 
 
-def test_rows_that_come_twice_count_once() -> None:
+def test_repeated_rows_count_once() -> None:
     module = make_module()
     once = make_trainer().validate(module, make_loader(20), verbose=False)[0]
     padded = [*make_rows(20), make_rows(20)[0], make_rows(20)[7]]
@@ -233,7 +233,7 @@ def test_rows_that_come_twice_count_once() -> None:
     assert twice["val/loss"] == pytest.approx(once["val/loss"], rel=1e-5)
 
 
-def test_a_users_own_loader_of_pairs_and_predict() -> None:
+def test_a_custom_loader_of_pairs_and_predict() -> None:
     rows = make_rows(32)
     source, target = (torch.stack([row[name] for row in rows]) for name in ("source", "target"))
     loader = DataLoader(TensorDataset(source, target), batch_size=8)
@@ -261,7 +261,7 @@ def test_noise_without_rows_is_refused_with_the_remedy() -> None:
         make_trainer().fit(make_module("lattice.noise.std=0.1"), loader)
 
 
-def test_a_checkpoint_says_where_it_comes_from_and_is_plain(tmp_path: Path) -> None:
+def test_a_checkpoint_has_its_provenance_and_plain_types(tmp_path: Path) -> None:
     module = make_module(*LIVELY)
     module.run_config = {"seed": 3}
     trainer = make_trainer(max_epochs=2)
@@ -301,11 +301,11 @@ def test_bf16_trains_like_float32() -> None:
     assert curves["bf16-mixed"].losses[-1] == pytest.approx(curves["32-true"].losses[-1], rel=0.05)
 
 
-def test_without_a_section_rollouts_are_those_of_the_default_config() -> None:
+def test_automatic_rollout_settings_equal_the_default_config() -> None:
     assert read(RolloutSettings, compose()["rollout"], "rollout") == RolloutSettings.automatic()
 
 
-def test_without_an_optimiser_it_can_not_be_trained() -> None:
+def test_training_needs_an_optimiser_section() -> None:
     config = {**compose(*TINY), "optimizer": None}
     module = EnergyFlowModule.from_config(config, DIM)
     with pytest.raises(ConfigError, match="optimizer = None: the module can't be trained"):

@@ -25,7 +25,7 @@ class Watched(TinyModule):
 
 
 class LateTimer(PhaseTimer):
-    """Finished at the second query, like a device that is one batch behind."""
+    """A timer with a result at the second query, like a device that is one batch behind."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)

@@ -1,4 +1,4 @@
-"""Several processes report the metrics of one process."""
+"""Several processes report the same metrics as one process."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from energy_flow.config import compose
 from energy_flow.data import EnergyDataModule
 from tests.training.test_module import DIM, TINY, make_module, make_rows
 
-NUM_ROWS = 41  # odd: with two processes one row is measured twice
+NUM_ROWS = 41  # odd, so two processes measure one row twice
 
 
 def validate(path: Path, processes: int) -> dict[str, float]:

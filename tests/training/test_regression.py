@@ -22,7 +22,7 @@ def test_metrics_by_hand() -> None:
         regression_metrics(prediction, target[:1])
 
 
-def test_the_metric_decides_the_task() -> None:
+def test_the_metric_determines_the_task() -> None:
     assert task_of("val/mse") is REGRESSION
     assert task_of("val/recall@10") is task_of("val/cosine") is RETRIEVAL
     with pytest.raises(ConfigError, match=r"optimized_metric = 'test/mse': must be one of val/mrr, .*val/mse"):
@@ -39,7 +39,7 @@ def test_better_is_lower_and_anything_is_better_than_nan() -> None:
         assert not task.improves(math.nan, 0.3)
 
 
-def test_data_bring_their_metric() -> None:
+def test_data_set_their_metric() -> None:
     config = compose("data=transport")
     assert config["data"]["name"] == "transport"
     assert compose("experiment=transport")["loss"]["mse"] == 1.0

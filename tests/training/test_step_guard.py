@@ -1,4 +1,4 @@
-"""Steps with NaN or Inf change nothing: weights, moments and later steps are as without them."""
+"""A step with NaN or Inf changes neither weights nor moments nor later steps."""
 
 import logging
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from tests.training.test_module import LIVELY, make_loader, make_module, make_ro
 
 NAN, INF = float("nan"), float("inf")
 STEPS, BATCH = 6, 8
-Inject = Callable[[EnergyFlowModule, int], None]  # makes this optimiser step go wrong
+Inject = Callable[[EnergyFlowModule, int], None]  # makes the given optimiser step bad
 
 
 def now(module: EnergyFlowModule) -> int:
@@ -71,7 +71,7 @@ def in_gradient(name: str, value: float) -> Inject:
 
 
 def in_loss(module: EnergyFlowModule, step: int) -> None:
-    """Inf, and its gradients are finite."""
+    """Make the loss Inf while its gradients stay finite."""
     original = module._losses
 
     def losses(*args: Any) -> dict[str, Tensor]:
@@ -83,8 +83,8 @@ def in_loss(module: EnergyFlowModule, step: int) -> None:
     module._losses = losses  # type: ignore[method-assign]
 
 
-def left_out(module: EnergyFlowModule, step: int) -> None:
-    """Leave out the optimiser in this step."""
+def skip_step(module: EnergyFlowModule, step: int) -> None:
+    """Do not call the optimiser in this step."""
     original = module.optimizer_step
 
     def optimizer_step(epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[Inject, str]] = {
 
 
 def fit(inject: Inject, step: int, **options: Any) -> Trainer:
-    """A short run with warm-up, decay and noise, in which one step is bad."""
+    """Run a short training with warm-up, decay and noise, and one bad step."""
     module = make_module(*LIVELY, "optimizer.lr=1.0e-2")
     inject(module, step)
     batches = STEPS * options.get("accumulate_grad_batches", 1)
@@ -134,7 +134,7 @@ def fit(inject: Inject, step: int, **options: Any) -> Trainer:
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that later steps depend on."""
+    """All state on which later steps depend."""
     optimizer, [schedule] = trainer.optimizers[0], trainer.lr_scheduler_configs
     return {
         **{name: value.clone() for name, value in trainer.lightning_module.state_dict().items()},
@@ -152,26 +152,26 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
-def said_by_the_guard(caplog: pytest.LogCaptureFixture) -> list[str]:
+def messages_of_the_guard(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.endswith("step_guard")]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_step_might_as_well_not_have_been_taken(fault: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_step_changes_nothing(fault: str, caplog: pytest.LogCaptureFixture) -> None:
     """Weights, moments and later steps have the same bits; schedule, noise and `global_step` count the step."""
     inject, reason = FAULTS[fault]
-    expected = state(fit(left_out, 2))
+    expected = state(fit(skip_step, 2))
     with caplog.at_level(logging.WARNING, "energy_flow"):
         trainer = fit(inject, 2)
     found = state(trainer)
     assert_equal(found, expected)
     assert found["steps"] == found["schedule"] == found["processor.optimizer_step"] == STEPS
     counted = {float(value) for name, value in found.items() if name.endswith(".step")}
-    assert counted == {STEPS - 1}, "the optimiser's own count is of steps it took"
+    assert counted == {STEPS - 1}, "the optimiser counts only the steps that it took"
     assert trainer.lightning_module.guard.skipped == 1
-    [said] = said_by_the_guard(caplog)
-    assert said.startswith("step 2 skipped: ")
-    assert reason in said
+    [message] = messages_of_the_guard(caplog)
+    assert message.startswith("step 2 skipped: ")
+    assert reason in message
 
 
 @pytest.mark.parametrize(
@@ -186,24 +186,24 @@ def test_a_bad_step_might_as_well_not_have_been_taken(fault: str, caplog: pytest
 )
 @pytest.mark.parametrize("fault", ["nan in source", "inf in loss", "inf in gradient"])
 @pytest.mark.parametrize("step", [0, STEPS - 1])
-def test_also_the_first_and_the_last_and_in_other_ways(fault: str, step: int, options: dict[str, Any]) -> None:
-    expected = state(fit(left_out, step, **options))
+def test_a_bad_first_or_last_step_and_other_options(fault: str, step: int, options: dict[str, Any]) -> None:
+    expected = state(fit(skip_step, step, **options))
     trainer = fit(FAULTS[fault][0], step, **options)
     found = state(trainer)
     if step == STEPS - 1:
-        assert trainer.lightning_module.guard.skipped == 1, "found though no step follows"
+        assert trainer.lightning_module.guard.skipped == 1, "found even without a following step"
     assert_equal(found, expected)
 
 
-def test_the_guard_is_what_keeps_them_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above would fail without it."""
+def test_without_the_guard_values_become_nonfinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this, the test above would show nothing."""
     monkeypatch.setattr(EnergyFlowModule, "on_before_optimizer_step", lambda self, optimizer: self._faults.take())
     found = state(fit(FAULTS["nan in source"][0], 2, gradient_clip_val=1.0))
     assert not all(value.isfinite().all() for value in found.values())
 
 
 def check_step_guard(value: float, device: str) -> None:
-    """One number among healthy gradients of every shape; 1e20 is finite, its square in float32 isn't."""
+    """Put `value` among finite gradients of every shape. 1e20 is finite, but its square in float32 isn't."""
     for shape, dtype in (
         ((), torch.float32),
         ((3,), torch.float32),
@@ -219,11 +219,11 @@ def check_step_guard(value: float, device: str) -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e20])
-def test_any_gradient_that_is_not_finite_is_found(value: float) -> None:
+def test_any_nonfinite_gradient_is_found(value: float) -> None:
     check_step_guard(value, "cpu")
 
 
-def test_an_infinite_loss_reaches_every_gradient_and_a_finite_one_stays_as_it_is() -> None:
+def test_only_a_nonfinite_loss_changes_gradients() -> None:
     weight = torch.randn(5, requires_grad=True)
     for shift, finite in ((0.0, True), (INF, False), (NAN, False)):
         loss = weight.square().sum() + shift
@@ -233,9 +233,9 @@ def test_an_infinite_loss_reaches_every_gradient_and_a_finite_one_stays_as_it_is
         assert not finite or torch.equal(propagate_nonfinite(loss), loss)
 
 
-def test_averaged_weights_are_those_without_it_too() -> None:
+def test_averaged_weights_skip_the_bad_step_too() -> None:
     found = []
-    for inject in (left_out, FAULTS["nan in source"][0]):
+    for inject in (skip_step, FAULTS["nan in source"][0]):
         average = EMAWeightAveraging(decay=0.5)
         fit(inject, 2, callbacks=[average])
         assert average._average_model is not None
@@ -246,10 +246,10 @@ def test_averaged_weights_are_those_without_it_too() -> None:
 def test_rows_of_every_accumulated_batch_are_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "energy_flow"):
         fit(FAULTS["nan in gradient"][0], 1, accumulate_grad_batches=2)
-    said = said_by_the_guard(caplog)
-    assert "(rows 16, 17, 18, 19, 20, 21, 22, 23 of the training data; rows 24, 25" in said[0]
-    assert said[1] == f"rows of a batch of step 1: {list(range(16, 24))}"
-    assert said[2] == f"rows of a batch of step 1: {list(range(24, 32))}"
+    messages = messages_of_the_guard(caplog)
+    assert "(rows 16, 17, 18, 19, 20, 21, 22, 23 of the training data; rows 24, 25" in messages[0]
+    assert messages[1] == f"rows of a batch of step 1: {list(range(16, 24))}"
+    assert messages[2] == f"rows of a batch of step 1: {list(range(24, 32))}"
 
 
 def test_the_count_is_logged(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_pairs_without_rows(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class Scales(Callback):
-    """The scale of the gradient scaler after every step."""
+    """Keep the scale of the gradient scaler after every step."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -287,18 +287,18 @@ def fit_in_float16(inject: Inject | None, scale: float) -> tuple[EnergyFlowModul
     return module, scales.seen
 
 
-def test_a_gradient_scaler_that_finds_its_scale_makes_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_search_of_a_gradient_scaler_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "energy_flow"):
         module, scales = fit_in_float16(None, 2.0**18)
     halved = sum(late < early for early, late in zip([2.0**18, *scales], scales, strict=False))
     assert 0 < halved < 10, "a test of nothing"
     assert (module.guard.skipped, module.guard.in_row) == (halved, 0)
-    assert not said_by_the_guard(caplog)
+    assert not messages_of_the_guard(caplog)
     assert {float(entry["step"]) for entry in module.optimizers().optimizer.state.values()} == {10.0 - halved}
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_at_scale_one_it_is_a_fault(scale: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_skip_at_scale_one_is_a_fault(scale: float, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "energy_flow"):
         module, _ = fit_in_float16(in_loss, scale)
     assert module.guard.skipped == 1
@@ -309,7 +309,7 @@ def test_at_scale_one_it_is_a_fault(scale: float, caplog: pytest.LogCaptureFixtu
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
-def test_an_optimiser_of_before_goes_on_and_can_skip() -> None:
+def test_a_plain_adamw_state_can_be_resumed_and_skipped() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     before = torch.optim.AdamW([{"params": [weight]}])
     weight.grad = torch.ones(3)
@@ -325,7 +325,7 @@ def test_an_optimiser_of_before_goes_on_and_can_skip() -> None:
 
 
 class InfiniteLossOnOne(Callback):
-    """On the second process, in the second step; its gradients are finite."""
+    """Make the loss Inf on the second process in the second step, with finite gradients."""
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.global_rank == 1:

@@ -1,4 +1,4 @@
-"""Everything that the README promises of TensorBoard, from one short run of the real module with all callbacks."""
+"""The documented tags of TensorBoard, from one short run of the real module with all callbacks."""
 
 from itertools import combinations
 from pathlib import Path
@@ -37,11 +37,11 @@ def tags(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         ("images", ["surfaces/input", "surfaces/output", "landings/0", "groups/0", "trajectories/0", "population"]),
     ],
 )
-def test_what_is_promised_is_there(tags: dict[str, set[str]], kind: str, promised: list[str]) -> None:
+def test_every_documented_tag_is_there(tags: dict[str, set[str]], kind: str, promised: list[str]) -> None:
     assert set(promised) <= tags[kind]
 
 
-def test_no_tag_is_of_two_kinds(tags: dict[str, set[str]]) -> None:
-    """TensorBoard shows only the kind that it met first."""
+def test_every_tag_has_one_kind(tags: dict[str, set[str]]) -> None:
+    """For a tag with two kinds, TensorBoard would show only the first."""
     for one, other in combinations(tags.values(), 2):
         assert not one & other

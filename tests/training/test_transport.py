@@ -55,14 +55,14 @@ def test_trajectories_follow_the_field() -> None:
     output, settings, (source, target) = trained()
     true, start = settings.landings(source), cell_centres(8, 8, torch.float32, source.device)
     assert output.trajectories is not None
-    learnt = output.trajectories.position[-1, :, :, :2]
-    off, still = (learnt - true).norm(dim=-1).mean(), (start - true).norm(dim=-1).mean()
+    learned = output.trajectories.position[-1, :, :, :2]
+    off, still = (learned - true).norm(dim=-1).mean(), (start - true).norm(dim=-1).mean()
     assert off < 0.35 * still, f"{off:.3f} off, {still:.3f} without movement"
-    both = torch.stack([(learnt - start).flatten(), (true - start).flatten()])
+    both = torch.stack([(learned - start).flatten(), (true - start).flatten()])
     assert torch.corrcoef(both)[0, 1] > 0.9
     assert (output.embedding - target).square().mean() < 0.15 * target.var()
 
 
-def test_without_movement_nothing_is_learned_of_it() -> None:
+def test_without_movement_the_field_is_not_learned() -> None:
     output, _, (_, target) = trained("lattice.movement.scale=1.0e-9", "trainer.max_steps=100")
     assert (output.embedding - target).square().mean() > 0.3 * target.var()

@@ -1,4 +1,4 @@
-"""Landings and trajectories of random walks: every kind of end, without a model."""
+"""Landings and trajectories of random walks, with every kind of end. No model is needed."""
 
 import torch
 
@@ -11,7 +11,7 @@ from energy_flow.core.history import Trajectories
 def random_walk(
     batch: int, width: int, height: int, energy_dim: int, num_steps: int, spare: int = 0
 ) -> tuple[Landings, Trajectories]:
-    """Flows of a W x H lattice; `spare` more slots hold children born at step 1, some flows are removed at step 2."""
+    """Flows of a W x H lattice. `spare` more slots hold children from step 1. Step 2 removes some flows."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The figure of learnt paths and true landings."""
+"""The figure of learned paths and true landings."""
 
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""The figures: every shape, counts, positions, colours and captions."""
+
 import dataclasses
 import subprocess
 import sys
@@ -40,7 +42,7 @@ def assert_drawn(figure: Figure) -> None:
 
 
 def assert_no_overlap(figure: Figure) -> None:
-    """Titles, axis labels and legend of a rendered figure don't overlap."""
+    """Check that titles, axis labels and legends of a rendered figure don't overlap."""
     labels = [
         artist
         for axes in figure.axes
@@ -70,7 +72,7 @@ def test_every_figure_draws_every_shape(width: int, height: int, energy_dim: int
     assert_drawn(trajectory_figure(trajectories, 1, max_flows=4))
 
 
-def test_figures_leave_pyplot_alone() -> None:
+def test_figures_do_not_import_pyplot() -> None:
     code = (
         "import sys; from energy_flow.viz import render, surface_figure; import torch; "
         "render(surface_figure(torch.zeros(4, 1), 2, 2, 't')); sys.exit('matplotlib.pyplot' in sys.modules)"
@@ -79,7 +81,7 @@ def test_figures_leave_pyplot_alone() -> None:
 
 
 class TestSurface:
-    def test_cells_stand_where_their_index_says(self) -> None:
+    def test_cells_are_at_their_index(self) -> None:
         surface = torch.zeros(6, 1)
         surface[1 * 3 + 2] = 1.0  # x = 2, y = 1 of a 3 x 2 surface
         axes = surface_figure(surface, 3, 2, "t").axes[0]
@@ -92,7 +94,7 @@ class TestSurface:
         assert axes.get_box_aspect() == pytest.approx(2 / 3)
         assert axes.get_ylim() == (-0.5, 1.5)
 
-    def test_zero_is_white_whatever_the_range(self) -> None:
+    def test_zero_is_white_for_any_range(self) -> None:
         surface = torch.tensor([[0.0], [5.0]])
         pixels = np.asarray(surface_figure(surface, 2, 1, "t").axes[0].images[0].get_array())
         assert pixels[0, 0, :3] == pytest.approx([0.97, 0.97, 0.97], abs=0.01)
@@ -108,7 +110,7 @@ class TestSurface:
     def test_one_channel_needs_no_norm(self) -> None:
         assert "norm" not in texts(surface_figure(torch.randn(4, 1), 2, 2, "t"))
 
-    def test_bfloat16_and_broken_values(self) -> None:
+    def test_bfloat16_and_nonfinite_values(self) -> None:
         surface = torch.tensor([[1.0, 2.0], [float("nan"), float("inf")]], dtype=torch.bfloat16)
         assert_drawn(surface_figure(surface, 2, 1, "t"))
 
@@ -142,13 +144,13 @@ class TestLandings:
         assert reached.shape == (0, 2)
         np.testing.assert_allclose(projected, [[2.0, 0.75]], rtol=1e-6)
 
-    def test_an_empty_plane_says_so(self) -> None:
+    def test_an_empty_plane_has_a_note(self) -> None:
         landings = dataclasses.replace(hand_made(), plane=torch.zeros(1, 4, dtype=torch.int64))
         figure = landing_figure(landings, 0, 3, 2)
         assert texts(figure).count("no flow landed here") == 1
         assert_drawn(figure)
 
-    def test_no_landing_at_all(self) -> None:
+    def test_no_landing(self) -> None:
         landings = dataclasses.replace(hand_made(), landed=torch.zeros(1, 4, dtype=torch.bool))
         assert texts(landing_figure(landings, 0, 3, 2)).count("no flow landed here") == 2
         assert "no flow landed" in texts(group_figure(landings, 0, 3, 2, "bilinear"))
@@ -186,13 +188,13 @@ class TestTrajectories:
         assert f"removed ({int((~landed).sum())})" in titles
         assert titles[0] == "Sample 0: 23 of 23 flows, 4 steps"
 
-    def test_at_most_max_flows_and_always_the_same(self) -> None:
+    def test_at_most_max_flows_and_the_same_flows_each_time(self) -> None:
         _, trajectories = random_walk(1, 5, 4, 1, 4)
         first, second = (render(trajectory_figure(trajectories, 0, max_flows=3)) for _ in range(2))
         assert texts(trajectory_figure(trajectories, 0, max_flows=3))[0].startswith("Sample 0: 3 of 20 flows")
         assert (first == second).all()
 
-    def test_a_child_starts_where_it_was_born(self) -> None:
+    def test_a_child_starts_at_its_first_position(self) -> None:
         position = torch.zeros(4, 1, 2, 3)
         position[1:, 0, 0, 2] = torch.tensor([0.4, 0.8, 1.0])
         position[2:, 0, 1] = torch.tensor([[0.5, 0.6, 0.7], [0.5, 0.6, 1.0]])
@@ -210,7 +212,7 @@ def test_population_shows_the_last_counts() -> None:
         "active": torch.tensor([4, 3, 2]),
         "reached": torch.tensor([0, 1, 3]),
         "removed": torch.tensor([0, 0, 1]),
-        "projected": torch.tensor([0, 0, 0]),  # the usual case: no early convergence, no curve
+        "projected": torch.tensor([0, 0, 0]),  # without early convergence there is no curve
     }
     figure = population_figure(by_step)
     assert texts(figure)[-4:] == [

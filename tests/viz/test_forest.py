@@ -1,4 +1,4 @@
-"""The forest plot: its colours and its axis."""
+"""The forest plot: colours, labels and axis."""
 
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def draw(*lines: ForestLine, lower: bool = False) -> Figure:
 
 
 def colours(figure: Figure) -> list[str]:
-    """Colours of the intervals from top to bottom."""
+    """The colours of the intervals, from top to bottom."""
     [axes] = figure.axes
     return [
         to_hex(line.get_color()).upper()
@@ -32,7 +32,7 @@ def colours(figure: Figure) -> list[str]:
     ]
 
 
-def test_colours_say_on_which_side_of_zero_an_interval_lies() -> None:
+def test_the_colour_shows_the_side_of_zero() -> None:
     assert colours(draw(*LINES)) == [VERMILION, GREY, BLUE]
     assert colours(draw(*LINES, lower=True)) == [BLUE, GREY, VERMILION]
 
@@ -47,7 +47,7 @@ def test_every_line_has_its_name_and_numbers() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["better", "worse", "may be chance", "model", "baseline"]
 
 
-def test_a_wide_range_gets_an_axis_that_shows_small_differences() -> None:
+def test_a_wide_range_gets_a_symlog_axis() -> None:
     [axes] = draw(
         ForestLine("small", (2e-5, -3e-5, 7e-5), "", False), ForestLine("large", (0.3, 0.2, 0.4), "", False)
     ).axes

@@ -120,7 +120,7 @@ class AutogradEngine:
         types = tuple(type(part) for module in modules for part in module.modules())
         shapes = tuple(value.shape for module in modules for value in module.parameters())
         autocast = torch.is_autocast_enabled(surface.device.type)
-        return types, shapes, surface.shape[1:], surface.dtype, autocast, rollout.settings
+        return types, shapes, surface.shape[1:], surface.dtype, autocast, rollout.key
 
 
 def _measure(modules: tuple[nn.Module, ...], run: _Run, surface: Tensor, call: RolloutCall) -> int:

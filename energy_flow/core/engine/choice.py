@@ -68,7 +68,7 @@ def _kinds(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module) -> str | N
     """The first part that isn't exactly of the shipped kind."""
     for name, part, kind in _expected(neuron, carrier, lattice):
         if type(part) not in (kind if isinstance(kind, tuple) else (kind,)):
-            return f"processor.{name} is a {_name(part)}"
+            return f"processor.{name} is of the class {_name(part)}"
     return None
 
 

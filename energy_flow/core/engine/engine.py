@@ -219,7 +219,7 @@ class TapeEngine:
             return None
         modes = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
         inputs = surface.shape, surface.dtype, call.noisy, call.sample_ids is None
-        rules = rollout.settings, rollout.seed, call.rule.residual_energy
+        rules = rollout.key, call.rule.residual_energy
         weights = tuple(value.shape for value in tensors_of(job.weights)), job.weights.trained
         return inputs, job.plan, keep, torch.is_inference_mode_enabled(), modes, rules, weights
 

@@ -74,7 +74,7 @@ class Engines:
         if obstacle not in self._said:
             self._said.add(obstacle)
             log.warning(
-                "rollout.engine = auto: %s, so the modules run as they are. That is right for any part, and slower "
+                "rollout.engine = auto: %s. So the modules run as they are, which is right for any part, and slower "
                 "than the fused step of the shipped parts (see docs/performance.md)",
                 obstacle,
             )

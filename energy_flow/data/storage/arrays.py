@@ -13,9 +13,9 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,6 @@ _DTYPES_TEXT = "float16, bfloat16 (only .safetensors), float32, float64, or int8
 
 # Deflate compresses by 1032:1 at most (https://zlib.net/zlib_tech.html); a header that claims more is false.
 _MAX_DEFLATE_RATIO = 1032
-_BLOCK_BYTES = 1 << 24
 # Errors that zipfile raises for damaged archives, found by fuzzing. RuntimeError: missing features, passwords.
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error)
 _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -40,15 +39,16 @@ _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array in a file, not yet loaded."""
+    """An array in a file, not yet loaded; or an array in memory, whose `file` is its source, for messages."""
 
     file: Path
     name: str
     kind: str  # int8, float16, bfloat16, float32, float64
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int | None  # of the first number in the file; None: a compressed member of an .npz
+    offset: int | None  # of the first number in the file; None: in memory, or a compressed member of an .npz
     fortran_order: bool = False
+    numbers: NDArray | None = None  # of an array in memory
 
     def open(self) -> NDArray:
         """The stored numbers: a read-only memory map, or an array for a compressed member.
@@ -56,72 +56,63 @@ class StoredArray:
         Raises:
             DataError: a compressed member is damaged.
         """
-        order: Literal["F", "C"] = "F" if self.fortran_order else "C"
+        if self.numbers is not None:
+            return self.numbers
         if self.offset is None:
-            return np.ndarray(self.shape, self.dtype, _decompress(self), order=order)
+            return _decompress(self)
+        order: Literal["F", "C"] = "F" if self.fortran_order else "C"
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape, order)
 
 
-@dataclass(frozen=True)
-class HeldArray(StoredArray):
-    """An array in memory; `file` is its source, for messages."""
+def read_arrays(files: Sequence[Path], sides: Sequence[str] = SIDES) -> dict[str, StoredArray]:
+    """Find the arrays of `sides`, and their `*_scale` if present.
 
-    numbers: NDArray = field(default_factory=lambda: np.empty(0))
-
-    @classmethod
-    def of(cls, where: str, name: str, numbers: NDArray) -> Self:
-        dtype = numbers.dtype
-        return cls(Path(where), name, dtype.name, dtype, numbers.shape, None, numbers=numbers)
-
-    def open(self) -> NDArray:
-        return self.numbers
-
-
-def read_sides(path: Path, sides: Sequence[str] = SIDES) -> dict[str, StoredArray]:
-    """Find the arrays of `sides`, and their `*_scale` if present, in a .safetensors or .npz file.
+    Args:
+        files: one .safetensors or .npz with all arrays, or one .npy per side.
+        sides: names of the arrays; those of .npy files, in order.
 
     Raises:
-        DataError: the file is missing, empty, damaged or has an unknown suffix; an array is missing or not numeric.
+        DataError: a file is missing, empty, damaged or has a wrong suffix; an array is missing or not numeric.
     """
     readers = {".safetensors": _safetensors, ".npz": _npz}
-    if path.suffix == ".npy":
-        raise DataError(f"{path}: one .npy holds one array; give the pair as a list: [source.npy,target.npy]")
-    if path.suffix not in readers:
-        raise DataError(
-            f"{path}: unknown suffix {path.suffix!r}; give a .safetensors, a .npz or a list of two .npy: "
-            "[source.npy,target.npy]"
-        )
-    _check_file(path)
-    return readers[path.suffix](path, sides)
+    pair = "[source.npy,target.npy]"
+    if len(files) not in (1, len(sides)):
+        raise DataError(f"{len(files)} files given; give one file or two .npy: {pair}")
+    path = files[0]
+    if len(files) == 1:
+        if path.suffix in readers:
+            return readers[path.suffix](path, sides)
+        if path.suffix != ".npy":
+            if len(sides) == 1:
+                raise DataError(
+                    f"{path}: unknown suffix {path.suffix!r}; give a .safetensors or .npz with {sides[0]}, or a .npy"
+                )
+            raise DataError(
+                f"{path}: unknown suffix {path.suffix!r}; give a .safetensors, a .npz or a list of two .npy: {pair}"
+            )
+        if len(sides) > 1:
+            raise DataError(f"{path}: one .npy holds one array; give the pair as a list: {pair}")
+    return {name: _npy(path, name) for name, path in zip(sides, files, strict=True)}
 
 
-def read_npy(path: Path, name: str) -> StoredArray:
-    """Find the array of a .npy file and call it `name`.
-
-    Raises:
-        DataError: the file is missing, empty, damaged or has another suffix; the array is not numeric.
-    """
-    if path.suffix != ".npy":
-        raise DataError(f"{path}: a list must hold two .npy files; give a {path.suffix or 'file'} without a list")
-    _check_file(path)
-    with _opened(path) as file:
-        return _npy_array(file, path, name, path.stat().st_size)
-
-
-def _check_file(path: Path) -> None:
+def _opened(path: Path) -> IO[bytes]:
     if not path.exists():
         raise DataError(f"{path}: no such file; relative paths start at the current folder {Path.cwd()}")
     if not path.is_file():
         raise DataError(f"{path}: is a folder; give a file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty (0 bytes); write it again")
-
-
-def _opened(path: Path) -> IO[bytes]:
     try:
         return path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: can't be opened: {error.strerror}") from error
+
+
+def _npy(path: Path, name: str) -> StoredArray:
+    if path.suffix != ".npy":
+        raise DataError(f"{path}: a list must hold two .npy files; give a {path.suffix or 'file'} without a list")
+    with _opened(path) as file:
+        return _npy_array(file, path, name, path.stat().st_size)
 
 
 def _safetensors(path: Path, sides: Sequence[str]) -> dict[str, StoredArray]:
@@ -212,22 +203,13 @@ def _npy_array(file: IO[bytes], path: Path, name: str, end: int) -> StoredArray:
     return StoredArray(path, name, dtype.name, dtype, shape, file.tell(), fortran_order)
 
 
-def _decompress(stored: StoredArray) -> bytearray:
-    numbers = bytearray(math.prod(stored.shape) * stored.dtype.itemsize)
-    read = 0
+def _decompress(stored: StoredArray) -> NDArray:
     try:
-        with zipfile.ZipFile(stored.file) as archive, archive.open(f"{stored.name}.npy") as member:
-            _npy_array(member, stored.file, stored.name, archive.getinfo(f"{stored.name}.npy").file_size)
-            rest = memoryview(numbers)
-            while block := member.read(min(_BLOCK_BYTES, len(numbers) - read)):
-                rest[read : read + len(block)] = block
-                read += len(block)
-            member.read(1)  # zipfile compares the checksum at the end of the member
+        with np.load(stored.file) as archive:  # doesn't unpickle, and compares the checksum
+            numbers: NDArray = archive[f"{stored.name}.npy"]
+            return numbers
     except _ZIP_ERRORS as error:
         raise DataError(f"{stored.file}: {stored.name} can't be decompressed: {error}; write it again") from error
-    if read != len(numbers):
-        raise DataError(f"{stored.file}: {stored.name} ends after {read:,} of {len(numbers):,} bytes; write it again")
-    return numbers
 
 
 def _needed(path: Path, there: Iterable[str], sides: Sequence[str]) -> list[str]:

@@ -115,9 +115,9 @@ class Column:
     def survey(self, on_chunk: OnChunk | None = None) -> Survey:
         """Read all rows once, in chunks, and call `on_chunk` with every chunk; bad rows are recorded, not refused."""
         digest: Any = hashlib.sha256()
-        bad_scales = np.empty(0, np.int64)
+        scale, bad_scales = None, np.empty(0, np.int64)
         if self.scale is not None:
-            scale = self._scales()
+            scale = np.ascontiguousarray(self.scale.open())
             _add_header(digest, self.scale)
             digest.update(scale.view(np.uint8))
             bad_scales = np.flatnonzero(~(np.isfinite(scale) & (scale >= 0)))
@@ -126,7 +126,10 @@ class Column:
         for rows in self.chunks():
             stored = np.ascontiguousarray(self.arrays()[0][rows])
             digest.update(stored.view(np.uint8))
-            hashes[rows] = self._hashes(stored, rows)
+            hashes[rows] = hash_rows(stored)
+            if scale is not None:
+                scale_bits = scale[rows].astype(np.float64).view(np.int64)
+                hashes[rows] = hash_rows(np.stack([hashes[rows], scale_bits], axis=1))
             decoded = self._decode(rows)
             not_finite.append(np.flatnonzero(~np.isfinite(decoded).all(axis=1)) + rows.start)
             zero.append(np.flatnonzero(~decoded.any(axis=1)) + rows.start)
@@ -140,10 +143,14 @@ class Column:
         found = [
             (self.scale, survey.bad_scales, "a scale below 0, NaN or Inf"),
             (self.values, survey.not_finite, "NaN or Inf (as float32)"),
+            (self.values if self.normalize else None, survey.zero, "only zeros, so it can't be L2-normalised"),
         ]
-        if self.normalize:
-            found.append((self.values, survey.zero, "only zeros, so it can't be L2-normalised"))
-        return [self._complaint(array, rows, fault) for array, rows, fault in found if array is not None and len(rows)]
+        return [
+            f"{array.file}: {array.name} row {rows[0]} holds {fault}; {len(rows):,} of {self.num_rows:,} rows do; "
+            "repair or remove them"
+            for array, rows, fault in found
+            if array is not None and len(rows)
+        ]
 
     def _decode(self, index: NDArray[np.int64] | slice) -> NDArray[np.float32]:
         values, scale = self.arrays()
@@ -155,17 +162,6 @@ class Column:
             if scale is not None:
                 rows *= np.asarray(scale[index]).astype(np.float32)[:, None]
         return rows
-
-    def _scales(self) -> NDArray:
-        scale = self.arrays()[1]
-        assert scale is not None
-        return np.ascontiguousarray(scale)
-
-    def _hashes(self, stored: NDArray, rows: slice) -> NDArray[np.int64]:
-        found = hash_rows(stored)
-        if self.scale is None:
-            return found
-        return hash_rows(np.stack([found, self._scales()[rows].astype(np.float64).view(np.int64)], axis=1))
 
     def _release(self) -> None:
         # A pass loads every page of the map into this process's memory; a new map starts without them.
@@ -196,12 +192,6 @@ class Column:
             raise DataError(
                 f"{scale.file}: {scale.name} has shape {scale.shape}; it must be {values.shape[:1]}, one scale per row"
             )
-
-    def _complaint(self, array: StoredArray, rows: NDArray[np.int64], fault: str) -> str:
-        return (
-            f"{array.file}: {array.name} row {rows[0]} holds {fault}; {len(rows):,} of {self.num_rows:,} rows do; "
-            "repair or remove them"
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arrays": None}

@@ -1,6 +1,7 @@
 """Names of rows, from a .jsonl next to the embeddings: line i names row i."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from energy_flow.errors import DataError, brief
 
 _KEYS = ("headword", "name", "text", "word", "target", "id")
 _SOURCE_KEYS = ("definition", "source")
+
+Line = tuple[int, dict[str, Any] | str]  # line number, and the fields or the fault
 
 
 def read_names(files: tuple[Path, ...], num_rows: int) -> list[str] | None:
@@ -23,7 +26,7 @@ def read_names(files: tuple[Path, ...], num_rows: int) -> list[str] | None:
     if path is None:
         return None
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = list(jsonl_lines(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read as UTF-8 text: {error}; repair or remove it") from error
     if len(lines) != num_rows:
@@ -31,13 +34,24 @@ def read_names(files: tuple[Path, ...], num_rows: int) -> list[str] | None:
             f"{path}: {len(lines):,} lines, but {num_rows:,} rows in {files[0].name}; line i must name row i; "
             "repair or remove it"
         )
-    objects = [_parse(path, number, line) for number, line in enumerate(lines, 1)]
-    key = next((key for key in _KEYS if key in objects[0]), None)
-    if key is None:
-        raise DataError(
-            f"{path}: line 1 has the keys {brief(', '.join(objects[0]) or 'none')}; it needs one of {', '.join(_KEYS)}"
-        )
-    return [_name(path, number, entry, key) for number, entry in enumerate(objects, 1)]
+    names: list[str] = []
+    key: str | None = None
+    for number, fields in lines:
+        if isinstance(fields, str):
+            raise DataError(f"{path}: line {number} {fields}; repair or remove the file")
+        key = key or next((known for known in _KEYS if known in fields), None)
+        if key is None:
+            raise DataError(
+                f"{path}: line 1 has the keys {brief(', '.join(fields) or 'none')}; it needs one of {', '.join(_KEYS)}"
+            )
+        name = fields.get(key)
+        if not isinstance(name, str | int):
+            raise DataError(
+                f"{path}: line {number} has {key} = {brief(repr(name))}; it must be text, because line 1 is named by "
+                f"{key}"
+            )
+        names.append(str(name))
+    return names
 
 
 def read_source_text(files: tuple[Path, ...], row: int) -> str | None:
@@ -54,20 +68,16 @@ def _names_file(files: tuple[Path, ...]) -> Path | None:
     return next((path for file in files if (path := file.with_suffix(".jsonl")).is_file()), None)
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: line {number} isn't JSON: {error}; repair or remove the file") from error
-    if not isinstance(entry, dict):
-        raise DataError(f"{path}: line {number} is a {type(entry).__name__}; every line must be an object {{...}}")
-    return entry
-
-
-def _name(path: Path, number: int, entry: dict[str, Any], key: str) -> str:
-    name = entry.get(key)
-    if not isinstance(name, str | int):
-        raise DataError(
-            f"{path}: line {number} has {key} = {brief(repr(name))}; it must be text, because line 1 is named by {key}"
-        )
-    return str(name)
+def jsonl_lines(content: str) -> Iterator[Line]:
+    """Parse the lines of a .jsonl; a line that is not a JSON object is returned as its fault."""
+    lines = content.removesuffix("\n").split("\n") if content else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            yield number, "is empty"
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, f"isn't JSON: {error}"
+            continue
+        yield number, fields if isinstance(fields, dict) else f"is a {type(fields).__name__}, not an object {{...}}"

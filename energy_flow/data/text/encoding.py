@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from energy_flow.atomic import write_whole
+from energy_flow.atomic import atomic_write
 from energy_flow.data.pairs import PairDataset
-from energy_flow.data.storage.arrays import SIDES, read_sides
+from energy_flow.data.storage.arrays import SIDES, read_arrays
 from energy_flow.data.storage.names import read_names
 from energy_flow.data.text.encoder import TextEncoder
 from energy_flow.data.text.pairs import TextPairs
@@ -45,15 +45,26 @@ class PartialResult:
     def __init__(self, output: Path, identity: dict[str, Any]) -> None:
         self.folder = output.with_name(output.name + ".partial")
         described = self.folder / "identity.json"
-        if described.is_file() and self._part(0).is_file():
-            self._compare(json.loads(described.read_text()), identity)
-        else:
+        if not (described.is_file() and self._part(0).is_file()):
             self.folder.mkdir(exist_ok=True)
-            write_whole(described, json.dumps(identity, indent=2).encode())
+            atomic_write(described, json.dumps(identity, indent=2))
+            return
+        earlier = json.loads(described.read_text())
+        differences = [
+            f"  {name}: {earlier.get(name)} in the folder, {value} now"
+            for name, value in identity.items()
+            if earlier.get(name) != value
+        ]
+        if differences:
+            listed = "\n".join(differences)
+            raise ConfigError(
+                f"output: {self.folder} holds parts of another encoding:\n{listed}\n"
+                "Give the same settings again, or remove the folder to start over"
+            )
 
     def add(self, start: int, arrays: Arrays) -> None:
         """Save the rows from `start` on: `source` and `target`, with scales for int8."""
-        write_whole(self._part(start), save(arrays))
+        atomic_write(self._part(start), save(arrays))
 
     def parts(self) -> Iterator[Arrays]:
         """The saved parts in order, up to the first missing one.
@@ -63,7 +74,7 @@ class PartialResult:
         """
         start = 0
         while (path := self._part(start)).is_file():
-            arrays = {name: array.open() for name, array in read_sides(path).items()}
+            arrays = {name: array.open() for name, array in read_arrays((path,)).items()}
             yield arrays
             start += len(arrays["source"])
 
@@ -76,25 +87,8 @@ class PartialResult:
         parts = list(self.parts())
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def remove(self) -> None:
-        """Remove the folder with all parts."""
-        shutil.rmtree(self.folder)
-
     def _part(self, start: int) -> Path:
         return self.folder / f"{start:012d}.safetensors"
-
-    def _compare(self, earlier: dict[str, Any], identity: dict[str, Any]) -> None:
-        lines = [
-            f"  {name}: {earlier.get(name)} in the folder, {value} now"
-            for name, value in identity.items()
-            if earlier.get(name) != value
-        ]
-        if lines:
-            listed = "\n".join(lines)
-            raise ConfigError(
-                f"output: {self.folder} holds parts of another encoding:\n{listed}\n"
-                "Give the same settings again, or remove the folder to start over"
-            )
 
 
 def encode_rest(
@@ -212,13 +206,13 @@ def assemble(
         DataError: rows are wrong; the output is not written.
     """
     whole = partial.folder / output.name
-    write_whole(whole, save(partial.joined(), metadata))
-    write_whole(whole.with_suffix(".jsonl"), name_lines(texts).encode())
+    atomic_write(whole, save(partial.joined(), metadata))
+    atomic_write(whole.with_suffix(".jsonl"), name_lines(texts))
     lowest = _check(whole, texts, encoder)
     if not output.with_suffix(".jsonl").exists():  # it may be the input, or left by an interrupted attempt
         os.replace(whole.with_suffix(".jsonl"), output.with_suffix(".jsonl"))
     os.replace(whole, output)
-    partial.remove()
+    shutil.rmtree(partial.folder)
     return lowest
 
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from energy_flow.data.storage.names import Line, jsonl_lines
 from energy_flow.errors import DataError, brief
 
 _LISTED = 3  # bad lines in a message
-
-Line = tuple[int, dict[str, Any] | str]  # line number, and the fields or the fault
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def read_texts(path: Path, source_key: str, target_key: str) -> TextPairs:
         DataError: the file is missing, empty, not UTF-8 or has an unknown suffix; or lines lack a text. The message has
             the first of these lines.
     """
-    readers = {".jsonl": _jsonl, ".csv": _csv}
+    readers = {".jsonl": jsonl_lines, ".csv": _csv}
     if path.suffix not in readers:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}; give a .jsonl or a .csv with a header")
     try:
@@ -66,20 +65,6 @@ def read_texts(path: Path, source_key: str, target_key: str) -> TextPairs:
     if not found:
         raise DataError(f"{path}: no pairs in it; give at least one line with {source_key} and {target_key}")
     return TextPairs([source for source, _ in found], [target for _, target in found])
-
-
-def _jsonl(content: str) -> Iterator[Line]:
-    lines = content.removesuffix("\n").split("\n") if content else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            yield number, "is empty"
-            continue
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, f"isn't JSON: {error}"
-            continue
-        yield number, fields if isinstance(fields, dict) else f"is a {type(fields).__name__}, not an object {{...}}"
 
 
 def _csv(content: str) -> Iterator[Line]:

@@ -10,7 +10,7 @@ from energy_flow.core.faults import REMEDY
 from energy_flow.errors import NotFiniteError
 from energy_flow.settings import Remedy, checked_arguments
 from energy_flow.training.callbacks.scalars import log_scalars
-from energy_flow.training.step_guard import BadStep, StepGuard
+from energy_flow.training.step_guard import StepGuard
 
 
 class StopOnBadSteps(Callback):
@@ -66,18 +66,12 @@ class StopOnBadSteps(Callback):
         if guard is None or guard.first is None or guard.in_row < self.max_bad_steps:
             return
         log_scalars(trainer, {"train/skipped": float(guard.skipped)}, trainer.global_step)
-        batch, checkpoint = self._save_batch(trainer, guard.first), self.dirpath / "checkpoints" / "before_fault.ckpt"
-        trainer.save_checkpoint(checkpoint, weights_only=False)
-        raise NotFiniteError(self._message(guard.first, checkpoint, batch))
-
-    def _save_batch(self, trainer: Trainer, bad: BadStep) -> Path:
         rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = self.dirpath / f"bad_batch{rank}.safetensors"
-        bad.save(path)
-        return path
-
-    def _message(self, bad: BadStep, checkpoint: Path, batch: Path) -> str:
-        return (
+        bad, batch = guard.first, self.dirpath / f"bad_batch{rank}.safetensors"
+        bad.save(batch)
+        checkpoint = self.dirpath / "checkpoints" / "before_fault.ckpt"
+        trainer.save_checkpoint(checkpoint, weights_only=False)
+        raise NotFiniteError(
             f"{self.max_bad_steps} steps in a row were skipped (callbacks.bad_steps.max_bad_steps). The first was step "
             f"{bad.step}: {bad.reason} ({bad.where}).\n"
             f"weights and optimiser from before it: {checkpoint}\n"

@@ -59,9 +59,7 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        if not has_stepped(trainer) or is_last_batch(trainer):
-            return
-        if self._is_due(trainer):
+        if has_stepped(trainer) and not is_last_batch(trainer) and self._is_due(trainer):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

@@ -5,6 +5,7 @@ import functools
 import logging
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from pydantic import Field
 
+from energy_flow.checkpoints.lightning_loops import get_logging_step
 from energy_flow.settings import Remedy, checked_arguments
-from energy_flow.training.callbacks.scalars import log_scalars, logging_step
+from energy_flow.training.callbacks.scalars import log_scalars
 
 log = logging.getLogger(__name__)
 
@@ -61,16 +63,6 @@ def trim_host() -> int:
 @functools.cache
 def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-@dataclass
-class _Totals:
-    removals: int = 0
-    removed_bytes: int = 0
-    releases: int = 0
-    cache_freed_bytes: int = 0
-    host_freed_bytes: int = 0
-    seconds: float = 0.0
 
 
 class MemoryCleanup(Callback):
@@ -128,7 +120,7 @@ class MemoryCleanup(Callback):
         self._clock, self._memory_reader = clock, memory_reader
         self._release, self._trim_host = release, trim_host
         self._batches = 0
-        self._totals = _Totals()
+        self._totals: dict[str, float] = defaultdict(float)  # of all scalars, and of the events
         self._executor: ThreadPoolExecutor | None = None
         self._trimming: Future[int] | None = None
 
@@ -144,26 +136,28 @@ class MemoryCleanup(Callback):
             return
         begin = self._clock()
         scalars = self._clean(pl_module)
-        seconds = self._clock() - begin
-        self._totals.seconds += seconds
-        log_scalars(trainer, {**scalars, "time/cleanup": seconds}, logging_step(trainer))
+        scalars["time/cleanup"] = self._clock() - begin
+        log_scalars(trainer, scalars, get_logging_step(trainer))
+        for name, value in scalars.items():
+            self._totals[name] += value
+        self._totals["removals"] += 1
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if self._executor is None:
             return
         self._executor.shutdown(wait=True)
-        self._trimmed()
         self._executor = None
-        totals, self._totals = self._totals, _Totals()
+        totals, self._totals = self._totals, defaultdict(float)
+        totals["cleanup/host_freed_bytes"] += self._trimmed() or 0
         log.info(
             "memory cleanup: %d removals freed %.1f MiB, the device cache was emptied %d times (%.1f MiB), "
             "the heap gave back %.1f MiB; training waited %.3f s",
-            totals.removals,
-            totals.removed_bytes / MIB,
-            totals.releases,
-            totals.cache_freed_bytes / MIB,
-            totals.host_freed_bytes / MIB,
-            totals.seconds,
+            totals["removals"],
+            totals["cleanup/removed_bytes"] / MIB,
+            totals["releases"],
+            totals["cleanup/cache_freed_bytes"] / MIB,
+            totals["cleanup/host_freed_bytes"] / MIB,
+            totals["time/cleanup"],
         )
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
@@ -173,10 +167,7 @@ class MemoryCleanup(Callback):
             self._executor = self._trimming = None
 
     def _clean(self, pl_module: Any) -> dict[str, float]:
-        removed = pl_module.processor.cleanup_memory_safe()
-        self._totals.removals += 1
-        self._totals.removed_bytes += removed
-        scalars = {"cleanup/removed_bytes": float(removed)}
+        scalars = {"cleanup/removed_bytes": float(pl_module.processor.cleanup_memory_safe())}
         if self._batches % self._check_every == 0:
             scalars["cleanup/cache_freed_bytes"] = float(self._release_cache(pl_module.device))
         if self._trimming is None or self._trimming.done():
@@ -189,22 +180,17 @@ class MemoryCleanup(Callback):
 
     def _release_cache(self, device: torch.device) -> int:
         before = self._memory_reader(device)
-        if before is None or before.reserved <= self._raised_threshold * before.total:
-            return 0
-        if before.reserved <= before.allocated:  # all of it is in use
+        # At most as much as is allocated: all of it is in use.
+        if before is None or before.reserved <= max(self._raised_threshold * before.total, before.allocated):
             return 0
         self._release()
         after = self._memory_reader(device)
-        freed = before.reserved - after.reserved if after is not None else 0
-        self._totals.releases += 1
-        self._totals.cache_freed_bytes += freed
-        return freed
+        self._totals["releases"] += 1
+        return before.reserved - after.reserved if after is not None else 0
 
     def _trimmed(self) -> int | None:
         """Wait for the last trimming; return the freed bytes, or None if there was no trimming."""
         if self._trimming is None:
             return None
-        freed = self._trimming.result()
-        self._totals.host_freed_bytes += freed
-        self._trimming = None
+        freed, self._trimming = self._trimming.result(), None
         return freed

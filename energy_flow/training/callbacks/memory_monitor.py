@@ -7,7 +7,8 @@ import psutil
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
+from energy_flow.checkpoints.lightning_loops import get_logging_step
+from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars
 
 
 def read_memory(device: torch.device) -> dict[str, float]:
@@ -37,4 +38,4 @@ class MemoryMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if is_logging_batch(trainer):
-            log_scalars(trainer, self._reader(pl_module.device), logging_step(trainer))
+            log_scalars(trainer, self._reader(pl_module.device), get_logging_step(trainer))

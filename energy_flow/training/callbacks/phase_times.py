@@ -6,8 +6,9 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from energy_flow.checkpoints.lightning_loops import get_logging_step
 from energy_flow.core.timing import PhaseTimer
-from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars, logging_step
+from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars
 
 
 class PhaseTimes(Callback):
@@ -36,7 +37,7 @@ class PhaseTimes(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._timer is not None:
-            self._pending.append((logging_step(trainer), self._timer))
+            self._pending.append((get_logging_step(trainer), self._timer))
             self._timer = pl_module.phase_timer = None
         if self._pending:
             self._log_finished(trainer, wait=False)
