@@ -121,7 +121,7 @@ def fill_parameters(module: nn.Module, seed: int, displacement: float) -> None:
     """Fill parameters with values that depend only on their names. Activations stay away from 0 and from saturation."""
     for name, parameter in module.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-        size = 1.5 / math.sqrt(parameter.shape[-1]) if parameter.dim() > 1 else 0.3
+        size = 1.5 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.3
         if name.endswith("cell_value"):
             size = 0.5
         if "displacement_head" in name:

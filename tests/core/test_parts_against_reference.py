@@ -25,14 +25,17 @@ def check(lattice: dict[str, Any], model: dict[str, Any], *expect: str, **change
     check_case(Case(lattice, {"energy_dim": 2, **model}, batch=2, expect=expect, **changes))
 
 
-@pytest.mark.parametrize(("name", "displacement"), [(name, 0.7) for name in CARRIERS])
-def test_carriers(name: str, displacement: float) -> None:
-    check(SPAWN, {"carrier": CARRIERS[name]}, "spawned", "projected", displacement=displacement)
+@pytest.mark.parametrize(
+    ("name", "displacement", "seed"), [("lstm", 1.0, 2), ("mgu", 1.0, 2), ("mlp", 1.0, 2), ("attention", 0.7, 4)]
+)
+def test_carriers(name: str, displacement: float, seed: int) -> None:
+    check(SPAWN, {"carrier": CARRIERS[name]}, "spawned", "projected", displacement=displacement, seed=seed)
 
 
-@pytest.mark.parametrize(("width", "height"), [(3, 2), (1, 4), (1, 1)])
-def test_local_field(width: int, height: int) -> None:
-    check({**SPAWN, "width": width, "height": height}, {"neuron": LOCAL_FIELD}, "spawned", displacement=0.5)
+@pytest.mark.parametrize(("width", "height", "seed"), [(3, 2, 3), (1, 4, 2), (1, 1, 2)])
+def test_local_field(width: int, height: int, seed: int) -> None:
+    lattice = {**SPAWN, "width": width, "height": height}
+    check(lattice, {"neuron": LOCAL_FIELD}, "spawned", "projected", "reflected", seed=seed)
 
 
 def test_maps_by_convolution() -> None:
@@ -43,12 +46,14 @@ def test_maps_by_convolution() -> None:
 @pytest.mark.parametrize("deposit", ["bilinear", "nearest"])
 def test_aggregations(aggregation: str, deposit: str) -> None:
     entry = {"_target_": f"energy_flow.core.aggregation.{aggregation}"}
-    check({"aggregation": entry, "deposit": deposit}, {}, "projected")
+    check({"aggregation": entry, "deposit": deposit}, {}, "projected", "shared_cells")
 
 
+@pytest.mark.parametrize("rollout", [{}, {"chunk": 1}, {"engine": "autograd"}], ids=["auto", "chunks", "autograd"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_all_parts_together(carrier: str, aggregation: str) -> None:
+def test_all_parts_together(carrier: str, aggregation: str, rollout: dict[str, Any]) -> None:
     entry = {"_target_": f"energy_flow.core.aggregation.{aggregation}"}
+    lattice = {**SPAWN, "width": 5, "height": 1, "aggregation": entry}
     model = {"neuron": LOCAL_FIELD, "carrier": CARRIERS[carrier], **CONV}
-    check({"width": 5, "height": 1, "aggregation": entry, **SPAWN}, model, "spawned", displacement=0.5)
+    check(lattice, model, "spawned", "projected", rollout=rollout)
