@@ -206,7 +206,9 @@ def test_without_gradients(way: str, mode: Callable[[], torch.no_grad]) -> None:
     with mode():
         output = processor(embedding, rows)
     assert not output.embedding.requires_grad
-    assert_close({"embedding": output.embedding, "surface": output.surface}, {k: expected[k] for k in ("embedding", "surface")})
+    assert_close(
+        {"embedding": output.embedding, "surface": output.surface}, {k: expected[k] for k in ("embedding", "surface")}
+    )
     assert_right(processor)
 
 
