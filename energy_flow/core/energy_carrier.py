@@ -9,8 +9,10 @@ from energy_flow.ops.gru_cell import gru_cell
 class GRUCell(nn.GRUCell):
     """`nn.GRUCell`, differentiable twice on every device."""
 
-    def forward(self, input: Tensor, hx: Tensor) -> Tensor:  # type: ignore[override]
-        """Inputs [N, X] and hidden states [N, H] -> the next hidden states [N, H]."""
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Inputs [..., X] and hidden states [..., H] -> the next hidden states [..., H]; None: zeros."""
+        if hx is None:
+            hx = input.new_zeros(*input.shape[:-1], self.hidden_size)
         return gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
 

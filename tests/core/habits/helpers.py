@@ -32,6 +32,8 @@ GENERIC: dict[str, dict[str, Any]] = {
     "autograd, chunk 1": {"engine": "autograd", "chunk": 1},
     "autograd, chunk 2": {"engine": "autograd", "chunk": 2},
 }
+# Two of them that differ the most, for tests with many cases.
+FEW = {name: GENERIC[name] for name in ("auto", "autograd, chunk 2")}
 # Engines for the shipped parts.
 EVERY: dict[str, dict[str, Any]] = {
     "tape": tape(),

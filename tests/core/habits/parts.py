@@ -107,6 +107,31 @@ class LoRA(nn.Module):
         return self.base(value) + value @ self.a.T @ self.b.T
 
 
+class HalvedCell(nn.GRUCell):
+    """A subclass of a layer that halves its result."""
+
+    def forward(self, inputs: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return 0.5 * super().forward(inputs, hidden)
+
+
+class HalvedLinear(nn.Linear):
+    """The same for a linear layer."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return 0.5 * super().forward(inputs)
+
+
+class Doubling(torch.Tensor):
+    """A tensor subclass for which a linear layer doubles its result."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        output = super().__torch_function__(function, types, args, kwargs or {})
+        if function is nn.functional.linear:
+            return 2 * output.as_subclass(torch.Tensor)
+        return output
+
+
 def filled(part: nn.Module, seed: int = 5) -> nn.Module:
     """A float64 part with fixed weights."""
     part = part.double()

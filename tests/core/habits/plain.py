@@ -74,9 +74,7 @@ def mirrored(place: Tensor) -> Tensor:
     return place
 
 
-def collected(
-    position: Tensor, energy: Tensor, steps: Tensor, active: Tensor, width: int, height: int
-) -> Tensor:
+def collected(position: Tensor, energy: Tensor, steps: Tensor, active: Tensor, width: int, height: int) -> Tensor:
     """The output surface [B, S, E]: the softmax over all landings of a cell, each with its bilinear weight."""
     z = position[..., 2]
     distance = torch.where(active, 1 - z * torch.where(z > 0, 1.0, -1.0), 0.0)
@@ -116,5 +114,3 @@ def plain_parts() -> Iterator[None]:
         patch.setattr(SimpleNeuron, "forward", neuron_forward)
         patch.setattr(EnergyCarrier, "forward", carrier_forward)
         yield
-
-

@@ -19,8 +19,10 @@ from tests.core.habits.parts import (
     ENERGY,
     FEATURES,
     HIDDEN,
+    Doubling,
     DoublingCarrier,
     DoublingNeuron,
+    HalvedCell,
     LoRA,
     OwnCarrier,
     OwnNeuron,
@@ -28,7 +30,6 @@ from tests.core.habits.parts import (
     filled,
     with_weights_of,
 )
-from tests.core.habits.test_parts import Doubling, HalvedCell
 
 Change = Callable[[FlowProcessor], None]
 

@@ -185,7 +185,7 @@ def right_or_refused(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except ConfigError as error:
-        assert "torch.func" in str(error) or "rollout." in str(error), error
+        assert "torch.func" in str(error) or "rollout." in str(error), error  # noqa: PT017
         return None
 
 

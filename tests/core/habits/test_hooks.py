@@ -14,6 +14,7 @@ from energy_flow.core.flow_processor import FlowProcessor
 from tests.core.habits.helpers import (
     CASE,
     EVERY,
+    FEW,
     GENERIC,
     assert_close,
     assert_right,
@@ -40,7 +41,7 @@ MODULES = (
     "carrier.displacement_head",
 )
 STEPS = CASE.lattice["max_steps"]
-ways = pytest.mark.parametrize("way", GENERIC)
+ways = pytest.mark.parametrize("way", FEW)
 modules = pytest.mark.parametrize("name", MODULES)
 
 

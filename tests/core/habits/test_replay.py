@@ -180,9 +180,7 @@ def test_changed_before_backward_with_dropout(way: str, change: Change) -> None:
     right_or_torch_refuses(processor, change, expected)
 
 
-def right_or_torch_refuses(
-    processor: FlowProcessor, change: Change, expected: dict[str, Tensor] | None = None
-) -> None:
+def right_or_torch_refuses(processor: FlowProcessor, change: Change, expected: dict[str, Tensor] | None = None) -> None:
     """Gradients of the values of the forward pass, or a RuntimeError."""
     leaves = trained(processor)
     expected = plain_results(processor) if expected is None else expected
