@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from energy_flow.core.energy_carrier import parameter_dtype
 from energy_flow.core.energy_lattice import Count
 from energy_flow.errors import ConfigError
 
@@ -219,11 +220,6 @@ class AttentionCarrier(HeadedCarrier):
         scores = (query[..., None, :, :] * keys).sum(-1) / math.sqrt(query.shape[-1])
         share = scores.softmax(dim=-2)
         return (share[..., None] * values).sum(-3).flatten(-2)
-
-
-def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's first parameter of floats; float32 for a module without, such as a quantised one."""
-    return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
 
 
 def _layer_inputs(first: int, hidden_size: int, num_layers: int) -> list[int]:
