@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from energy_flow.core.energy_carrier import parameter_dtype
 from energy_flow.core.energy_lattice import Count
+from energy_flow.core.precision import parameter_dtype, without_autocast
 from energy_flow.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class HeadedCarrier(nn.Module):
     def heads(self, hidden: Tensor) -> Tensor:
         """Both heads: [..., H] -> change of energy and direction [..., E + 3]."""
         # The heads set energies and positions: they run in the dtype of their weights, also under autocast.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             hidden = hidden.to(parameter_dtype(self.energy_head))
             return torch.cat([self.energy_head(hidden), self.displacement_head(hidden)], dim=-1)
 

@@ -18,6 +18,7 @@ from energy_flow.core.engine.snapshot import Snapshot
 from energy_flow.core.rollout import AutogradStepper, Rollout, RolloutCall, RolloutResult, RolloutSettings, join_chunks
 from energy_flow.core.tensor_pool import TensorPool
 from energy_flow.core.tensors import map_tensors
+from energy_flow.core.tracing import is_traced
 
 _Run = Callable[[Tensor, RolloutCall], RolloutResult]
 
@@ -55,7 +56,7 @@ class AutogradEngine:
         def run(part: Tensor, own: RolloutCall) -> RolloutResult:
             return rollout.run(part, AutogradStepper(neuron, carrier, own), own, TensorPool())
 
-        if _is_traced(surface):
+        if is_traced(surface):
             return run(surface, call)
         # A replay puts other tensors into the modules for a while: no other thread may read them then.
         with self._lock:
@@ -154,13 +155,3 @@ def _copy_inputs(surface: Tensor, call: RolloutCall) -> tuple[Tensor, RolloutCal
         return value.detach().clone().requires_grad_(value.requires_grad)
 
     return copy(surface), replace(call, sensed=map_tensors(copy, call.sensed))
-
-
-def _is_traced(surface: Tensor) -> bool:
-    """Whether torch.export, torch.func or the meta device runs the code with stand-ins for tensors."""
-    return (
-        type(surface) is not Tensor
-        or surface.is_meta
-        or torch.compiler.is_exporting()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )

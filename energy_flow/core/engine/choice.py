@@ -79,7 +79,7 @@ def _expected(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module) -> Iter
     network = getattr(neuron, "network", None)
     yield "neuron.network", network, nn.Sequential
     kinds = (nn.Linear, nn.SiLU, nn.Linear)
-    layers = list(network.children()) if isinstance(network, nn.Module) else []
+    layers = list(network._modules.values()) if isinstance(network, nn.Module) else []  # tied ones twice
     for index, kind in enumerate(kinds):
         yield f"neuron.network.{index}", layers[index] if len(layers) == len(kinds) else None, kind
     yield "carrier", carrier, EnergyCarrier
