@@ -23,6 +23,7 @@ class EpochScores:
 
     Args:
         loss: weights of the loss terms.
+        temperature: of the contrastive loss, with the weights of this evaluation.
 
     Attributes:
         prediction: output embeddings of all rows in row order, [N, D]; after `gather`.
@@ -32,8 +33,8 @@ class EpochScores:
     prediction: Tensor
     target: Tensor
 
-    def __init__(self, loss: LossSettings) -> None:
-        self._loss = loss
+    def __init__(self, loss: LossSettings, temperature: float | Tensor) -> None:
+        self._loss, self._temperature = loss, temperature
         self._batches: list[dict[str, Tensor]] = []
 
     def add(
@@ -60,11 +61,11 @@ class EpochScores:
         with torch.autocast(self.prediction.device.type, enabled=False):
             return ranks(self.prediction, self.target)
 
-    def metrics(self, temperature: float | Tensor) -> dict[str, float]:
-        """Retrieval metrics, all loss terms (the contrastive one at `temperature`), and their weighted sum `loss`."""
+    def metrics(self) -> dict[str, float]:
+        """Retrieval metrics, all loss terms, and their weighted sum `loss`."""
         with torch.autocast(self.prediction.device.type, enabled=False):
             metrics = retrieval_metrics(self.prediction, self.target, self.rank)
-            losses = split_losses(self.prediction, self.target, temperature)
+            losses = split_losses(self.prediction, self.target, self._temperature)
         losses["surface"] = self._surface_error.mean()
         for name, loss in losses.items():
             # `cosine` is already a metric.

@@ -6,12 +6,11 @@ from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from energy_flow.checkpoints import compatibility
+from energy_flow.checkpoints import compatibility, weight_averaging
 from energy_flow.checkpoints import format as checkpoints
-from energy_flow.checkpoints.lightning_loops import get_logging_step
+from energy_flow.checkpoints.lightning_loops import get_logging_step, is_fitting
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.faults import FaultQueue
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
@@ -99,6 +98,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.latest_loss: float | None = None
         self._scalars = DelayedScalars()
         self.scores: EpochScores | None = None
+        self._validating = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
@@ -178,7 +178,8 @@ class EnergyFlowModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.guard.start()
-        self.processor.optimizer_step.fill_(self.trainer.global_step)
+        self._set_steps()
+        self._validating = False
         self.fingerprint = getattr(self.trainer.datamodule, "fingerprint", {})  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -188,15 +189,19 @@ class EnergyFlowModule(pl.LightningModule):
         self.guard.read()
 
     def on_train_end(self) -> None:
+        self._set_steps()  # a callback may have copied averages into all buffers
         self.write_scalars(wait=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.processor.optimizer_step.fill_(self.trainer.global_step)
+        self._set_steps()
 
     def on_validation_epoch_start(self) -> None:
-        self.scores = EpochScores(self.loss)
+        self._set_steps()  # as in `on_train_end`
+        self._validating = True
+        self.scores = EpochScores(self.loss, self.temperature())
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        self.scores = EpochScores(self.loss, self.temperature())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val")
@@ -205,6 +210,7 @@ class EnergyFlowModule(pl.LightningModule):
         self._evaluation_step(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
+        self._validating = False
         self._log_metrics("val", "the validation data")
 
     def on_test_epoch_end(self) -> None:
@@ -231,12 +237,13 @@ class EnergyFlowModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            # A callback may save before `on_train_batch_end` ran. The checkpoint shares this tensor with the module.
-            self.processor.optimizer_step.fill_(self.trainer.global_step)
+        # A callback may save before `on_train_batch_end` ran. The checkpoint shares this tensor with the module.
+        self._set_steps()
+        weight_averaging.correct_saved(checkpoint, self, validating=self._validating)
         checkpoint[checkpoints.KEY] = checkpoints.provenance(self.run_config, self.processor.dim, self.fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weight_averaging.correct_loaded(checkpoint, self)
         config, fingerprint = checkpoints.origin(checkpoint)
         if self.run_config is None:  # a resumed run has its own config
             self.run_config = config
@@ -247,6 +254,11 @@ class EnergyFlowModule(pl.LightningModule):
         for step, scalars in self._scalars.take(wait=wait):
             self.latest_loss = scalars["train/loss"]
             log_scalars(self.trainer, scalars, step)
+
+    def _set_steps(self) -> None:
+        """In a fit, set the count of the optimiser steps by which flows move."""
+        if is_fitting(self):
+            self.processor.optimizer_step.fill_(self.trainer.global_step)
 
     def _losses(self, output: FlowOutput, target: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
         """All loss terms of a training batch."""
@@ -291,7 +303,7 @@ class EnergyFlowModule(pl.LightningModule):
         assert self.scores is not None
         self.scores.gather(self._gather)
         monitored = getattr(self.trainer.checkpoint_callback, "monitor", None) or "val/mrr"
-        for name, value in self.scores.metrics(self.temperature()).items():
+        for name, value in self.scores.metrics().items():
             # All processes have the same value; `sync_dist` only avoids a warning of Lightning.
             self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == monitored, sync_dist=True)
 
