@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a checkpoint can be used without Lightning
     import lightning.pytorch as pl
 
 Module = TypeVar("Module", bound="pl.LightningModule")
+_LONGEST = 600  # letters of a reason, which may hold a value of a stranger's file
 _LISTED = 3  # weights that a message names
 _FEW_LAYERS = 100  # that are built in no time
 _LATTICE_SIZE = ("width", "height", "depth")  # all other keys of `lattice`, noise say, may change on resume
@@ -40,7 +41,7 @@ def check_model(
         with torch.device("meta"):  # without memory: wrong sizes may be huge
             check_weights(checkpoint["state_dict"], module_class(**described), path)
     except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = str(error).strip().split("\n")[0][:_LONGEST]
         raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
     return described
 

@@ -14,7 +14,7 @@ from energy_flow.training.losses import LossSettings
 
 def check_loss(optimized_metric: str, loss: LossSettings) -> None:
     """Raise a ConfigError if an error is measured and the loss has no MSE: InfoNCE leaves the length open."""
-    if task_of(optimized_metric) is REGRESSION and loss.mse == 0:
+    if task_of(optimized_metric) is REGRESSION and loss.mse == 0 and not any(loss.term_weights().values()):
         raise ConfigError(
             f"optimized_metric = {optimized_metric}, with loss.mse = 0: the loss doesn't train the measured error. "
             "Set loss=mse"

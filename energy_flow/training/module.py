@@ -21,10 +21,11 @@ from energy_flow.core.timing import PhaseTimer
 from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
-from energy_flow.training.batch import Batch, unpack_batch
+from energy_flow.training.batch import Batch, UnpackedBatch, context_of, convert, unpack_batch
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars
 from energy_flow.training.epoch_scores import EpochScores
 from energy_flow.training.losses import (
+    SHIPPED,
     Candidates,
     LossSettings,
     Temperature,
@@ -34,13 +35,15 @@ from energy_flow.training.losses import (
     weighted,
 )
 from energy_flow.training.optimizer import OptimizerSettings, build_optimizer, build_schedule, freeze_parts
+from energy_flow.training.parts import LossTerms
 from energy_flow.training.step_guard import StepGuard, propagate_nonfinite
 
 
 class EnergyFlowModule(pl.LightningModule):
     """A flow lattice with its losses, metrics and optimiser.
 
-    A batch is a dict with `source` and `target` [B, D] and, if noise is enabled, `row` int64 [B]. A pair
+    A batch is a dict with `source` and `target` [B, D] and, if noise is enabled, `row` int64 [B]. Its further entries
+    reach the loss terms of `loss.terms`, and, if they are tensors [B, ...], a neuron with a method `sense`. A pair
     (source, target) from a custom loader works too.
 
     Args:
@@ -88,6 +91,9 @@ class EnergyFlowModule(pl.LightningModule):
             seed,
             None if rollout is None else read(RolloutSettings, rollout, "rollout"),
         )
+        cells = {"width": lattice_settings.width, "height": lattice_settings.height}
+        sizes = {**cells, "num_cells": lattice_settings.num_cells, "energy_dim": self.processor.model.energy_dim}
+        self.terms = LossTerms(self.loss, {**sizes, "embedding_dim": dim})
         if self.optimizer_settings is not None:
             freeze_parts(self.processor, self.optimizer_settings.freeze)
         self.phase_timer: PhaseTimer | None = None
@@ -128,21 +134,25 @@ class EnergyFlowModule(pl.LightningModule):
         """Number of parameters that are not trained, of `num_parameters`."""
         return sum(parameter.numel() for parameter in self.parameters() if not parameter.requires_grad)
 
-    def forward(self, source: Tensor, rows: Tensor | None = None, *, record_trajectories: bool = False) -> FlowOutput:
+    def forward(self, source: Tensor, rows: Tensor | None = None, **options: Any) -> FlowOutput:
         """Run embeddings [B, D] through the flow lattice; see `FlowProcessor.forward` for the other arguments."""
-        output: FlowOutput = self.processor(
-            source, rows, record_trajectories=record_trajectories, timer=self.phase_timer
-        )
+        output: FlowOutput = self.processor(source, rows, timer=self.phase_timer, **options)
         return output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        source, target, rows = self._unpack(batch)
-        output = self(source, rows)
+        unpacked = unpack_batch(batch, self.processor.dtype)
+        output = self(unpacked.source, unpacked.rows, context=unpacked.context)
         self._faults.put(output.faults)
-        losses = self._losses(output, target, rows)
+        losses = self._losses(output, unpacked)
         loss = weighted(losses, self.loss)
+        if not loss.requires_grad:
+            raise ConfigError(
+                f"loss: the terms {', '.join(losses)} have no gradient: none with a weight > 0 depends on a trained part. "
+                "Compute loss.terms from the output of the model, without .detach()"
+            )
         trained = {name: losses[name] for name, weight in self.loss.weights().items() if weight > 0}
-        self.guard.record(source, target, rows, _quantities(output, trained, loss))
+        quantities = _quantities(output, trained, loss)
+        self.guard.record(unpacked.source, unpacked.target, unpacked.rows, quantities)
         # This log call is for callbacks. Loggers get their values below, because Lightning would wait for the device.
         self.log("train/loss", loss, logger=False)
         if is_logging_batch(self.trainer):
@@ -223,9 +233,11 @@ class EnergyFlowModule(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Output embeddings [B, D] of a batch. Targets are optional: a tensor or a dict with `source` works too."""
-        source = batch if isinstance(batch, Tensor) else batch["source"] if isinstance(batch, Mapping) else batch[0]
-        output = self(source.to(self.processor.dtype))
-        self._faults.put(output.faults, batch.get("row") if isinstance(batch, Mapping) else None)
+        entries = batch if isinstance(batch, Mapping) else {"source": batch if isinstance(batch, Tensor) else batch[0]}
+        entries = {name: convert(value, self.processor.dtype) for name, value in entries.items()}
+        source = entries["source"].to(self.processor.dtype)
+        output = self(source, context=context_of(entries, len(source)))
+        self._faults.put(output.faults, entries.get("row"))
         self._faults.raise_all()
         return output.embedding
 
@@ -260,13 +272,13 @@ class EnergyFlowModule(pl.LightningModule):
         if is_fitting(self):
             self.processor.optimizer_step.fill_(self.trainer.global_step)
 
-    def _losses(self, output: FlowOutput, target: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+    def _losses(self, output: FlowOutput, batch: UnpackedBatch) -> dict[str, Tensor]:
         """All loss terms of a training batch."""
-        candidates = self._candidates(target, rows)
-        losses = embedding_losses(output.embedding, target, self.temperature(), candidates)
+        candidates = self._candidates(batch.target, batch.rows)
+        losses = embedding_losses(output.embedding, batch.target, self.temperature(), candidates)
         if self.loss.surface > 0:
-            losses["surface"] = surface_loss(output.surface, self._target_surface(target))
-        return losses
+            losses["surface"] = surface_loss(output.surface, self._target_surface(batch.target))
+        return {**losses, **self.terms(output, batch.entries())}
 
     def _candidates(self, target: Tensor, rows: Tensor | None) -> Candidates | None:
         """Candidates of the contrastive loss: all training targets, or the batch's, joined over all processes."""
@@ -287,13 +299,15 @@ class EnergyFlowModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
         """Run an evaluation batch and keep its outputs for the metrics of the epoch."""
-        source, target, rows = self._unpack(batch)
-        output = self(source, rows)
+        unpacked = unpack_batch(batch, self.processor.dtype)
+        target, rows = unpacked.target, unpacked.rows
+        output = self(unpacked.source, rows, context=unpacked.context)
         self._faults.put(output.faults, rows)
         assert self.scores is not None
-        self.scores.add(output.embedding, target, output.surface, self._target_surface(target), rows)
+        terms = self.terms(output, unpacked.entries())
+        self.scores.add(output.embedding, target, output.surface, self._target_surface(target), rows, terms)
         flows = {f"{stage}/flows/{name}": value.float() for name, value in output.statistics.items()}
-        self.log_dict(flows, on_epoch=True, batch_size=len(source), sync_dist=True)
+        self.log_dict(flows, on_epoch=True, batch_size=len(target), sync_dist=True)
 
     def _log_metrics(self, stage: str, data: str) -> None:
         """Log the metrics of an evaluation epoch. Several processes give the same metrics as one."""
@@ -306,9 +320,6 @@ class EnergyFlowModule(pl.LightningModule):
         for name, value in self.scores.metrics().items():
             # All processes have the same value; `sync_dist` only avoids a warning of Lightning.
             self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == monitored, sync_dist=True)
-
-    def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        return unpack_batch(batch, self.processor.dtype)
 
     def _gather(self, value: Tensor) -> Tensor:
         """The values of all processes, joined along the first dimension."""
@@ -326,4 +337,5 @@ def _quantities(output: FlowOutput, losses: dict[str, Tensor], loss: Tensor) -> 
         "output surface (flows)": output.surface,
         "output embedding (map out)": output.embedding,
     }
-    return {**parts, **{f"{name} loss": value for name, value in losses.items()}, "loss": loss}
+    terms = {f"{name} loss" if name in SHIPPED else f"loss.terms.{name}": value for name, value in losses.items()}
+    return {**parts, **terms, "loss": loss}
