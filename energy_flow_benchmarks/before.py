@@ -17,7 +17,7 @@ from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow.core.geometry import cell_centres
 from energy_flow.core.tensorized_flow_storage import FlowStatus
 
-ACTIVE, REACHED, PROJECTED = FlowStatus.ACTIVE.value, FlowStatus.REACHED.value, FlowStatus.PROJECTED.value
+ACTIVE, REACHED, PROJECTED = FlowStatus.ACTIVE, FlowStatus.REACHED, FlowStatus.PROJECTED
 Cell = tuple[int, int, int]  # sample, x, y
 
 

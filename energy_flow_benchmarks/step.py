@@ -33,9 +33,17 @@ from energy_flow_benchmarks.workload import (
 EAGER, GRU, CELLS, COMPILED, GRAPHED = "eager", "nn.GRU", "nn.GRUCell", "step compiled", "step compiled, CUDA graph"
 TAPE, TAPE_COMPILED, LEAN, LEAN_COMPILED = "tape", "tape, compiled", "tape, lean", "tape, lean, compiled"
 CHUNKS = "tape, 2 chunks"
+# The engine for parts of one's own, here with the shipped ones.
+ANY_COMPILED, ANY_CHUNKS = "any parts, compiled", "any parts, compiled, 2 chunks"
 LIMIT = "arithmetic at the rate of"
 PRODUCT = "product"
-KINDS = {EAGER: "plain autograd", "": "a user's own loop", TAPE: "tape", LIMIT: "arithmetic alone"}
+KINDS = {
+    EAGER: "plain autograd",
+    "any parts": "parts of one's own",
+    "": "a user's own loop",
+    TAPE: "tape",
+    LIMIT: "arithmetic alone",
+}
 # Largest difference, relative to the largest entry: rounding of some hundred operations.
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-3, "bfloat16": 1e-1}
 
@@ -127,7 +135,8 @@ def steps_of(workload: Workload, batch: int, dtype: Dtype) -> dict[str, Callable
         return build
 
     steps = {
-        EAGER: ours(engine="autograd"),
+        EAGER: ours(engine="autograd", chunk=None, compile=False),
+        ANY_COMPILED: ours(engine="autograd", chunk=None, compile=True),
         GRU: users("gru"),
         CELLS: users("cells"),
         COMPILED: users("formula", compiled=True),
@@ -141,7 +150,9 @@ def steps_of(workload: Workload, batch: int, dtype: Dtype) -> dict[str, Callable
             steps[name] = ours(engine="tape", recompute=lean, compile=False)
             steps[compiled_name] = ours(engine="tape", recompute=lean, compile=True)
     if batch > 1:
-        steps[CHUNKS] = ours(engine="tape", chunk=-(-batch // 2))
+        half = -(-batch // 2)
+        steps[CHUNKS] = ours(engine="tape", chunk=half)
+        steps[ANY_CHUNKS] = ours(engine="autograd", chunk=half, compile=True)
     return steps
 
 
@@ -214,7 +225,7 @@ def _expected(workload: Workload, batch: int, dtype: Dtype) -> Tensor:
     Raises:
         RuntimeError: flows ended early, so that there is less arithmetic than the shares assume.
     """
-    processor = workload.processor(engine="autograd")
+    processor = workload.processor(engine="autograd", compile=False)
     with torch.no_grad(), autocast(dtype, workload.device):
         output = processor(workload.batch(batch)[0])
     active = float(output.statistics["active_share"])

@@ -37,6 +37,7 @@ LATTICE: dict[str, Any] = {
     "spawn": {"enabled": False, "threshold": 0.3, "max_spawn_per_step": 2},
     "filter": {"enabled": False, "min_displacement": 0.05},
     "convergence": {"enabled": False, "threshold": 0.9, "min_steps": 1, "patience": 2},
+    "aggregation": None,
 }
 MODEL: dict[str, Any] = {
     "energy_dim": 1,
@@ -47,6 +48,10 @@ MODEL: dict[str, Any] = {
     "maps": "learned",
     "map_hidden": None,
     "skip": False,
+    "neuron": None,
+    "carrier": None,
+    "map_in": None,
+    "map_out": None,
 }
 
 
@@ -116,7 +121,7 @@ def fill_parameters(module: nn.Module, seed: int, displacement: float) -> None:
     """Fill parameters with values that depend only on their names. Activations stay away from 0 and from saturation."""
     for name, parameter in module.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-        size = 1.5 / math.sqrt(parameter.shape[-1]) if parameter.dim() > 1 else 0.3
+        size = 1.5 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.3
         if name.endswith("cell_value"):
             size = 0.5
         if "displacement_head" in name:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from energy_flow.core.aggregation import SoftmaxAggregation
 from energy_flow.core.maps import ConvMapIn, ConvMapOut
 from tests import reference_parts as parts
 from tests.reference_flows import Flow, Margins, ReferenceOutput, Sample, Snapshot, number
@@ -52,7 +51,7 @@ class Reference:
         self.capacity = lattice.max_flows_per_sample
         if self.capacity is None:
             self.capacity = 2 * self.num_cells if lattice.spawn.enabled else self.num_cells
-        self.aggregation = getattr(processor.lattice, "aggregation", SoftmaxAggregation())
+        self.aggregation = processor.lattice.aggregation
         self.margins = Margins()
         self.events: Counter[str] = Counter()
         self.by_step: dict[str, list[int]] = {

@@ -115,7 +115,9 @@ def attention_step(carrier: Any, x: Tensor, hidden: Any) -> tuple[Tensor, Any]:
     attended = []
     for head in range(carrier.num_heads):
         own = slice(head * width, (head + 1) * width)
-        shares = [(query[own] @ key[own] / math.sqrt(width)).exp() for key, _ in past]
+        scores = [query[own] @ key[own] / math.sqrt(width) for key, _ in past]
+        largest = max(number(score) for score in scores)  # exp of a large score is infinite; their ratios aren't
+        shares = [(score - largest).exp() for score in scores]
         attended.append(sum(share * value[own] for share, (_, value) in zip(shares, past, strict=True)) / sum(shares))
     return silu(x + apply(carrier.output, torch.cat(attended))), past
 
@@ -150,6 +152,7 @@ def readings(field: Tensor, position: Tensor) -> list[Tensor]:
 
 
 def reflect(x: Tensor) -> Tensor:
+    assert x.isfinite()
     while not -1.0 <= number(x) <= 1.0:
         x = 2.0 - x if number(x) > 1.0 else -2.0 - x
     return x

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from energy_flow.core.energy_lattice import Count
+from energy_flow.core.precision import parameter_dtype, without_autocast
 from energy_flow.errors import ConfigError
 
 
@@ -33,7 +34,7 @@ class HeadedCarrier(nn.Module):
     def heads(self, hidden: Tensor) -> Tensor:
         """Both heads: [..., H] -> change of energy and direction [..., E + 3]."""
         # The heads set energies and positions: they run in the dtype of their weights, also under autocast.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             hidden = hidden.to(parameter_dtype(self.energy_head))
             return torch.cat([self.energy_head(hidden), self.displacement_head(hidden)], dim=-1)
 
@@ -219,11 +220,6 @@ class AttentionCarrier(HeadedCarrier):
         scores = (query[..., None, :, :] * keys).sum(-1) / math.sqrt(query.shape[-1])
         share = scores.softmax(dim=-2)
         return (share[..., None] * values).sum(-3).flatten(-2)
-
-
-def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's first parameter of floats; float32 for a module without, such as a quantised one."""
-    return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
 
 
 def _layer_inputs(first: int, hidden_size: int, num_layers: int) -> list[int]:

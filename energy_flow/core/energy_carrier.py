@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from energy_flow.core.precision import parameter_dtype, without_autocast
 from energy_flow.ops.gru_cell import gru_cell
 
 
@@ -59,17 +60,12 @@ class EnergyCarrier(nn.Module):
         layer_input, next_hidden = inputs.flatten(0, -2), []  # cells of torch take [N, X]
         for cell, own in zip(self.cells, hidden, strict=True):
             layer_input = cell(layer_input, own.flatten(0, -2))
-            next_hidden.append(layer_input.view(*own.shape[:-1], -1))
+            next_hidden.append(layer_input.unflatten(0, own.shape[:-1]))
         return tuple(next_hidden)
 
     def heads(self, hidden: Tensor) -> Tensor:
         """Both heads: [..., H] -> change of energy and direction [..., E + 3]."""
         # The heads set energies and positions: they run in the dtype of their weights, also under autocast.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             hidden = hidden.to(parameter_dtype(self.energy_head))
             return torch.cat([self.energy_head(hidden), self.displacement_head(hidden)], dim=-1)
-
-
-def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's first parameter of floats; float32 for a module without, such as a quantised one."""
-    return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)

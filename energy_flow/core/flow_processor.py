@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_interpreter_stack
 
-from energy_flow.core.energy_carrier import parameter_dtype
 from energy_flow.core.energy_lattice import EnergyLattice, Landings, LatticeSettings
 from energy_flow.core.engine.engines import Engines
 from energy_flow.core.faults import Faults
@@ -23,11 +23,15 @@ from energy_flow.core.networks import (
     make_neuron,
 )
 from energy_flow.core.parts import SensingNeuron
+from energy_flow.core.precision import parameter_dtype
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings
 from energy_flow.core.statistics import flow_statistics
 from energy_flow.core.tensors import held_bytes, map_tensors
 from energy_flow.core.timing import PhaseTimer
+from energy_flow.core.tracing import is_traced
 from energy_flow.errors import ConfigError
+
+_WITNESS_RANGE = 1024  # squares below are exact in float32
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class FlowProcessor(nn.Module):
     """
 
     optimizer_step: Tensor
+    _witness: Tensor
 
     def __init__(
         self,
@@ -84,6 +89,10 @@ class FlowProcessor(nn.Module):
         self.lattice = EnergyLattice(lattice, model.energy_dim, map_out, bounded, aggregation)
         # On the device and in the checkpoint: noise and displacement schedule depend on it, also in evaluation.
         self.register_buffer("optimizer_step", torch.zeros((), dtype=torch.int64))
+        # A number r and its square. An average of several pairs has another square, so it shows that buffers were
+        # averaged, and with them `optimizer_step`.
+        self.register_buffer("_witness", torch.zeros(2), persistent=False)
+        self._witnessed = 0
         self.last_output: FlowOutput | None = None
         self.rollout_settings = RolloutSettings.automatic() if rollout is None else rollout
         self._engines = Engines(self.rollout_settings)
@@ -152,6 +161,8 @@ class FlowProcessor(nn.Module):
                 f"embedding of shape {list(embedding.shape)}: the model takes [batch, {self.dim}], batch at least 1"
             )
         _check_precision(self.dtype)
+        _refuse_vmap()
+        self._witness_step()
         with _phase(timer, "place"):
             surface = self._surface(embedding)
             sensed = self.neuron.sense(surface, dict(context or {})) if isinstance(self.neuron, SensingNeuron) else None
@@ -201,6 +212,35 @@ class FlowProcessor(nn.Module):
         freed = self._engines.trim() + held_bytes(self.last_output)
         self.last_output = None
         return freed
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Set the number of optimiser steps so far, which sets the movement's scale and the noise."""
+        self.optimizer_step.fill_(step)
+        self._write_witness()
+
+    def _write_witness(self) -> None:
+        remainder = (self.optimizer_step % _WITNESS_RANGE).to(self._witness.dtype)
+        self._witness.copy_(torch.stack([remainder, remainder.square()]))
+
+    def _witness_step(self) -> None:
+        """In training, note the step; in evaluation, check after every change that nobody averaged it.
+
+        Raises:
+            ConfigError: the step was averaged, so the movement's scale would be that of another step.
+        """
+        if self.optimizer_step.is_meta or is_traced(self.optimizer_step):
+            return
+        if self.training:
+            self._write_witness()
+        elif self._witnessed != self._witness._version:
+            remainder, square = self._witness.tolist()
+            if square != remainder**2:
+                raise ConfigError(
+                    "processor.optimizer_step was averaged with the weights, and the movement's scale depends on it. "
+                    "Average without buffers (AveragedModel(model, use_buffers=False)), or call "
+                    "processor.set_optimizer_step(N) of the averaged model"
+                )
+            self._witnessed = self._witness._version
 
     def _surface(self, embedding: Tensor) -> Tensor:
         """Energies of the input plane, [B, S, E]."""
@@ -252,6 +292,19 @@ def _check_precision(dtype: torch.dtype) -> None:
         raise ConfigError(
             f"parameters of {dtype}: positions need float32, or neighbouring cells become one. Keep the parameters in "
             "float32 (model.float()), and set trainer.precision=bf16-mixed or use torch.autocast"
+        )
+
+
+def _refuse_vmap() -> None:
+    """Refuse torch.func.vmap.
+
+    Raises:
+        ConfigError: names the way without it.
+    """
+    if any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
+        raise ConfigError(
+            "torch.func.vmap: a rollout updates its bookkeeping in place, which vmap can't batch. A batch [B, D] "
+            "already runs all samples at once; for several sets of weights, call torch.func.functional_call in a loop"
         )
 
 

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from energy_flow.core.tensorized_flow_storage import FinishedFlows, FlowStatus, TensorizedFlowStorage
 
-_COUNTED = (FlowStatus.ACTIVE, FlowStatus.REACHED, FlowStatus.PROJECTED, FlowStatus.REMOVED)
+_COUNTED = {
+    "active": FlowStatus.ACTIVE,
+    "reached": FlowStatus.REACHED,
+    "projected": FlowStatus.PROJECTED,
+    "removed": FlowStatus.REMOVED,
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class History:
         """The counts of the rollout; `flows` are the same flows after projection."""
         status, created = torch.stack(self._status), torch.stack(self._created)
         by_step = {"created": created.sum(1)}
-        for kind in _COUNTED:
-            by_step[kind.name.lower()] = (status == kind).sum((1, 2))
+        for name, kind in _COUNTED.items():
+            by_step[name] = (status == kind).sum((1, 2))
         unaccounted = (created - (status != FlowStatus.FREE).sum(2)).abs().sum()
         ended = (flows.status > FlowStatus.ACTIVE).sum(1)
         return Counts(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from energy_flow.core.convolution import ReflectPad, convolutions, planes_to_surface, surface_to_planes
 from energy_flow.core.energy_lattice import Count
 from energy_flow.core.geometry import deposit_cells
+from energy_flow.core.precision import without_autocast
 
 
 class LocalFieldNeuron(nn.Module):
@@ -79,7 +80,7 @@ class LocalFieldNeuron(nn.Module):
             features [B, M, F].
         """
         # In the dtype of the positions, also under autocast: bfloat16 can't tell neighbouring cells apart.
-        with torch.autocast(position.device.type, enabled=False):
+        with without_autocast(position.device):
             reading = read_field(field, position[..., :2], self.width, self.height)
             features: Tensor = self.network(torch.cat([position, energy.to(position.dtype), reading], dim=-1))
             return features

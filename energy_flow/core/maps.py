@@ -103,7 +103,7 @@ def image_channels(embedding_dim: int, width: int, height: int) -> int:
         raise ConfigError(
             f"lattice.width x lattice.height = {width} x {height} = {pixels}: a map by convolution reads an embedding "
             f"as an image with one pixel per cell, so its {embedding_dim} numbers must be a multiple of {pixels}. Set "
-            "lattice.width and lattice.height to the size of the images, or set model.map_in=linear and "
-            "model.map_out=linear"
+            "lattice.width and lattice.height to the size of the images, or set model/map_in=linear and "
+            "model/map_out=linear"
         )
     return embedding_dim // pixels

@@ -39,7 +39,7 @@ class RolloutSettings(Settings):
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.engine == "autograd":
-            for key, value in self.model_dump(exclude={"engine", "chunk"}).items():
+            for key, value in self.model_dump(exclude={"engine", "chunk", "compile"}).items():
                 if value not in ("auto", None) and value is not False:
                     raise ValueError(
                         f"rollout.{key} = {str(value).lower()}: rollout.engine = autograd has no such setting. Set "
@@ -209,13 +209,55 @@ class _Convergence:
         return done[:, None] & (status == FlowStatus.ACTIVE)
 
 
+def step_modules(
+    neuron: nn.Module,
+    carrier: nn.Module,
+    state: FlowState,
+    active: Tensor,
+    noise: Tensor | None,
+    hidden: Any,
+    sensed: tuple[Any, ...],
+    rule: MoveRule,
+) -> tuple[StepResult, Any]:
+    """One step of the modules as they are; returns the next hidden state, too.
+
+    Args:
+        neuron, carrier: see `energy_flow.core.parts`.
+        state, active, noise: see `Stepper.step`.
+        hidden: of the step before; None in the first step.
+        sensed: nothing, or the result of the neuron's `sense`.
+        rule: how decisions become moves.
+
+    Raises:
+        ConfigError: a part doesn't keep its protocol.
+    """
+    features = neuron(state.position, state.energy, *sensed)
+    if not isinstance(features, Tensor) or features.shape[:-1] != active.shape:
+        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ConfigError(
+            f"processor.neuron ({type(neuron).__name__}): returned {found}, but it must be features [B, M, F] = "
+            f"[{active.shape[0]}, {active.shape[1]}, F]. See energy_flow.core.parts.Neuron"
+        )
+    decision, hidden = _checked_decision(carrier, carrier(features, state.energy, hidden), state)
+    decision = decision.to(state.position.dtype)
+    return StepResult(*move(state.position, state.energy, active, decision, noise, *rule), decision), hidden
+
+
 class AutogradStepper:
-    """Computes steps with the modules themselves, whatever they are; autograd records them."""
+    """Computes steps with the modules themselves, whatever they are; autograd records them.
+
+    Args:
+        neuron, carrier: see `energy_flow.core.parts`.
+        call: the inputs of the rollout.
+        step: `step_modules`, or a compiled form of it.
+    """
 
     draw_noise = staticmethod(counter_noise)
 
-    def __init__(self, neuron: nn.Module, carrier: nn.Module, call: RolloutCall) -> None:
-        self._neuron, self._carrier, self._rule = neuron, carrier, call.rule
+    def __init__(
+        self, neuron: nn.Module, carrier: nn.Module, call: RolloutCall, step: Callable[..., Any] = step_modules
+    ) -> None:
+        self._neuron, self._carrier, self._rule, self._step = neuron, carrier, call.rule, step
         self._sensed = () if call.sensed is None else (call.sensed,)
         self._hidden: Any = None
 
@@ -225,17 +267,11 @@ class AutogradStepper:
         Raises:
             ConfigError: a part doesn't keep its protocol.
         """
-        features = self._neuron(state.position, state.energy, *self._sensed)
-        if not isinstance(features, Tensor) or features.shape[:-1] != active.shape:
-            found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ConfigError(
-                f"processor.neuron ({type(self._neuron).__name__}): returned {found}, but it must be features "
-                f"[B, M, F] = [{active.shape[0]}, {active.shape[1]}, F]. See energy_flow.core.parts.Neuron"
-            )
-        result = self._carrier(features, state.energy, self._hidden)
-        decision, self._hidden = _checked_decision(self._carrier, result, state)
-        decision = decision.to(state.position.dtype)
-        return StepResult(*move(state.position, state.energy, active, decision, noise, *self._rule), decision)
+        result: StepResult
+        result, self._hidden = self._step(
+            self._neuron, self._carrier, state, active, noise, self._hidden, self._sensed, self._rule
+        )
+        return result
 
     def give_birth(self, births: Births) -> None:
         """See `Stepper`."""

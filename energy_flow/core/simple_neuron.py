@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from energy_flow.core.precision import without_autocast
+
 
 class SimpleNeuron(nn.Module):
     """Computes the features of a flow from its position and energy.
@@ -21,7 +23,7 @@ class SimpleNeuron(nn.Module):
 
     def forward(self, position: Tensor, energy: Tensor) -> Tensor:
         """Positions [..., 3] and energies [..., E] -> features [..., F]."""
-        with torch.autocast(position.device.type, enabled=False):
+        with without_autocast(position.device):
             features: Tensor = self.network(torch.cat([position, energy.to(position.dtype)], dim=-1))
             return features
 

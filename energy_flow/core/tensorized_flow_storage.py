@@ -5,7 +5,6 @@ birth. A rollout never reuses a slot, so the slot identifies the flow.
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -13,8 +12,11 @@ from torch import Tensor
 from energy_flow.core.tensor_pool import TensorPool
 
 
-class FlowStatus(IntEnum):
-    """What has become of a slot. All statuses above ACTIVE are final."""
+class FlowStatus:
+    """What has become of a slot. All statuses above ACTIVE are final.
+
+    They are plain numbers: torch.compile compares a tensor with an `IntEnum` as a whole.
+    """
 
     FREE = 0
     ACTIVE = 1
@@ -102,7 +104,7 @@ class TensorizedFlowStorage:
         self.age += active
         self.end(reached, FlowStatus.REACHED)
 
-    def end(self, mask: Tensor, status: FlowStatus) -> None:
+    def end(self, mask: Tensor, status: int) -> None:
         """End the flows of `mask` [B, M], all in one operation."""
         self.status.masked_fill_(mask, status)
 

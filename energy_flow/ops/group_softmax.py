@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from energy_flow.ops.backend import use_triton
 
@@ -58,6 +57,8 @@ def group_softmax_deposit(
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} are {tensor.dtype}: sums over a group need torch.float32 or torch.float64")
     bounded = bound is not None and bound < LARGEST_BOUND
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.compiler.is_exporting():
+        return differentiable_averages(scores, values, keys, weights, num_groups, bounded)
     return _GroupSoftmaxDeposit.apply(scores, values, keys, weights, num_groups, bounded)
 
 
@@ -75,7 +76,7 @@ class _GroupSoftmaxDeposit(torch.autograd.Function):
             table = _kernels().sums(*members, num_groups, bounded)
         else:
             table = scattered_sums(*members, num_groups, bounded)
-        ctx.save_for_backward(*members, table)
+        ctx.save_for_backward(scores, values, keys, weights, table)
         ctx.bounded = bounded
         normalise = _kernels().normalise if kernels else _normalise
         average, mass = normalise(table, values.shape[1], bounded)
@@ -83,13 +84,44 @@ class _GroupSoftmaxDeposit(torch.autograd.Function):
         return average, mass
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *members, table = ctx.saved_tensors
+        *inputs, table = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated itself
+            return _differentiable_gradients(grad, inputs, len(table), ctx.bounded, ctx.needs_input_grad)
+        members = [value.contiguous() for value in inputs]
         for_weights = ctx.needs_input_grad[3]
         gradients: Any = _kernels().gradients if use_triton(table) else _gradients
         grad_scores, grad_values, grad_weights = gradients(grad.contiguous(), *members, table, ctx.bounded, for_weights)
         return grad_scores, grad_values, None, grad_weights, None, None
+
+
+def differentiable_averages(
+    scores: Tensor, values: Tensor, keys: Tensor, weights: Tensor, num_groups: int, bounded: bool
+) -> tuple[Tensor, Tensor]:
+    """`group_softmax_deposit` in plain operations: for derivatives of any order, and for tracers."""
+    groups = keys.reshape(-1)
+    mass = weights.new_zeros(num_groups).index_add(0, groups, weights.reshape(-1))
+    shift, empty = None, torch.ones_like(mass)
+    if not bounded:
+        floor = torch.where(mass.detach() >= 1, -torch.inf, 0.0)
+        shift = floor.scatter_reduce(0, groups, _member_scores(scores, weights).detach(), "amax")
+        empty = (-shift.clamp(min=0)).exp()
+    share = weights * _exponential(scores, keys, shift)
+    denominator = share.new_zeros(num_groups).index_add(0, groups, share.reshape(-1)) + (1 - mass).clamp(min=0) * empty
+    deposits = (share[..., None] * values[:, None]).flatten(0, 1)
+    numerator = values.new_zeros(num_groups, values.shape[1]).index_add(0, groups, deposits)
+    return numerator / denominator[:, None], mass.detach()
+
+
+def _differentiable_gradients(
+    grad: Tensor, inputs: list[Tensor], num_groups: int, bounded: bool, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the four inputs, with a graph of their own."""
+    scores, values, keys, weights = inputs
+    average, _ = differentiable_averages(scores, values, keys, weights, num_groups, bounded)
+    needed = [value for value, needs in zip(inputs, wanted, strict=False) if needs]
+    found = iter(torch.autograd.grad(average, needed, grad, create_graph=True))
+    return (*(next(found) if needs else None for needs in wanted[:4]), None, None)
 
 
 def _kernels() -> Any:
@@ -153,7 +185,7 @@ def sorted_sums(
 
 def _member_scores(scores: Tensor, weights: Tensor) -> Tensor:
     """Scores for the maximum, [N * K]: without members of weight 0, because a huge score of one would make others 0."""
-    return torch.where(weights > 0, scores[:, None], -torch.inf).view(-1)
+    return torch.where(weights > 0, scores[:, None], -torch.inf).reshape(-1)
 
 
 def _exponential(scores: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
@@ -162,7 +194,7 @@ def _exponential(scores: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
         return scores.exp()[:, None]
     # The clamp only changes members of weight 0, because s - shift <= 0 for all others. Members of weight 0 add nothing
     # to the sums, but their derivative in the weight must stay finite.
-    return (scores[:, None] - shift.index_select(0, keys.view(-1)).view_as(keys)).clamp_(max=LARGEST_BOUND).exp_()
+    return (scores[:, None] - shift.index_select(0, keys.reshape(-1)).view(keys.shape)).clamp_(max=LARGEST_BOUND).exp_()
 
 
 def _empty_member(table: Tensor, energy_dim: int, bounded: bool) -> Tensor | float:

@@ -103,7 +103,7 @@ def test_the_embedding_must_be_an_image(kind: type[nn.Module]) -> None:
     assert str(error.value) == (
         "lattice.width x lattice.height = 20 x 20 = 400: a map by convolution reads an embedding as an image with one "
         "pixel per cell, so its 768 numbers must be a multiple of 400. Set lattice.width and lattice.height to the "
-        "size of the images, or set model.map_in=linear and model.map_out=linear"
+        "size of the images, or set model/map_in=linear and model/map_out=linear"
     )
 
 

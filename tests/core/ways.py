@@ -10,7 +10,7 @@ from torch import Tensor
 from energy_flow.core.flow_processor import FlowProcessor
 from tests.helpers import Case, gradients, tensors_of
 
-PLAIN: dict[str, Any] = {"engine": "autograd"}
+PLAIN: dict[str, Any] = {"engine": "autograd", "chunk": None, "compile": False}
 
 
 def tape(*, recompute: bool = False, chunk: Any = None, compaction: bool = False, compile: bool = False) -> dict:

@@ -21,6 +21,7 @@ from energy_flow.core.engine.compiled import step_kernels
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.ops.counter_noise import counter_noise
 from energy_flow.training.callbacks.bad_steps import StopOnBadSteps
+from tests.core.ways import PLAIN
 from tests.helpers import Case
 from tests.training.test_module import LIVELY, LossCurve, make_loader, make_module
 from tests.training.test_step_guard import check_step_guard
@@ -117,7 +118,7 @@ def test_ended_flows_are_left_out(recompute: bool) -> None:
     cotangent, rows = torch.randn_like(source), torch.arange(8, device="cuda")
     found = {}
     for name, rollout in {
-        "exact": {"engine": "autograd"},
+        "exact": PLAIN,
         "all": {**way, "compaction": False},
         "active": {**way, "compaction": True},
     }.items():
@@ -152,7 +153,7 @@ def test_recorded_passes_write_only_to_their_own_memory() -> None:
     """Larger evaluation batches need larger buffers. Then other tensors may get the old buffers."""
     source = dataclasses.replace(LIVELY_CASE, batch=9).embedding().detach().cuda()
     cotangent, rows = torch.randn_like(source), torch.arange(9, device="cuda")
-    plain = dataclasses.replace(LIVELY_CASE, rollout={"engine": "autograd"}).processor().cuda()
+    plain = dataclasses.replace(LIVELY_CASE, rollout=PLAIN).processor().cuda()
     _, expected = run(plain, source[:4], cotangent[:4])
     processor = dataclasses.replace(LIVELY_CASE, rollout={"cuda_graph": True}).processor().cuda()
     for _ in range(3):

@@ -12,12 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from energy_flow.core.engine.choice import has_hook
 from energy_flow.core.engine.chunking import ChunkSizes
+from energy_flow.core.engine.compiled import compiled_step
 from energy_flow.core.engine.locking import EngineLock
 from energy_flow.core.engine.snapshot import Snapshot
-from energy_flow.core.rollout import AutogradStepper, Rollout, RolloutCall, RolloutResult, RolloutSettings, join_chunks
+from energy_flow.core.rollout import (
+    AutogradStepper,
+    Rollout,
+    RolloutCall,
+    RolloutResult,
+    RolloutSettings,
+    join_chunks,
+    step_modules,
+)
 from energy_flow.core.tensor_pool import TensorPool
 from energy_flow.core.tensors import map_tensors
+from energy_flow.core.tracing import is_traced
+from energy_flow.ops.backend import has_triton
 
 _Run = Callable[[Tensor, RolloutCall], RolloutResult]
 
@@ -26,10 +38,11 @@ class AutogradEngine:
     """Runs rollouts of any modules.
 
     Args:
-        settings: only `chunk` matters.
+        settings: `chunk` and `compile` matter.
     """
 
     def __init__(self, settings: RolloutSettings) -> None:
+        self._compile = settings.compile
         self._sizes = ChunkSizes(settings.chunk)
         self._measures = settings.chunk == "auto"
         self._sample_bytes: dict[Hashable, int] = {}
@@ -51,11 +64,13 @@ class AutogradEngine:
             ConfigError: a module doesn't keep its protocol.
         """
         modules = (neuron, carrier)
+        traced = is_traced(surface)
+        step = compiled_step() if not traced and self._compiles(modules, surface) else step_modules
 
         def run(part: Tensor, own: RolloutCall) -> RolloutResult:
-            return rollout.run(part, AutogradStepper(neuron, carrier, own), own, TensorPool())
+            return rollout.run(part, AutogradStepper(neuron, carrier, own, step), own, TensorPool())
 
-        if _is_traced(surface):
+        if traced:
             return run(surface, call)
         # A replay puts other tensors into the modules for a while: no other thread may read them then.
         with self._lock:
@@ -68,6 +83,11 @@ class AutogradEngine:
                 release=lambda: None,
                 attempt=lambda chunk: self._chunks(modules, run, surface, call, chunk),
             )
+
+    def _compiles(self, modules: tuple[nn.Module, ...], surface: Tensor) -> bool:
+        """Whether to compile the step. Compiled code doesn't notice a hook that comes later, so hooks rule it out."""
+        wanted = surface.is_cuda and has_triton() if self._compile == "auto" else self._compile
+        return wanted and not any(has_hook(part) for module in modules for part in module.modules())
 
     def _chunks(
         self, modules: tuple[nn.Module, ...], run: _Run, surface: Tensor, call: RolloutCall, chunk: int
@@ -154,13 +174,3 @@ def _copy_inputs(surface: Tensor, call: RolloutCall) -> tuple[Tensor, RolloutCal
         return value.detach().clone().requires_grad_(value.requires_grad)
 
     return copy(surface), replace(call, sensed=map_tensors(copy, call.sensed))
-
-
-def _is_traced(surface: Tensor) -> bool:
-    """Whether torch.export, torch.func or the meta device runs the code with stand-ins for tensors."""
-    return (
-        type(surface) is not Tensor
-        or surface.is_meta
-        or torch.compiler.is_exporting()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )

@@ -53,6 +53,16 @@ def tape_obstacle(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module, sur
     return _unlike_sizes(neuron, carrier) or _mixed(neuron, carrier, surface)
 
 
+def has_hook(part: nn.Module) -> str | None:
+    """The kind of the first hook of a module itself, or of all modules; None: there is none."""
+    for attribute, hook in _HOOKS.items():
+        if getattr(part, attribute):
+            return hook
+        if getattr(torch_module, f"_global{attribute}", None):
+            return f"{hook} for all modules"
+    return None
+
+
 def _traced(surface: Tensor) -> str | None:
     """Whether something runs the code with stand-ins for tensors."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -79,7 +89,7 @@ def _expected(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module) -> Iter
     network = getattr(neuron, "network", None)
     yield "neuron.network", network, nn.Sequential
     kinds = (nn.Linear, nn.SiLU, nn.Linear)
-    layers = list(network.children()) if isinstance(network, nn.Module) else []
+    layers = list(network._modules.values()) if isinstance(network, nn.Module) else []  # tied ones twice
     for index, kind in enumerate(kinds):
         yield f"neuron.network.{index}", layers[index] if len(layers) == len(kinds) else None, kind
     yield "carrier", carrier, EnergyCarrier
@@ -93,11 +103,9 @@ def _expected(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module) -> Iter
 
 def _changed(part: nn.Module) -> str | None:
     """How a part of a known kind was changed."""
-    for attribute, hook in _HOOKS.items():
-        if getattr(part, attribute):
-            return f"has {hook}"
-        if getattr(torch_module, f"_global{attribute}", None):
-            return f"has {hook}, registered for all modules"
+    hook = has_hook(part)
+    if hook is not None:
+        return f"has {hook}"
     kind, own = type(part), vars(part)
     if "forward" in own or kind.forward is not _FORWARDS.get(kind):
         return "has a forward method of its own"

@@ -11,6 +11,7 @@ import torch._dynamo
 from torch import Tensor
 
 from energy_flow.core.flow_step import move, move_backward
+from energy_flow.core.rollout import step_modules
 from energy_flow.core.simple_neuron import neuron_features_backward, write_features
 from energy_flow.ops.counter_noise import counter_noise, drawn, normal_quantiles
 from energy_flow.ops.gru_gates import (
@@ -81,6 +82,12 @@ def step_kernels(compiled: bool, on_cpu: bool) -> StepKernels:
     )
 
 
+@functools.cache
+def compiled_step() -> Function:
+    """`step_modules`, compiled as far as the modules allow."""
+    return _compile(step_modules, fullgraph=False)
+
+
 def _compiled_gates(function: Function) -> Function:
     # Copy the result outside of compiled code: it doesn't see that `out` and `hidden` are parts of one tape.
     def forward(gates: Tensor, hidden: Tensor, bias: Tensor, out: Tensor, count: Tensor | None = None) -> None:
@@ -100,8 +107,8 @@ def _compiled_noise(function: Function) -> Function:
     return noise
 
 
-def _compile(function: Function) -> Function:
-    compiled = torch.compile(function, fullgraph=True)
+def _compile(function: Function, fullgraph: bool = True) -> Function:
+    compiled = torch.compile(function, fullgraph=fullgraph)
 
     def call(*arguments: Any) -> Any:
         # Dynamo compiles once per dtype, model size and kind of rule, and stops at 8. The limit is set per thread, and

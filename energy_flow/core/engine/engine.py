@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.engine.chunking import ChunkSizes
@@ -23,6 +22,7 @@ from energy_flow.core.engine.cuda_graphs import GraphCache
 from energy_flow.core.engine.locking import EngineLock
 from energy_flow.core.engine.packed_weights import PackedGradients, PackedWeights, padded, step_parameters
 from energy_flow.core.engine.tape import Compaction, Tape, most_segments
+from energy_flow.core.precision import without_autocast
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings, join_chunks
 from energy_flow.core.simple_neuron import SimpleNeuron
 from energy_flow.core.tensor_pool import TensorPool
@@ -281,7 +281,7 @@ class _TapedRollout(torch.autograd.Function):
         surface: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(surface.device.type, enabled=False):
+        with without_autocast(surface.device):
             result = engine.forward(surface.detach(), job)
         ctx.engine, ctx.job = engine, job
         ctx.trained = [value.requires_grad for value in parameters]
@@ -290,10 +290,13 @@ class _TapedRollout(torch.autograd.Function):
         return result.flows.position, result.flows.energy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_position: Tensor, grad_energy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "create_graph = True: the tape has no second derivatives. Set rollout.engine=autograd, which has them"
+            )
         (surface,) = ctx.saved_tensors
-        with torch.autocast(surface.device.type, enabled=False):
+        with without_autocast(surface.device):
             grad_surface, gradients = ctx.engine.backward(surface.detach(), ctx.job, grad_position, grad_energy)
         trained = zip(gradients, ctx.trained, strict=True)
         return None, None, None, grad_surface, *(gradient if wanted else None for gradient, wanted in trained)

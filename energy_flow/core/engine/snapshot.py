@@ -88,4 +88,6 @@ def _copy(value: Any) -> Any:
         return value.clone_state()
     with torch.no_grad():
         copy = value.detach().clone()
+    if type(value) is nn.Parameter:  # torch.compile compiles anew for another type
+        return nn.Parameter(copy, requires_grad=value.requires_grad)
     return copy.requires_grad_(value.requires_grad)
