@@ -105,6 +105,7 @@ class EnergyFlowModule(pl.LightningModule):
         self._scalars = DelayedScalars()
         self.scores: EpochScores | None = None
         self._validating = False
+        self._steps_before = 0  # optimiser steps at the start of a validation
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
@@ -205,8 +206,11 @@ class EnergyFlowModule(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._set_steps()
 
+    def on_validation_start(self) -> None:
+        self._steps_before = int(self.processor.optimizer_step)
+
     def on_validation_epoch_start(self) -> None:
-        self._set_steps()  # as in `on_train_end`
+        self.processor.set_optimizer_step(self._steps_before)  # a callback may have swapped in averages of all buffers
         self._validating = True
         self.scores = EpochScores(self.loss, self.temperature())
 
@@ -270,7 +274,7 @@ class EnergyFlowModule(pl.LightningModule):
     def _set_steps(self) -> None:
         """In a fit, set the count of the optimiser steps by which flows move."""
         if is_fitting(self):
-            self.processor.optimizer_step.fill_(self.trainer.global_step)
+            self.processor.set_optimizer_step(self.trainer.global_step)
 
     def _losses(self, output: FlowOutput, batch: UnpackedBatch) -> dict[str, Tensor]:
         """All loss terms of a training batch."""

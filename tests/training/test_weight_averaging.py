@@ -109,3 +109,13 @@ def test_a_checkpoint_in_a_validation(tmp_path: Path) -> None:
     assert within["global_step"] == after["global_step"]
     assert_equal(within["state_dict"], after["state_dict"])
     assert_equal(within[TRAINED], after[TRAINED])
+
+
+def test_a_validation_after_the_fit(tmp_path: Path) -> None:
+    """The callback swaps the weights there, too."""
+    trainer = fit(tmp_path)
+    module, loader = trainer.lightning_module, make_loader(8)
+    tested = trainer.test(module, loader, verbose=False)[0]
+    trainer.callbacks[0]._average_model.module.processor.optimizer_step.fill_(2)
+    validated = trainer.validate(module, loader, verbose=False)[0]
+    assert validated["val/loss"] == tested["test/loss"]
