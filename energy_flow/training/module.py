@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from energy_flow import targets
 from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.checkpoints.lightning_loops import get_logging_step
@@ -116,7 +117,8 @@ class EnergyFlowModule(pl.LightningModule):
         checkpoint = checkpoints.load(checkpoint_path)
         if options.get("strict") is not False:  # without `strict`, weights of other models are allowed
             compatibility.check_model(cls, checkpoint, checkpoint_path, options)
-        return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
+        with targets.from_file():
+            return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property
     def num_parameters(self) -> int:
