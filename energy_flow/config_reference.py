@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter
+from pydantic_core import SchemaError
 
 from energy_flow.config import config_dir
 from energy_flow.config_comments import Choice, Key, read_file
@@ -153,11 +154,11 @@ def _limits_of_field(owner: str, path: str, depth: int) -> str:
 def _limits_of_argument(target: str, name: str) -> str:
     try:
         hints = annotations(_load(target).__init__)
-    except (ImportError, AttributeError, ValueError):  # a user's class: the help of all others is still wanted
-        return ""
-    if name not in hints:
-        return ""
-    schema = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).json_schema()
+        if name not in hints:
+            return ""
+        schema = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).json_schema()
+    except (ImportError, AttributeError, ValueError, PydanticUserError, SchemaError):
+        return ""  # a user's class that isn't there, or a type without a schema: the rest of the help is still wanted
     return _in_words(schema, schema.get("$defs", {}))
 
 

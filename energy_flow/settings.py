@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, SchemaError
 
 from energy_flow.errors import ConfigError
 
@@ -110,10 +110,14 @@ def checked_arguments(key: str) -> Callable[[Callable[P, None]], Callable[P, Non
 
 
 def _wrong_value(value: Any, annotation: Any, key: str) -> list[str]:
-    """Lines of a message if the value doesn't have the type; otherwise none."""
+    """Lines of a message if the value doesn't have the type, or none. pydantic can't check every third-party type."""
     try:
         TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except (PydanticUserError, SchemaError):
+        return []
     except ValidationError as error:
+        if isinstance(value, list) and not _wrong_value(tuple(value), annotation, key):
+            return []  # a config has no tuples
         lines = _join((f"{key} = {_shown(value)}", _reason(detail)) for detail in error.errors(include_url=False))
         remedies = [extra.text for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, Remedy)]
         return ["; ".join([line, *remedies]) for line in lines]
