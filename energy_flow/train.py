@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
-from energy_flow import signals
+from energy_flow import signals, targets
 from energy_flow.checkpoints.exact_resume import ExactResume
 from energy_flow.checkpoints.interrupt import SaveOnInterrupt
 from energy_flow.checkpoints.io import LAST, AtomicCheckpointIO
@@ -23,7 +23,7 @@ from energy_flow.runs import folder as run_folder
 from energy_flow.runs import resume
 from energy_flow.runs.application import application
 from energy_flow.runs.checks import check_loss, refuse_processes
-from energy_flow.runs.instantiate import build_all, build_loggers
+from energy_flow.runs.instantiate import build_callbacks, build_loggers
 from energy_flow.runs.job import hydra_quoted, is_multirun
 from energy_flow.runs.log import filter_warnings
 from energy_flow.runs.results import finish, read_metrics, run_test
@@ -69,7 +69,8 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
     data = EnergyDataModule.from_config(config)
     data.setup("fit")
 
-    module = EnergyFlowModule.from_config(config, data.dim)
+    with targets.from_user():
+        module = EnergyFlowModule.from_config(config, data.dim)
     module.run_config = config
     check_loss(settings.optimized_metric, module.loss)
 
@@ -77,10 +78,10 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
     if resumed is not None:
         resume.check_resume(resumed, module, data, console)
 
-    callbacks = [ExactResume(), *build_all(settings.callbacks, "callbacks")]
+    with targets.from_user():
+        callbacks = [ExactResume(), *build_callbacks(settings.callbacks)]
+        loggers = build_loggers(settings.logger, resume.purge_step(settings, resumed))
     interrupt = SaveOnInterrupt(settings.checkpoint_folder / LAST)
-
-    loggers = build_loggers(settings.logger, resume.purge_step(settings, resumed))
 
     trainer = build_trainer(
         settings.trainer,

@@ -20,9 +20,11 @@ def describe(module: EnergyFlowModule) -> str:
     """Describe a model in one line."""
     lattice, model = module.processor.settings, module.processor.model
     frozen = f", {module.num_frozen:,} of them frozen" if module.num_frozen else ""
+    gru = f"GRU {model.num_layers} x {model.hidden_size}"
+    carrier = gru if model.carrier is None else f"carrier {type(module.processor.carrier).__name__}"
     return (
         f"flow lattice {lattice.width} x {lattice.height} x {lattice.depth}, energy dimension {model.energy_dim}, "
-        f"{lattice.num_steps} step{'s' * (lattice.num_steps != 1)}, GRU {model.num_layers} x {model.hidden_size}: "
+        f"{lattice.num_steps} step{'s' * (lattice.num_steps != 1)}, {carrier}: "
         f"{module.num_parameters:,} parameters{frozen}"
     )
 

@@ -16,11 +16,15 @@ from pydantic import ConfigDict, Field, model_validator
 
 from energy_flow.checkpoints.io import AtomicCheckpointIO
 from energy_flow.errors import ConfigError
-from energy_flow.runs.instantiate import CONFIG_KEY, RESERVED, one_line, refuse_unknown
+from energy_flow.runs.instantiate import CONFIG_KEY
 from energy_flow.settings import Settings, check_arguments, did_you_mean, read
+from energy_flow.targets import one_line
 from energy_flow.training.callbacks.last_checkpoint import LastCheckpoint
 
 log = logging.getLogger(__name__)
+
+# Arguments of Lightning's Trainer that have another place in the config.
+_RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 
 Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
@@ -76,8 +80,7 @@ def build_trainer(
         ConfigError: an argument that the Trainer doesn't have or can't use, a missing device, a run that would fail in
             its first epoch, or a folder that can't be written.
     """
-    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
-    refuse_unknown(section, known - RESERVED.keys(), "trainer")
+    _refuse_unknown(section)
     settings = read(TrainerSettings, section, "trainer")
     check_arguments(pl.Trainer.__init__, section, "trainer")
     if not settings.enable_progress_bar:
@@ -104,6 +107,16 @@ def build_trainer(
         _check_epoch(trainer, num_batches // trainer.world_size)
     _check_folders(trainer)
     return trainer
+
+
+def _refuse_unknown(section: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for a key that is no argument of Lightning's Trainer, or has another place in the config."""
+    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self", *_RESERVED}
+    for name in section:
+        if name in _RESERVED:
+            raise ConfigError(f"trainer.{name}: set it through {_RESERVED[name]}")
+        if name not in known:
+            raise ConfigError(f"trainer.{name}: unknown key; {did_you_mean(name, known)}")
 
 
 def _profiler(name: Any, output_dir: str) -> Any:

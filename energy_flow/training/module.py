@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from energy_flow import targets
 from energy_flow.checkpoints import compatibility, weight_averaging
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.checkpoints.lightning_loops import get_logging_step, is_fitting
@@ -123,7 +124,8 @@ class EnergyFlowModule(pl.LightningModule):
         checkpoint = checkpoints.load(checkpoint_path)
         if options.get("strict") is not False:  # without `strict`, weights of other models are allowed
             compatibility.check_model(cls, checkpoint, checkpoint_path, options)
-        return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
+        with targets.from_file():
+            return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property
     def num_parameters(self) -> int:
