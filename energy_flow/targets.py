@@ -32,6 +32,11 @@ def from_user() -> Iterator[None]:
         yield
 
 
+def is_from_user() -> bool:
+    """Whether sections are the user's own."""
+    return _from_user.get()
+
+
 @contextmanager
 def from_file() -> Iterator[None]:
     """Inside, sections come from a file, also within `from_user`. It is the default."""

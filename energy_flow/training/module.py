@@ -35,7 +35,7 @@ from energy_flow.training.losses import (
     surface_loss,
     weighted,
 )
-from energy_flow.training.optimizer import OptimizerSettings, build_optimizer, build_schedule, freeze_parts
+from energy_flow.training.optimizer import build_optimizer, build_schedule, freeze_parts, read_optimizer
 from energy_flow.training.parts import LossTerms
 from energy_flow.training.step_guard import StepGuard, propagate_nonfinite
 
@@ -83,7 +83,8 @@ class EnergyFlowModule(pl.LightningModule):
         self.loss = read(LossSettings, loss, "loss")
         self.temperature = Temperature(self.loss)
         self._bank: Tensor | None = None  # directions [N, D] of all training targets, with loss.candidates = bank
-        self.optimizer_settings = None if optimizer is None else read(OptimizerSettings, optimizer, "optimizer")
+        self.optimizer_settings = None if optimizer is None else read_optimizer(optimizer)
+        self._from_user = targets.is_from_user()
         lattice_settings = read(LatticeSettings, lattice, "lattice")
         self.processor = FlowProcessor(
             dim,
@@ -143,7 +144,7 @@ class EnergyFlowModule(pl.LightningModule):
         return output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        unpacked = unpack_batch(batch, self.processor.dtype)
+        unpacked = self._unpack(batch)
         output = self(unpacked.source, unpacked.rows, context=unpacked.context)
         self._faults.put(output.faults)
         losses = self._losses(output, unpacked)
@@ -250,8 +251,10 @@ class EnergyFlowModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.optimizer_settings is None:
             raise ConfigError("optimizer = None: the module can't be trained; build it with a section `optimizer`")
-        optimizer = build_optimizer(self.optimizer_settings, self.named_parameters())
-        schedule = build_schedule(self.optimizer_settings, optimizer, self.trainer.estimated_stepping_batches)
+        total_steps = self.trainer.estimated_stepping_batches
+        with targets.from_user() if self._from_user else targets.from_file():
+            optimizer = build_optimizer(self.optimizer_settings, self.named_parameters())
+            schedule = build_schedule(self.optimizer_settings, optimizer, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -305,7 +308,7 @@ class EnergyFlowModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
         """Run an evaluation batch and keep its outputs for the metrics of the epoch."""
-        unpacked = unpack_batch(batch, self.processor.dtype)
+        unpacked = self._unpack(batch)
         target, rows = unpacked.target, unpacked.rows
         output = self(unpacked.source, rows, context=unpacked.context)
         self._faults.put(output.faults, rows)
@@ -326,6 +329,9 @@ class EnergyFlowModule(pl.LightningModule):
         for name, value in self.scores.metrics().items():
             # All processes have the same value; `sync_dist` only avoids a warning of Lightning.
             self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == monitored, sync_dist=True)
+
+    def _unpack(self, batch: Batch) -> UnpackedBatch:
+        return unpack_batch(batch, self.processor.dtype)
 
     def _gather(self, value: Tensor) -> Tensor:
         """The values of all processes, joined along the first dimension."""

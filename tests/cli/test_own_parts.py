@@ -1,4 +1,4 @@
-"""Loss, metric and data of one's own: a package and a config folder of a user, through the command line."""
+"""Loss, optimizer, metric and data of one's own: a package and a config folder of a user, through the command line."""
 
 import sys
 import textwrap
@@ -77,6 +77,20 @@ class Weighted(nn.Module):
         return (batch["importance"][:, None] * (output.embedding - batch["target"]) ** 2).mean()
 
 
+class Signs(torch.optim.Optimizer):
+    """Steps by the sign of the gradient."""
+
+    def __init__(self, params, lr: float):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad.sign())
+
+
 class NoValidation(LightningDataModule):
     def train_dataloader(self):
         return []
@@ -95,6 +109,12 @@ CONF = {
         mse: 0.0
         terms:
           huber: {_target_: own_package.Huber, weight: 2.0, delta: 0.1}
+        """,
+    "optimizer/signs.yaml": """
+        _target_: own_package.Signs
+        lr: 0.001
+        schedule: {_target_: torch.optim.lr_scheduler.StepLR, step_size: 2}
+        freeze: [neuron]
         """,
     "callbacks/largest.yaml": """
         defaults: [default, _self_]
@@ -240,3 +260,16 @@ def test_one_data_set_drawn_once_per_epoch(own: Program) -> None:
         for name in ("Rotation", "TestedRotation")
     )
     assert first == second
+
+
+def test_an_optimizer(own: Program) -> None:
+    outcome = train(own, "optimizer=signs")
+    assert outcome.code == 0, outcome.err
+    last = torch.load(outcome.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-5)
+    resumed = train(own, "optimizer=signs", f"ckpt_path={outcome.folder}/checkpoints/last.ckpt", "trainer.max_epochs=2")
+    assert resumed.code == 0, resumed.err
+    assert own.train("optimizer=sgd").code == 0
+    assert "its optimiser keeps its settings" in own.refused(
+        "optimizer=sgd", f"ckpt_path={outcome.folder}/checkpoints/last.ckpt"
+    )
