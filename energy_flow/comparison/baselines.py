@@ -6,8 +6,9 @@
 - `ridge`: the linear map (XᵀX + λ)⁻¹XᵀY, λ selected on `val`. Regression adds an intercept (X and Y are centred).
   Retrieval does not: a shift that all predictions share carries no information.
 - `procrustes`: the orthogonal map UVᵀ with UΣVᵀ = XᵀY (Schönemann 1966, Psychometrika 31).
-- `linear`: a linear map with bias, initialised as the identity, trained with the model's loss except its surface term
-  and the terms of `loss.terms`, which need the output of a flow lattice. Here and below, learning rate, weight decay and epoch are selected on `val`.
+- `linear`: a linear map with bias, initialised as the identity, trained with the model's loss except the terms that
+  need a flow lattice: its surface term and those of `loss.terms`. Here and below, learning rate, weight decay and epoch
+  are selected on `val`.
 - `mlp`: Linear(D, h), GELU, Linear(h, D) with as many parameters as the model, same loss.
 - `residual_mlp`: the same MLP plus a skip connection.
 - `mlp_cosine`: the same MLP with the cosine loss, and four times as many epochs.
@@ -123,7 +124,7 @@ def run_baselines(
             results.skipped[name] = "needs " + " and ".join(missing)
             continue
         if name in WITH_LOSS and not _has_embedding_term(loss):
-            results.skipped[name] = f"only {_listed_terms(loss)} would train it, which needs the output of a flow lattice"
+            results.skipped[name] = f"only {_listed_terms(loss)} would train it, with the output of a flow lattice"
             continue
         report(name)
         _measure(name, fits[name], splits, task, results, all_targets)

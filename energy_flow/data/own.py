@@ -80,7 +80,7 @@ class OwnData:
             raise ConfigError(f"{self._where}: its dim = {dim!r}: must be a number of at least 1")
         with isolate_rng():  # a shuffled loader draws numbers
             batch: Any = next(iter(self.loaders.train_dataloader()), None)
-        source = batch.get("source") if isinstance(batch, Mapping) else batch[0] if batch else None
+        source: Any = batch.get("source") if isinstance(batch, Mapping) else batch[0] if batch else None
         if getattr(source, "ndim", 0) != 2:
             found = "nothing" if source is None else f"a source of shape {list(source.shape)}"
             raise ConfigError(

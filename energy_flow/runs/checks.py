@@ -54,9 +54,7 @@ def check_normalisation(trained: bool, data: EnergyDataModule, model: str = "the
         )
 
 
-def say_whose_data(
-    trained_on: dict[str, str], data: RunData, console: Console, model: str = "the checkpoint"
-) -> None:
+def say_whose_data(trained_on: dict[str, str], data: RunData, console: Console, model: str = "the checkpoint") -> None:
     """Print which splits differ from the data that a model was trained on (split -> digest)."""
     differing = [split for split, digest in data.fingerprint.items() if digest != trained_on.get(split)]
     if differing:

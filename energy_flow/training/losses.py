@@ -74,6 +74,10 @@ class LossSettings(Settings):
         """The weight of each term, by its name."""
         return {**{name: getattr(self, name) for name in SHIPPED}, **self.term_weights()}
 
+    def term_section(self, name: str) -> dict[str, Any]:
+        """The section of a term of one's own."""
+        return (self.terms or {}).get(name) or {}
+
     def term_weights(self) -> dict[str, float]:
         """The weight of each term of one's own, by its name."""
         sections = (self.terms or {}).items()

@@ -93,9 +93,7 @@ class EnergyFlowModule(pl.LightningModule):
             seed,
             None if rollout is None else read(RolloutSettings, rollout, "rollout"),
         )
-        cells = {"width": lattice_settings.width, "height": lattice_settings.height}
-        sizes = {**cells, "num_cells": lattice_settings.num_cells, "energy_dim": self.processor.model.energy_dim}
-        self.terms = LossTerms(self.loss, {**sizes, "embedding_dim": dim})
+        self.terms = LossTerms(self.loss, self.processor)
         if self.optimizer_settings is not None:
             freeze_parts(self.processor, self.optimizer_settings.freeze)
         self.phase_timer: PhaseTimer | None = None
@@ -106,8 +104,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.latest_loss: float | None = None
         self._scalars = DelayedScalars()
         self.scores: EpochScores | None = None
-        self._validating = False
-        self._steps_before = 0  # optimiser steps at the start of a validation
+        self._validating, self._steps_before = False, 0  # optimiser steps at the start of a validation
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
@@ -149,12 +146,12 @@ class EnergyFlowModule(pl.LightningModule):
         self._faults.put(output.faults)
         losses = self._losses(output, unpacked)
         loss = weighted(losses, self.loss)
+        trained = {name: losses[name] for name, weight in self.loss.weights().items() if weight > 0}
         if not loss.requires_grad:
             raise ConfigError(
-                f"loss: the terms {', '.join(losses)} have no gradient: none with a weight > 0 depends on a trained part. "
-                "Compute loss.terms from the output of the model, without .detach()"
+                f"loss: the terms {', '.join(trained)} have no gradient: none depends on a trained part. Compute "
+                "loss.terms from the output of the model, without .detach()"
             )
-        trained = {name: losses[name] for name, weight in self.loss.weights().items() if weight > 0}
         quantities = _quantities(output, trained, loss)
         self.guard.record(unpacked.source, unpacked.target, unpacked.rows, quantities)
         # This log call is for callbacks. Loggers get their values below, because Lightning would wait for the device.

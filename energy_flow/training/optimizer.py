@@ -37,7 +37,7 @@ class OwnOptimizerSettings(Settings):
     """An optimiser of the class in `optimizer._target_`, with a constant learning rate unless there is a schedule."""
 
     entry: Section  # `_target_` and the arguments
-    freeze: list[str] = []
+    freeze: list[str] = Field(default_factory=list)
     schedule: Section | None = None
 
 
@@ -153,9 +153,7 @@ def skipping(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def build_schedule(
-    settings: AnyOptimizerSettings, optimizer: torch.optim.Optimizer, total_steps: float
-) -> LRScheduler:
+def build_schedule(settings: AnyOptimizerSettings, optimizer: torch.optim.Optimizer, total_steps: float) -> LRScheduler:
     """Build the learning-rate schedule for `total_steps` optimiser steps.
 
     A class of one's own gets `optimizer`, and `total_steps` if it has such an argument.

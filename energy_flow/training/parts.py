@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from energy_flow import targets
-from energy_flow.core.flow_processor import FlowOutput
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.errors import ConfigError
 from energy_flow.training.losses import LossSettings
 
@@ -37,19 +37,23 @@ class LossTerms(nn.Module):
 
     Args:
         settings: the section `loss`.
-        sizes: arguments that a term gets if its constructor asks for them by these names.
+        processor: a term gets its sizes `embedding_dim`, `width`, `height`, `num_cells` and `energy_dim` if its
+            constructor asks for them by these names.
 
     Raises:
         ConfigError: a term can't be built or called, or its name is taken.
     """
 
-    def __init__(self, settings: LossSettings, sizes: Mapping[str, int]) -> None:
+    def __init__(self, settings: LossSettings, processor: FlowProcessor) -> None:
         super().__init__()
+        lattice = processor.settings
+        sizes = {"width": lattice.width, "height": lattice.height, "num_cells": lattice.num_cells}
+        sizes |= {"embedding_dim": processor.dim, "energy_dim": processor.model.energy_dim}
         self._weights = settings.term_weights()
         self._functions: dict[str, LossTerm] = {}
         for name, weight in self._weights.items():
             key = f"loss.terms.{name}"
-            section = {part: value for part, value in (settings.terms or {})[name].items() if part != "weight"}
+            section = {part: value for part, value in settings.term_section(name).items() if part != "weight"}
             term = targets.build(section, key, sizes)
             _check_call(term, f"{key}._target_ = {section['_target_']}")
             if not isinstance(term, nn.Module):
@@ -67,14 +71,10 @@ class LossTerms(nn.Module):
         """
         dtype = torch.promote_types(output.embedding.dtype, torch.float32)
         return {
-            name: _scalar(self._term(name)(output, batch), name).to(dtype)
+            name: _scalar((self._functions.get(name) or getattr(self, name))(output, batch), name).to(dtype)
             for name, weight in self._weights.items()
             if weight > 0 or not self.training
         }
-
-    def _term(self, name: str) -> LossTerm:
-        term: LossTerm = self._modules[name] if name in self._modules else self._functions[name]  # type: ignore[assignment]
-        return term
 
 
 def _check_call(term: Any, where: str) -> None:

@@ -3,7 +3,6 @@
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +269,5 @@ def test_an_optimizer(own: Program) -> None:
     resumed = train(own, "optimizer=signs", f"ckpt_path={outcome.folder}/checkpoints/last.ckpt", "trainer.max_epochs=2")
     assert resumed.code == 0, resumed.err
     assert own.train("optimizer=sgd").code == 0
-    assert "its optimiser keeps its settings" in own.refused(
-        "optimizer=sgd", f"ckpt_path={outcome.folder}/checkpoints/last.ckpt"
-    )
+    other = own.train("optimizer=sgd", f"ckpt_path={outcome.folder}/checkpoints/last.ckpt")
+    assert "its optimiser keeps its settings" in other.err

@@ -64,9 +64,7 @@ def test_a_term_of_weight_0_is_reported() -> None:
     assert torch.equal(module.terms.own.map.weight, before)
 
 
-def test_a_term_with_parameters_is_trained_and_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_term_with_parameters_is_trained_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = own_module("Learned", *ALONE)
     before = module.terms.own.map.weight.detach().clone()
     trainer = make_trainer()
@@ -180,7 +178,7 @@ def test_baselines_say_which_terms_they_lack() -> None:
 def test_baselines_without_a_loss_are_left_out() -> None:
     found = baselines_with(terms={"own": {"_target_": f"{OWN}.Huber"}}, mse=0.0)
     assert set(found.skipped) == {"mlp", "residual_mlp", "mlp_large"}
-    assert found.skipped["mlp"] == "only loss.terms.own would train it, which needs the output of a flow lattice"
+    assert found.skipped["mlp"] == "only loss.terms.own would train it, with the output of a flow lattice"
     assert "ridge" in found.metrics
 
 

@@ -121,7 +121,9 @@ def test_a_run_resumes_exactly(tmp_path: Path, name: str) -> None:
 
 def test_a_schedule_for_the_default() -> None:
     rates = Rates()
-    module = make_module("+optimizer.schedule._target_=torch.optim.lr_scheduler.StepLR", "+optimizer.schedule.step_size=2")
+    module = make_module(
+        "+optimizer.schedule._target_=torch.optim.lr_scheduler.StepLR", "+optimizer.schedule.step_size=2"
+    )
     trainer = fit(module, rates)
     assert isinstance(trainer.optimizers[0], SkippingAdamW)
     assert rates.seen == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])

@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.batch import UnpackedBatch
+from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.optimizer import SkippingAdamW
 from energy_flow.training.step_guard import StepGuard, propagate_nonfinite
 from tests.helpers import tensors_of
