@@ -43,12 +43,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A file of `conf/` with the texts of its comments. Paths of keys begin at the top of the config."""
+    """A file of `conf/` with the texts of its comments. Paths of keys begin at the top of the config.
+
+    The keys of an option of the group `model/carrier` begin with `model.carrier`.
+    """
 
     meaning: str
     examples: tuple[str, ...]
     choices: tuple[Choice, ...]
     keys: tuple[Key, ...]
+    target: str = ""  # the class that the whole file builds
 
 
 def read_file(path: Path, group: str = "") -> ConfigFile:
@@ -65,16 +69,17 @@ def read_file(path: Path, group: str = "") -> ConfigFile:
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: must hold keys with their values")
     comments = _Comments(text)
-    package = group if group and not text.startswith("# @package _global_") else ""
+    package = "" if text.startswith("# @package _global_") else group.replace("/", ".")
     meaning, examples = comments.head()
+    target = "" if root is None else _target_of(root)
     keys: list[Key] = []
     choices: list[Choice] = []
     for name, value in root.value if root is not None else ():
         if name.value == "defaults":
             choices += _choices(value, comments)
         else:
-            keys += _keys(name, value, package, "", comments)
-    return ConfigFile(meaning, examples, tuple(choices), tuple(keys))
+            keys += _keys(name, value, package, target, comments)
+    return ConfigFile(meaning, examples, tuple(choices), tuple(keys), target)
 
 
 def _choices(entries: yaml.SequenceNode, comments: "_Comments") -> Iterator[Choice]:
@@ -94,10 +99,15 @@ def _keys(name: yaml.ScalarNode, value: yaml.Node, prefix: str, target: str, com
         if name.value != "_target_":
             yield Key(path, meaning, unit, _one_line(value, comments.text), target)
         return
-    own = next((part.value for key, part in value.value if key.value == "_target_"), "")
+    own = _target_of(value)
     yield Key(path, meaning, unit, None, own)
     for key, part in value.value:
         yield from _keys(key, part, path, own, comments)
+
+
+def _target_of(section: yaml.MappingNode) -> str:
+    """The class that a section names, or ""."""
+    return next((part.value for key, part in section.value if key.value == "_target_"), "")
 
 
 def _one_line(value: yaml.Node, text: str) -> str:

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter
+from pydantic_core import SchemaError
 
 from energy_flow.config import config_dir
 from energy_flow.config_comments import Choice, Key, read_file
 from energy_flow.errors import ConfigError
+from energy_flow.settings import annotations
 from energy_flow.tables import markdown_table
 
 PROGRAMS = ("train", "evaluate", "predict", "encode", "check", "benchmark")
@@ -56,13 +58,14 @@ class Option:
     keys: tuple[Key, ...]
     sets: tuple[Key, ...]
     choices: tuple[Choice, ...]  # options that it builds on, and options of other groups that it chooses
+    target: str = ""  # the class that it builds
 
 
 @dataclass(frozen=True)
 class Group:
     """A config group as a program uses it."""
 
-    name: str
+    name: str  # a nested one has a slash: model/carrier
     meaning: str
     default: str | None
     options: tuple[Option, ...]  # the default comes first
@@ -103,10 +106,11 @@ def _read_option(group: str, name: str, path: Path) -> Option:
     except ConfigError as error:  # a user's file: the help of all others is still wanted
         return Option(name, str(error), (), (), ())
     # An option that builds on another one brings no keys: it changes values.
-    own = () if file.choices else tuple(key for key in file.keys if f"{key.path}.".startswith(f"{group}."))
+    package = group.replace("/", ".")
+    own = () if file.choices else tuple(key for key in file.keys if f"{key.path}.".startswith(f"{package}."))
     rest = tuple(key for key in file.keys if key not in own)
-    keys = tuple(key for key in own if key.path != group)  # the section of the group itself is a heading, no key
-    return Option(name, file.meaning, _with_limits(keys, f"{group}/{name}", depth=1), rest, file.choices)
+    keys = tuple(key for key in own if key.path != package)  # the section of the group itself is a heading, no key
+    return Option(name, file.meaning, _with_limits(keys, f"{group}/{name}", depth=1), rest, file.choices, file.target)
 
 
 def _with_limits(keys: Iterable[Key], place: str, *, depth: int) -> tuple[Key, ...]:
@@ -139,19 +143,22 @@ def _limits_of_field(owner: str, path: str, depth: int) -> str:
     found, defs = schema, schema.get("$defs", {})
     for name in path.split(".")[depth:]:
         found = _resolved(found, defs)
-        if name not in found["properties"]:
-            if found["additionalProperties"]:
-                return ""  # an argument that goes through to Lightning
+        if name not in found.get("properties", {}):
+            if found.get("additionalProperties", True):
+                return ""  # an argument of Lightning's Trainer, or of a class that the config doesn't name
             raise LookupError(f"{path}: {owner} has no such field")
         found = found["properties"][name]
     return _in_words(found, defs)
 
 
 def _limits_of_argument(target: str, name: str) -> str:
-    hints = get_type_hints(_load(target).__init__, include_extras=True)
-    if name not in hints:
-        return ""
-    schema = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).json_schema()
+    try:
+        hints = annotations(_load(target).__init__)
+        if name not in hints:
+            return ""
+        schema = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).json_schema()
+    except (ImportError, AttributeError, ValueError, PydanticUserError, SchemaError):
+        return ""  # a user's class that isn't there, or a type without a schema: the rest of the help is still wanted
     return _in_words(schema, schema.get("$defs", {}))
 
 
@@ -199,7 +206,8 @@ def help_text(program: str, folders: Sequence[Path] | None = None) -> str:
         lines += ["", f"Group {group.name}: {group.meaning}" if several else f"Group {group.name}"]
         for option in group.options:
             default = " (default)" if several and option.name == group.default else ""
-            lines += _entry(f"{group.name}={option.name}{default}", option.meaning, 2)
+            built = f" [{_kept_together(f'class {option.target}')}]" if option.target else ""
+            lines += _entry(f"{group.name}={option.name}{default}", option.meaning + built, 2)
             lines += _entries(option.keys, 4)
     return "\n".join(lines)
 
@@ -252,13 +260,13 @@ def markdown() -> str:
         lines += [*_table(program.keys), "", "Groups:", ""]
         for group in program.groups:
             default = f"`{group.default}`" if group.default else "none"
-            lines.append(f"- [`{group.name}`](#config-{group.name}) (default {default}): {group.meaning}")
+            lines.append(f"- [`{group.name}`](#{_anchor(group)}) (default {default}): {group.meaning}")
         lines.append("")
     lines += ["## Groups", ""]
     seen = {group.name: group for program in reversed(programs) for group in program.groups}
     for group in sorted(seen.values(), key=lambda group: group.name):
         users = ", ".join(program.name for program in programs if group.name in (own.name for own in program.groups))
-        lines += [f"(config-{group.name})=", f"### `{group.name}`", "", f"{group.meaning}. Used by {users}.", ""]
+        lines += [f"({_anchor(group)})=", f"### `{group.name}`", "", f"{group.meaning}. Used by {users}.", ""]
         for option in group.options:
             lines += _section(group, option)
     return "\n".join(lines).rstrip() + "\n"
@@ -270,10 +278,16 @@ _PREFACE = (
 )
 
 
+def _anchor(group: Group) -> str:
+    return f"config-{group.name.replace('/', '-')}"
+
+
 def _section(group: Group, option: Option) -> list[str]:
     """An option of a group in Markdown."""
     default = " (default)" if option.name == group.default else ""
     lines = [f"#### `{group.name}={option.name}`{default}", "", option.meaning, ""]
+    if option.target:
+        lines += [f"Class `{option.target}`.", ""]
     chosen = [f"`{choice.group or group.name}={choice.option}`" for choice in option.choices]
     if chosen:
         lines += [f"Builds on {', '.join(chosen)}.", ""]

@@ -60,7 +60,7 @@ def evaluate(config: dict[str, Any]) -> float:
     """Test one or several models and compare them with the baselines; returns the (mean) test metric to optimize."""
     filter_warnings()
     settings = read(EvaluateSettings, config, "")
-    task_of(settings.optimized_metric)
+    task_of(settings.optimized_metric)  # refused before the models are read
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     paths = [settings.ckpt_path] if isinstance(settings.ckpt_path, str) else settings.ckpt_path
     keys = model_keys(paths)

@@ -7,13 +7,15 @@ import difflib
 import functools
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, SchemaError
 
 from energy_flow.errors import ConfigError
 
@@ -70,11 +72,25 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
     Raises:
         ConfigError: names every wrong argument with its key, its value, the limit and the `Remedy`.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints = annotations(function)
     checked = {name: value for name, value in arguments.items() if name in hints and not isinstance(value, Mapping)}
     found = [line for name, value in checked.items() for line in _wrong_value(value, hints[name], f"{key}.{name}")]
     if found:
         raise ConfigError("\n".join(found))
+
+
+def annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a function's arguments, without those that can't be resolved at run time.
+
+    An annotation may name a class that is imported under `TYPE_CHECKING` alone.
+    """
+    function = inspect.unwrap(function)
+    names, found = getattr(function, "__globals__", {}), {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        alone = types.SimpleNamespace(__annotations__={name: annotation})
+        with suppress(NameError, AttributeError, TypeError, SyntaxError):
+            found |= typing.get_type_hints(alone, names, include_extras=True)
+    return found
 
 
 def checked_arguments(key: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -94,10 +110,14 @@ def checked_arguments(key: str) -> Callable[[Callable[P, None]], Callable[P, Non
 
 
 def _wrong_value(value: Any, annotation: Any, key: str) -> list[str]:
-    """Lines of a message if the value doesn't have the type; otherwise none."""
+    """Lines of a message if the value doesn't have the type, or none. pydantic can't check every third-party type."""
     try:
         TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except (PydanticUserError, SchemaError):
+        return []
     except ValidationError as error:
+        if isinstance(value, list) and not _wrong_value(tuple(value), annotation, key):
+            return []  # a config has no tuples
         lines = _join((f"{key} = {_shown(value)}", _reason(detail)) for detail in error.errors(include_url=False))
         remedies = [extra.text for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, Remedy)]
         return ["; ".join([line, *remedies]) for line in lines]
@@ -139,6 +159,9 @@ def _explain(settings: type[BaseModel], detail: ErrorDetails, key: str) -> tuple
         return full, f"unknown key; {did_you_mean(path[-1], owner.model_fields)}"
     if detail["type"] == "missing":
         return full, "missing; give it a value"
+    if detail["type"] == "dict_type" and isinstance(detail["input"], str):
+        choice = f"{full.replace('.', '/')}={detail['input']}"
+        return f"{full} = {_shown(detail['input'])}", f"must be a section or null; to choose an option, give {choice}"
     if detail["type"] == "model_type":
         return f"{full} = {_shown(detail['input'])}", f"must be a section with the keys {', '.join(owner.model_fields)}"
     if detail["type"] == "value_error" and detail["loc"] == ():

@@ -20,14 +20,33 @@ from energy_flow.settings import check_arguments, did_you_mean
 TRUST = "ENERGY_FLOW_TRUST"
 # Packages that need no trust: their classes don't run code or open files that a section names.
 _KNOWN = ("energy_flow.core", "energy_flow.training", "torch.nn", "torch.optim", "datetime")
+_SHOWN = 100  # characters of a path in a message
 
 _from_user: contextvars.ContextVar[bool] = contextvars.ContextVar("from_user", default=False)
 
 
 @contextmanager
 def from_user() -> Iterator[None]:
-    """Inside, sections are the user's own: they may name any class."""
-    token = _from_user.set(True)
+    """Inside, sections are the user's own: they may name any class, or function that gives an object."""
+    with _set(True):
+        yield
+
+
+def is_from_user() -> bool:
+    """Whether sections are the user's own."""
+    return _from_user.get()
+
+
+@contextmanager
+def from_file() -> Iterator[None]:
+    """Inside, sections come from a file, also within `from_user`. It is the default."""
+    with _set(False):
+        yield
+
+
+@contextmanager
+def _set(value: bool) -> Iterator[None]:
+    token = _from_user.set(value)
     try:
         yield
     finally:
@@ -48,8 +67,9 @@ def build(entry: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
     if not isinstance(entry, Mapping) or "_target_" not in entry:
         raise ConfigError(f"{key} = {entry!r}: must be a section with a _target_, the path of a class")
     target = _find(entry, key)
-    parameters = inspect.signature(target).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    parameters = _parameters(target)
+    takes_all = parameters is None or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    parameters = parameters or {}
     arguments = {name: value for name, value in entry.items() if name != "_target_"}
     unknown = [name for name in arguments if name not in parameters and not takes_all]
     if unknown:
@@ -58,9 +78,12 @@ def build(entry: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
     missing = [name for name, p in parameters.items() if _is_required(p) and name not in {**arguments, **sizes}]
     if missing:
         raise ConfigError(f"{key}.{missing[0]}: {entry['_target_']} needs this argument. Set it")
-    check_arguments(_constructor(target), arguments, key)
+    plain = {name: value for name, value in arguments.items() if not _holds_section(value)}
+    check_arguments(_constructor(target), plain, key)
     try:
-        return target(**{name: _instantiate(value, f"{key}.{name}") for name, value in arguments.items()}, **sizes)
+        built = {name: _instantiate(value, f"{key}.{name}") for name, value in arguments.items()}
+        with from_file():  # the class itself may load a file, and a section in there isn't the user's
+            return target(**built, **sizes)
     except ConfigError:
         raise
     except Exception as error:  # of a class that isn't ours
@@ -76,9 +99,23 @@ def _constructor(target: Any) -> Callable[..., Any]:
     return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
 
 
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a class; None for a class written in C that doesn't tell them."""
+    try:
+        return inspect.signature(target).parameters
+    except ValueError:
+        return None
+
+
 def _is_required(parameter: inspect.Parameter) -> bool:
     variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return parameter.default is inspect.Parameter.empty and not variadic
+
+
+def _holds_section(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_section, value))
+    return isinstance(value, Mapping)
 
 
 def _instantiate(value: Any, key: str) -> Any:
@@ -98,7 +135,7 @@ def _find(entry: Mapping[str, Any], key: str) -> Any:
     for name in entry:
         if isinstance(name, str) and name.startswith("_") and name != "_target_":
             raise ConfigError(f"{key}.{name}: unknown key; of Hydra's own keys only _target_ may be set")
-    where = f"{key}._target_ = {path}"
+    where = f"{key}._target_ = {str(path)[:_SHOWN]}"
     packages = (*_KNOWN, *filter(None, os.environ.get(TRUST, "").split(",")))
     refusal = (
         f"{where}: refused, none of its code was run: it comes from a file, and a file may name classes of "
@@ -113,8 +150,8 @@ def _find(entry: Mapping[str, Any], key: str) -> Any:
         raise ConfigError(f"{where}: there is no such class: {one_line(error)}") from error
     if not callable(found):
         raise ConfigError(f"{where}: is not a class")
-    home = getattr(found, "__module__", None) or ""
-    if not (_from_user.get() or _within(home, packages)):  # the path may reach a class that the module only imports
+    home = getattr(found, "__module__", None) or ""  # the path may reach a class that its module only imports
+    if not (_from_user.get() or (isinstance(found, type) and _within(home, packages))):
         raise ConfigError(refusal)
     return found
 

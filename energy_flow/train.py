@@ -11,24 +11,24 @@ import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
-from energy_flow import signals
+from energy_flow import signals, targets
 from energy_flow.checkpoints.exact_resume import ExactResume
 from energy_flow.checkpoints.interrupt import SaveOnInterrupt
 from energy_flow.checkpoints.io import LAST, AtomicCheckpointIO
-from energy_flow.data import EnergyDataModule
+from energy_flow.data import OwnData, RunData, build_data
 from energy_flow.errors import ConfigError
 from energy_flow.metrics.row_scores import FILE
-from energy_flow.metrics.task import task_of
 from energy_flow.runs import folder as run_folder
 from energy_flow.runs import resume
 from energy_flow.runs.application import application
-from energy_flow.runs.checks import check_loss, refuse_processes
-from energy_flow.runs.instantiate import build_all, build_loggers
+from energy_flow.runs.checks import check_candidates, check_loss, refuse_processes
+from energy_flow.runs.instantiate import build_callbacks, build_loggers
 from energy_flow.runs.job import hydra_quoted, is_multirun
 from energy_flow.runs.log import filter_warnings
+from energy_flow.runs.monitors import CheckMetrics, check_monitors
 from energy_flow.runs.results import finish, read_metrics, run_test
 from energy_flow.runs.settings import TrainSettings
-from energy_flow.runs.trainer import build_trainer
+from energy_flow.runs.trainer import build_trainer, check_epoch
 from energy_flow.runs.training import fit, introduce, log_results
 from energy_flow.settings import read
 from energy_flow.training.callbacks.keep_row_scores import KeepRowScores
@@ -42,7 +42,7 @@ def train(config: dict[str, Any]) -> float | None:
         The best value of `optimized_metric`; None for a run without a checkpoint callback.
     """
     settings = read(TrainSettings, config, "")
-    task_of(settings.optimized_metric)
+    _ = settings.task  # refuses an unknown metric
     folder = Path(settings.paths.output_dir)
     if settings.resume == "auto" and is_multirun():
         raise ConfigError(
@@ -66,30 +66,34 @@ def _train(config: dict[str, Any], settings: TrainSettings) -> float | None:
     console = Console()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
 
-    data = EnergyDataModule.from_config(config)
+    with targets.from_user():
+        data = build_data(config)
     data.setup("fit")
 
-    module = EnergyFlowModule.from_config(config, data.dim)
+    with targets.from_user():
+        module = EnergyFlowModule.from_config(config, data.dim)
     module.run_config = config
     check_loss(settings.optimized_metric, module.loss)
+    check_candidates(module.loss, data)
 
     resumed = resume.find_checkpoint(settings)
     if resumed is not None:
         resume.check_resume(resumed, module, data, console)
 
-    callbacks = [ExactResume(), *build_all(settings.callbacks, "callbacks")]
+    with targets.from_user():
+        callbacks = [ExactResume(), CheckMetrics(settings.optimized_metric), *build_callbacks(settings.callbacks)]
+        loggers = build_loggers(settings.logger, resume.purge_step(settings, resumed))
     interrupt = SaveOnInterrupt(settings.checkpoint_folder / LAST)
-
-    loggers = build_loggers(settings.logger, resume.purge_step(settings, resumed))
 
     trainer = build_trainer(
         settings.trainer,
         callbacks=callbacks,
         loggers=loggers,
         output_dir=settings.paths.output_dir,
-        num_batches=len(data.train_dataloader()),
         checkpoint_io=AtomicCheckpointIO(resumed),
     )
+    check_epoch(trainer, data.num_batches())
+    check_monitors(trainer, settings.optimized_metric, module.loss.term_weights())
     trainer.callbacks.append(interrupt)  # type: ignore[attr-defined]  # it must be the last one
     refuse_processes(trainer, module.processor.settings, is_multirun())
 
@@ -116,7 +120,7 @@ def _test(
     settings: TrainSettings,
     trainer: pl.Trainer,
     module: EnergyFlowModule,
-    data: EnergyDataModule,
+    data: RunData,
     seconds: float,
     console: Console,
 ) -> float | None:
@@ -127,11 +131,13 @@ def _test(
     metrics = {"params": float(module.num_parameters), "fit_seconds": seconds}
     if score is not None:
         metrics[settings.optimized_metric] = float(score)
-    if settings.test and data.test is not None:
-        keep = KeepRowScores(Path(settings.paths.output_dir, FILE), task_of(settings.optimized_metric).row_measure)
-        metrics |= run_test(trainer, module, data, best_path or None, [keep])
+    if settings.test and data.has_test:
+        path = Path(settings.paths.output_dir, FILE)
+        keep = [] if isinstance(data, OwnData) else [KeepRowScores(path, settings.task.row_measure)]
+        metrics |= run_test(trainer, module, data, best_path or None, keep)
     else:
-        console.print("no test: " + ("data.test is null" if settings.test else "test=false"), highlight=False)
+        missing = "data._target_ has no test_dataloader" if isinstance(data, OwnData) else "data.test is null"
+        console.print("no test: " + (missing if settings.test else "test=false"), highlight=False)
     finish(settings, trainer, module, data, metrics, console)
     log_results(trainer, settings, metrics)
     console.print(

@@ -14,7 +14,12 @@ FILES = sorted(CONF.rglob("*.yaml"))
 
 
 def read_whole(path: Path, conf: Path = CONF) -> ConfigFile:
-    return read_file(path, "" if path.parent == conf else path.parent.name)
+    return read_file(path, group_of(path, conf))
+
+
+def group_of(path: Path, conf: Path = CONF) -> str:
+    """`model/carrier` for an option of a nested group, "" for a program."""
+    return "" if path.parent == conf else path.parent.relative_to(conf).as_posix()
 
 
 def without_meaning(conf: Path) -> list[str]:
@@ -27,7 +32,7 @@ def without_meaning(conf: Path) -> list[str]:
     missing = [str(path.relative_to(conf)) for path, file in files.items() if not file.meaning]
     for path, file in files.items():
         for key in file.keys:
-            brings = path.parent == conf or (not file.choices and key.path.startswith(f"{path.parent.name}."))
+            brings = path.parent == conf or (not file.choices and key.path.startswith(f"{group_of(path, conf).replace('/', '.')}."))
             section = key.default is None and not brings  # a section of a preset, whose keys are below it
             if not key.meaning and not section and (brings or key.path not in known):
                 missing.append(f"{path.relative_to(conf)}: {key.path}")

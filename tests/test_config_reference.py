@@ -124,6 +124,7 @@ def test_predict_does_not_list_transport() -> None:
         ("train", "lattice.convergence.threshold", "share", "number > 0, <= 1"),
         ("train", "lattice.deposit", "", "bilinear or nearest"),
         ("train", "model.map_hidden", "numbers", "integer >= 1 or null"),
+        ("train", "model.carrier", "", "section or null"),
         ("train", "data.timeout", "seconds", "number > 0"),
         ("train", "loss.temperature", "", "number > 0"),
         ("train", "optimizer.betas", "", "list of 2 (number >= 0, < 1)"),
@@ -157,6 +158,8 @@ def test_units_and_limits(program: str, path: str, unit: str, limits: str) -> No
         ("benchmark", "stability", "benchmark.steps", "integer >= 1"),
         ("benchmark", "step", "benchmark.cpu.sizes", "list of 1 or more (section with size, lattice, model, batch)"),
         ("logger", "csv", "logger.csv.name", "text"),
+        ("model/carrier", "attention", "model.carrier.num_heads", "integer >= 1"),
+        ("model/map_in", "conv", "model.map_in.hidden", "integer >= 1 or null"),
     ],
 )
 def test_limits_of_an_option(group: str, option: str, path: str, limits: str) -> None:
@@ -183,6 +186,24 @@ def test_limits_of_an_annotated_argument(tmp_path: Path) -> None:
     ]
 
 
+def test_a_class_that_cannot_be_imported_does_not_end_the_help(tmp_path: Path) -> None:
+    (tmp_path / "model" / "carrier").mkdir(parents=True)
+    (tmp_path / "model" / "carrier" / "own.yaml").write_text("# Mine.\n_target_: nowhere.Own\nsize: 5   # Its size\n")
+    program = read_program("train", [tmp_path, CONF])
+    own = next(option for group, option in options(program) if (group.name, option.name) == ("model/carrier", "own"))
+    assert own.target == "nowhere.Own"
+    assert [(key.path, key.default, key.meaning, key.limits) for key in own.keys] == [
+        ("model.carrier.size", "5", "Its size", "")
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONF)))
+def test_the_named_classes_exist(path: Path) -> None:
+    for target in re.findall(r"^ *_target_: (\S+)$", path.read_text(), flags=re.MULTILINE):
+        module, name = target.rsplit(".", 1)
+        assert isinstance(getattr(importlib.import_module(module), name), type), target
+
+
 @pytest.mark.parametrize("content", ["# @package _global_\nlattice: [", "- a\n- b\n"])
 def test_a_broken_user_file_is_named_and_other_help_still_works(tmp_path: Path, content: str) -> None:
     (tmp_path / "experiment").mkdir()
@@ -206,7 +227,7 @@ def test_help_lists_the_groups_of_the_program_and_all_keys(name: str) -> None:
     text = help_text(name)
     program = read_program(name)
     chosen = {next(iter(entry)) for entry in yaml.safe_load((CONF / f"{name}.yaml").read_text())["defaults"][1:]}
-    assert set(re.findall(r"^Group (\w+)", text, flags=re.MULTILINE)) == chosen - {HYDRA}
+    assert set(re.findall(r"^Group ([\w/]+)", text, flags=re.MULTILINE)) == chosen - {HYDRA}
     shown = set(re.findall(r"^ +([\w.]+)[=:]", text, flags=re.MULTILINE))
     own = {key.path.split(".")[0] for key in program.keys}
     folders = {path.name for path in CONF.iterdir() if path.is_dir()}
@@ -275,8 +296,9 @@ def test_the_page_has_everything() -> None:
             assert any(line.startswith(f"| `{key.path}` | {key.meaning} |") for line in lines)
     for path in FILES:
         if path.parent != CONF:
-            assert re.search(rf"^#### `{path.parent.name}={path.stem}`", page, flags=re.MULTILINE), path
-            assert f"(config-{path.parent.name})=" in lines
+            group = path.parent.relative_to(CONF).as_posix()
+            assert re.search(rf"^#### `{group}={path.stem}`", page, flags=re.MULTILINE), path
+            assert f"(config-{group.replace('/', '-')})=" in lines
     assert not re.search(r"^\| `[^|]+ \|  \|", page, flags=re.MULTILINE), "a key without a meaning"
     tables = [line for line in lines if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {6}

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from energy_flow import targets
 from energy_flow.checkpoints.format import KEY, HyperParameters
 from energy_flow.errors import CheckpointError, ConfigError
+from energy_flow.settings import flatten
 
 if TYPE_CHECKING:  # a checkpoint can be used without Lightning
     import lightning.pytorch as pl
@@ -16,7 +18,7 @@ if TYPE_CHECKING:  # a checkpoint can be used without Lightning
 Module = TypeVar("Module", bound="pl.LightningModule")
 _LISTED = 3  # weights that a message names
 _FEW_LAYERS = 100  # that are built in no time
-_LATTICE_SIZE = ("width", "height", "depth")  # all other keys of `lattice`, noise say, may change on resume
+_OF_THE_MODEL = ("width", "height", "depth", "aggregation")  # other keys of `lattice`, noise say, may change on resume
 
 
 def check_model(
@@ -35,12 +37,12 @@ def check_model(
     """
     given = {**checkpoint["hyper_parameters"], **(changes or {})}
     described = {name: given[name] for name in HyperParameters.model_fields}
-    check_depth(described["model"].get("num_layers"), checkpoint["state_dict"], path)
+    check_depth({name: described[name] for name in ("lattice", "model")}, checkpoint["state_dict"], path)
     try:
-        with torch.device("meta"):  # without memory: wrong sizes may be huge
+        with targets.from_file(), torch.device("meta"):  # without memory: wrong sizes may be huge
             check_weights(checkpoint["state_dict"], module_class(**described), path)
     except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = targets.one_line(error)[:600]  # a value in a file may be long
         raise CheckpointError(f"ckpt_path = {path}: its hyper_parameters describe no model: {reason}") from error
     return described
 
@@ -53,7 +55,8 @@ def restore(
 ) -> Module:
     """Build the module of a loaded checkpoint on the CPU, after `check_model`; `rollout` isn't saved with a model."""
     described = check_model(module_class, checkpoint, path)
-    module = module_class(**described, rollout=rollout)
+    with targets.from_file():
+        module = module_class(**described, rollout=rollout)
     module.on_load_checkpoint(dict(checkpoint))
     module.load_state_dict(checkpoint["state_dict"])
     return module
@@ -69,7 +72,7 @@ def on_lattice(
     """
     size = {name: value for name, value in (("width", width), ("height", height)) if value is not None}
     parameters, info = checkpoint["hyper_parameters"], checkpoint[KEY]
-    identity = parameters["model"].get("maps") == "identity"
+    identity = _has_identity_maps(parameters["model"])
     if size and not identity:
         named = ", ".join(f"lattice.{name} = {value}" for name, value in size.items())
         raise CheckpointError(
@@ -87,6 +90,15 @@ def on_lattice(
     return {**checkpoint, "hyper_parameters": parameters, KEY: {**info, "embedding_dim": dim}}
 
 
+def _has_identity_maps(model: Mapping[str, Any]) -> bool:
+    """Whether both maps of a config section `model` are the identity, in either of the two ways to say so."""
+    maps = [model.get("map_in"), model.get("map_out")]
+    if maps == [None, None]:
+        return model.get("maps") == "identity"
+    named = [section.get("_target_") if isinstance(section, Mapping) else None for section in maps]
+    return named == [f"energy_flow.core.embedding_mapper.Identity{way}" for way in ("In", "Out")]
+
+
 def check_weights(state_dict: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
     """Raise a CheckpointError with the first weights that aren't those of a module, by their names and shapes."""
     ours = module.state_dict()
@@ -98,10 +110,23 @@ def check_weights(state_dict: Mapping[str, Tensor], module: nn.Module, path: str
         raise CheckpointError(f"ckpt_path = {path}: its weights are not those of the model:\n{listed}")
 
 
-def check_depth(num_layers: Any, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise a CheckpointError for a model of more layers than there are weights: building layers takes time."""
-    if isinstance(num_layers, int) and num_layers > max(len(state_dict), _FEW_LAYERS):
-        raise CheckpointError(f"ckpt_path = {path}: model.num_layers = {num_layers}, but {len(state_dict)} weights")
+def check_depth(described: Mapping[str, Any], state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a CheckpointError for a part of more layers than there are weights: building layers takes time."""
+    for key, value in _values(described):
+        if key.endswith("layers") and isinstance(value, int) and value > max(len(state_dict), _FEW_LAYERS):
+            raise CheckpointError(f"ckpt_path = {path}: {key} = {value}, but {len(state_dict)} weights")
+
+
+def _values(described: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its dotted key, also inside lists."""
+    if isinstance(described, Mapping):
+        for name, value in described.items():
+            yield from _values(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(described, list | tuple):
+        for index, value in enumerate(described):
+            yield from _values(value, f"{key}[{index}]")
+    else:
+        yield key, described
 
 
 def check_resume(checkpoint: Mapping[str, Any], hyper_parameters: Mapping[str, Any], path: str | Path) -> None:
@@ -127,12 +152,16 @@ def _refuse(path: str | Path, why: str, saved: Mapping[str, Any], ours: Mapping[
 
 
 def _prefixed(section: str, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for name, value in hyper_parameters[section].items()}
+    return flatten(hyper_parameters[section], f"{section}.")
 
 
 def _architecture(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
-    lattice = {f"lattice.{name}": hyper_parameters["lattice"].get(name) for name in _LATTICE_SIZE}
-    return {"embedding dimension": hyper_parameters["dim"], **lattice, **_prefixed("model", hyper_parameters)}
+    lattice = {name: hyper_parameters["lattice"].get(name) for name in _OF_THE_MODEL}
+    return {
+        "embedding dimension": hyper_parameters["dim"],
+        **flatten(lattice, "lattice."),
+        **_prefixed("model", hyper_parameters),
+    }
 
 
 def _differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:

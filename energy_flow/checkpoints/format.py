@@ -58,6 +58,7 @@ class Contents(_Part):
     energy_flow: Provenance
     hyper_parameters: HyperParameters
     state_dict: dict[str, Tensor]
+    current_model_state: dict[str, Tensor] = {}  # the trained weights where `state_dict` holds averages
     global_step: Count = 0  # optimiser steps
     optimizer_states: list[Section] = []
     lr_schedulers: list[Section] = []

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 
 # Keys of `trainer.fit_loop.state_dict()`, which is the section `loops.fit_loop` of a checkpoint.
 TRAINING_BATCHES = "epoch_loop.batch_progress"
@@ -26,6 +27,11 @@ def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
 def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
     """The checkpoint of this moment, after all hooks; it isn't written, and waits for no other process."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def is_fitting(module: LightningModule) -> bool:
+    """Whether a module has a trainer, and the trainer fits it."""
+    return module._trainer is not None and module._trainer.state.fn == TrainerFn.FITTING
 
 
 def get_logging_step(trainer: Trainer) -> int:

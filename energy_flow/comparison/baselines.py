@@ -6,8 +6,9 @@
 - `ridge`: the linear map (XᵀX + λ)⁻¹XᵀY, λ selected on `val`. Regression adds an intercept (X and Y are centred).
   Retrieval does not: a shift that all predictions share carries no information.
 - `procrustes`: the orthogonal map UVᵀ with UΣVᵀ = XᵀY (Schönemann 1966, Psychometrika 31).
-- `linear`: a linear map with bias, initialised as the identity, trained with the model's loss except its surface term.
-  Here and below, learning rate, weight decay and epoch are selected on `val`.
+- `linear`: a linear map with bias, initialised as the identity, trained with the model's loss except the terms that
+  need a flow lattice: its surface term and those of `loss.terms`. Here and below, learning rate, weight decay and epoch
+  are selected on `val`.
 - `mlp`: Linear(D, h), GELU, Linear(h, D) with as many parameters as the model, same loss.
 - `residual_mlp`: the same MLP plus a skip connection.
 - `mlp_cosine`: the same MLP with the cosine loss, and four times as many epochs.
@@ -37,7 +38,7 @@ from energy_flow.comparison.trained_baselines import (
 from energy_flow.metrics.retrieval import AllTargets
 from energy_flow.metrics.task import RETRIEVAL, Task
 from energy_flow.settings import Settings
-from energy_flow.training.losses import LossSettings
+from energy_flow.training.losses import SHIPPED, LossSettings
 
 Predict = Callable[[Tensor], Tensor]  # source [N, D] -> prediction [N, D]
 Fit = Callable[[dict[str, Pairs]], tuple[Predict, str]]  # splits -> prediction function, selected hyperparameters
@@ -49,6 +50,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "procrustes": ("train",),
     **dict.fromkeys(("linear", "mlp", "residual_mlp", "mlp_cosine", "mlp_large"), ("train", "val")),
 }
+WITH_LOSS = ("linear", "mlp", "residual_mlp", "mlp_large")  # trained with the model's loss
 USED_FOR = {"train": "data.train to fit", "val": "data.val to select {choice} by {metric}"}
 CHOICE = {"ridge": "λ"}  # the others select the best epoch
 
@@ -121,16 +123,30 @@ def run_baselines(
         if missing:
             results.skipped[name] = "needs " + " and ".join(missing)
             continue
+        if name in WITH_LOSS and not _has_embedding_term(loss):
+            results.skipped[name] = f"only {_listed_terms(loss)} would train it, with the output of a flow lattice"
+            continue
         report(name)
         _measure(name, fits[name], splits, task, results, all_targets)
+        if name in WITH_LOSS and any(loss.term_weights().values()):
+            results.details[name] += f"; trained without {_listed_terms(loss)}"
     return results
+
+
+def _has_embedding_term(loss: LossSettings) -> bool:
+    return loss.cosine > 0 or loss.mse > 0 or loss.contrastive > 0
+
+
+def _listed_terms(loss: LossSettings) -> str:
+    """The terms of one's own with a weight > 0, by their keys."""
+    return ", ".join(f"loss.terms.{name}" for name, weight in loss.term_weights().items() if weight > 0)
 
 
 def _fits(
     task: Task, settings: BaselineSettings, num_parameters: int, loss: LossSettings, seed: int, report: Report
 ) -> dict[str, Fit]:
     """All baselines by name."""
-    only_cosine = {**dict.fromkeys(loss.weights(), 0.0), "cosine": 1.0, "learn_temperature": False}
+    only_cosine = {**dict.fromkeys(SHIPPED, 0.0), "cosine": 1.0, "learn_temperature": False}
     cosine = loss.model_copy(update=only_cosine)
     longer = settings.training.model_copy(update={"epochs": COSINE_EPOCHS * settings.training.epochs})
 

@@ -95,13 +95,13 @@ class TrainedBaseline:
         return Fitted(network, best, f"{count:,} parameters, {chosen} (val {self.task.named(best)})")
 
     def _learner(self, train: Pairs) -> tuple[nn.Module, Temperature, Callable[[Tensor], Tensor]]:
-        """The network, the temperature and the loss of rows, without the surface term: the network has no surface."""
+        """The network, the temperature and the loss of rows, without terms that need a flow lattice's output."""
         source, target = train
         # On the CPU: every device gets the same weights, and only the CPU generator is seeded and restored.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             network = self.build(source.shape[1]).to(source.device)
-        settings = self.loss.model_copy(update={"surface": 0.0})
+        settings = self.loss.model_copy(update={"surface": 0.0, "terms": None})
         temperature = Temperature(settings).to(source.device)
         bank = directions(target) if settings.candidates == "bank" and settings.contrastive > 0 else None
 

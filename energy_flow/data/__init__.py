@@ -10,24 +10,31 @@ if TYPE_CHECKING:
     from energy_flow.data.datamodule import EnergyDataModule
     from energy_flow.data.files import FileSettings
     from energy_flow.data.kinds import read_data_settings
+    from energy_flow.data.own import OwnData, RunData, build_data
     from energy_flow.data.pairs import PairDataset
     from energy_flow.data.transport import TransportDataset, TransportSettings
 
 __all__ = [
     "EnergyDataModule",
     "FileSettings",
+    "OwnData",
     "PairDataset",
+    "RunData",
     "TransportDataset",
     "TransportSettings",
+    "build_data",
     "read_data_settings",
 ]
 
 _MODULES = {
     "EnergyDataModule": "datamodule",
     "FileSettings": "files",
+    "OwnData": "own",
     "PairDataset": "pairs",
+    "RunData": "own",
     "TransportDataset": "transport",
     "TransportSettings": "transport",
+    "build_data": "own",
     "read_data_settings": "kinds",
 }
 

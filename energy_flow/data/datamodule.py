@@ -53,6 +53,25 @@ class EnergyDataModule(LightningDataModule):
         return cls(read_data_settings(config["data"]))
 
     @property
+    def loaders(self) -> Self:
+        """The module that Lightning gets."""
+        return self
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there is a test split."""
+        return self.test is not None
+
+    def num_batches(self) -> int:
+        """The number of training batches of an epoch."""
+        return len(self.train_dataloader())
+
+    def describe(self) -> str:
+        """The data in one line, after `setup`."""
+        pairs = ", ".join(f"{len(split):,} {name}" for name, split in self.splits().items())
+        return f"{pairs} pairs of dimension {self.dim}"
+
+    @property
     def dim(self) -> int:
         """D, the embedding dimension of all splits, after `setup`."""
         return next(iter(self.splits().values())).dim

@@ -15,6 +15,11 @@ def read_data_settings(section: Any) -> DataSettings:
     Raises:
         ConfigError: the name is unknown, a key is unknown, or a value is invalid.
     """
+    if isinstance(section, Mapping) and "_target_" in section:
+        raise ConfigError(
+            f"data._target_ = {section['_target_']}: a data module of one's own gives batches, which only training "
+            "reads. Give files: data=files data.test=PATH"
+        )
     name = section.get("name") if isinstance(section, Mapping) else "files"
     if name == "transport":
         from energy_flow.data.transport import TransportSettings  # imports the lattice's geometry: only when needed

@@ -166,10 +166,17 @@ def task_of(optimized_metric: str) -> Task:
     raise ConfigError(f"optimized_metric = {optimized_metric!r}: must be one of {known}")
 
 
-def direction(metric: str) -> str:
-    """`min` or `max`: the direction in which a metric improves.
+def is_known(metric: str) -> bool:
+    """Whether a metric selects a task."""
+    return any(metric in task.optimized for task in TASKS)
+
+
+def direction(metric: str, mode: str | None = None) -> str:
+    """`min` or `max`: the direction in which a metric improves, or `mode` if it isn't None.
 
     The configs call it, so it accepts unknown metrics; `task_of` refuses them later with a clear message.
     """
+    if mode is not None:
+        return mode
     lower = any(metric in task.optimized and task.lower_is_better for task in TASKS)
     return "min" if lower else "max"

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from energy_flow import targets
 from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.core.faults import FaultQueue
@@ -131,14 +132,16 @@ class EnergyFlowModel(nn.Module):
 
     @classmethod
     def _with_weights(cls, card: ModelCard, weights: Mapping[str, Tensor], path: str | Path) -> Self:
-        compatibility.check_depth(card.model.num_layers, weights, path)
+        described = {"lattice": card.lattice.model_dump(), "model": card.model.model_dump()}
+        compatibility.check_depth(described, weights, path)
         try:
-            with torch.device("meta"):  # allocates no memory: wrong sizes may be huge
+            with targets.from_file(), torch.device("meta"):  # allocates no memory: wrong sizes may be huge
                 compatibility.check_weights(weights, cls(card).processor, path)
         except (ConfigError, RuntimeError, TypeError, OverflowError) as error:
-            reason = str(error).strip().split("\n")[0][:200]
+            reason = targets.one_line(error)[:600]  # a value in a file may be long
             raise CheckpointError(f"ckpt_path = {path}: its card describes no model: {reason}") from error
-        model = cls(card)
+        with targets.from_file():
+            model = cls(card)
         model.processor.load_state_dict(weights)
         return model.eval()
 

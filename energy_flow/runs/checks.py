@@ -6,18 +6,27 @@ from rich.console import Console
 
 from energy_flow.checkpoints.lightning_loops import launches_script
 from energy_flow.core.energy_lattice import LatticeSettings
-from energy_flow.data import EnergyDataModule
+from energy_flow.data import EnergyDataModule, OwnData, RunData
 from energy_flow.errors import ConfigError
-from energy_flow.metrics.task import REGRESSION, task_of
+from energy_flow.metrics.task import REGRESSION
 from energy_flow.training.losses import LossSettings
 
 
 def check_loss(optimized_metric: str, loss: LossSettings) -> None:
     """Raise a ConfigError if an error is measured and the loss has no MSE: InfoNCE leaves the length open."""
-    if task_of(optimized_metric) is REGRESSION and loss.mse == 0:
+    if optimized_metric in REGRESSION.optimized and loss.mse == 0 and not any(loss.term_weights().values()):
         raise ConfigError(
             f"optimized_metric = {optimized_metric}, with loss.mse = 0: the loss doesn't train the measured error. "
             "Set loss=mse"
+        )
+
+
+def check_candidates(loss: LossSettings, data: RunData) -> None:
+    """Raise a ConfigError if the candidates are all training targets, and the data give no such list."""
+    if isinstance(data, OwnData) and loss.contrastive > 0 and loss.candidates == "bank":
+        raise ConfigError(
+            "loss.candidates = bank: needs all training targets at once, and data._target_ gives batches. "
+            "Set loss.candidates=batch"
         )
 
 
@@ -45,9 +54,7 @@ def check_normalisation(trained: bool, data: EnergyDataModule, model: str = "the
         )
 
 
-def say_whose_data(
-    trained_on: dict[str, str], data: EnergyDataModule, console: Console, model: str = "the checkpoint"
-) -> None:
+def say_whose_data(trained_on: dict[str, str], data: RunData, console: Console, model: str = "the checkpoint") -> None:
     """Print which splits differ from the data that a model was trained on (split -> digest)."""
     differing = [split for split, digest in data.fingerprint.items() if digest != trained_on.get(split)]
     if differing:

@@ -74,9 +74,12 @@ def unfinished_runs(parent: Path, config: DictConfig) -> list[Path]:
 
 
 def _differing_keys(saved: Path, config: DictConfig) -> list[str]:
-    """Keys whose resolved values differ from a saved config, except for the paths of a run and the way it starts."""
+    """Keys whose resolved values differ from a saved config, except for the paths of a run and the way it starts.
+
+    A missing key counts as null: a run of an older version lacks newer keys.
+    """
     one, other = _resolved(OmegaConf.load(saved)), _resolved(config)
-    return [key for key in dict.fromkeys([*one, *other]) if one.get(key, ...) != other.get(key, ...)]
+    return [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
 
 
 def is_first_process() -> bool:

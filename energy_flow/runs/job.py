@@ -14,12 +14,15 @@ def run_folder() -> Path:
 
 
 def resume_command(checkpoint: Path) -> str:
-    """The command line that resumes a run from a checkpoint, in its own folder."""
+    """The command line that resumes a run from a checkpoint, in its own folder, with the user's config folders."""
     config = HydraConfig.get()
-    overrides = [o for o in config.overrides.task if not o.startswith(("ckpt_path=", "resume="))]
+    folders = [source.path for source in config.runtime.config_sources if source.provider == "command-line"]
+    overrides = [o for o in config.overrides.hydra if o.lstrip("+").startswith("hydra.searchpath=")]
+    overrides += [o for o in config.overrides.task if not o.startswith(("ckpt_path=", "resume="))]
     paths = {"ckpt_path": str(checkpoint), "hydra.run.dir": config.runtime.output_dir}
     overrides += [f"{key}={hydra_quoted(path)}" for key, path in paths.items()]
-    return " ".join(["python -m energy_flow.train", *map(shlex.quote, overrides)])
+    words = [*(f"--config-dir={folder}" for folder in folders), *overrides]
+    return " ".join(["python -m energy_flow.train", *map(shlex.quote, words)])
 
 
 def hydra_quoted(value: str) -> str:

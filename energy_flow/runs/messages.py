@@ -80,7 +80,11 @@ def _closest(key: str, config_name: str) -> str:
     known = set(map(str, node))
     if config_name == "train":  # it has every group except one
         known |= {path.name for path in Path(config_dir()).iterdir() if path.is_dir()} - {"benchmark"}
-    for name in key.split("."):
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        if node is None:  # a part, whose keys its chosen option brings
+            part = "/".join(names[:depth])
+            return f"the option of {part} has no such key, or none is chosen. Choose one: {part}=OPTION"
         if not isinstance(node, DictConfig) or name not in node:
             return did_you_mean(name, known - {"_target_"})
         node = node[name]

@@ -61,7 +61,7 @@ def load_checkpoint(path: str, loss: LossSettings) -> dict[str, Any]:
     """Read a training checkpoint, or a file of `save_pretrained` in the same form.
 
     The optimiser's settings are left out: evaluation doesn't need them, and an old checkpoint may lack a newer key. A
-    .safetensors file has no loss: it gets `loss` with a fixed temperature.
+    .safetensors file has no loss: it gets `loss` with a fixed temperature, and without terms of one's own.
 
     Raises:
         CheckpointError: the file is missing or unusable.
@@ -74,7 +74,7 @@ def load_checkpoint(path: str, loss: LossSettings) -> dict[str, Any]:
         "dim": card.dim,
         "lattice": card.lattice.model_dump(),
         "model": card.model.model_dump(),
-        "loss": {**loss.model_dump(), "learn_temperature": False},
+        "loss": {**loss.model_dump(), "learn_temperature": False, "terms": None},
         "optimizer": None,
         "seed": card.seed,
     }

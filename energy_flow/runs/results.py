@@ -13,10 +13,10 @@ from torch import Tensor
 from energy_flow.atomic import atomic_write
 from energy_flow.comparison.baselines import BaselineResults, run_baselines
 from energy_flow.comparison.compare import ALONE
-from energy_flow.data import EnergyDataModule
+from energy_flow.data import OwnData, RunData
 from energy_flow.metrics.retrieval import AllTargets
 from energy_flow.metrics.row_scores import FILE, read_row_scores, write_row_scores
-from energy_flow.metrics.task import RETRIEVAL, task_of
+from energy_flow.metrics.task import RETRIEVAL
 from energy_flow.runs.screen import show_examples, show_metrics, show_notes
 from energy_flow.runs.settings import ScoredSettings, TrainSettings
 from energy_flow.runs.training import ended_by_signals
@@ -29,11 +29,13 @@ def fit_baselines(
     settings: ScoredSettings,
     trainer: Trainer,
     module: EnergyFlowModule,
-    data: EnergyDataModule,
+    data: RunData,
     loss: LossSettings,
     all_targets: AllTargets | None = None,
 ) -> BaselineResults:
     """Fit and test baselines of a module's size; no results if they are disabled or there is no test split."""
+    if isinstance(data, OwnData):
+        return BaselineResults(skipped={"baselines": "data._target_ gives batches, and they need whole splits"})
     if not settings.baselines.enabled or data.test is None:
         return BaselineResults()
     with Console().status("baselines") as status:
@@ -41,7 +43,7 @@ def fit_baselines(
             None if data.train is None else data.train.all(),
             None if data.val is None else data.val.all(),
             data.test.all(),
-            task=task_of(settings.optimized_metric),
+            task=settings.task,
             settings=settings.baselines,
             num_parameters=module.num_parameters,
             loss=loss,
@@ -55,7 +57,7 @@ def fit_baselines(
 def run_test(
     trainer: Trainer,
     module: EnergyFlowModule,
-    data: EnergyDataModule,
+    data: RunData,
     ckpt_path: str | None,
     keep: Sequence[KeepRowScores],
 ) -> dict[str, float]:
@@ -67,7 +69,7 @@ def run_test(
     others = [callback for callback in trainer.callbacks if not isinstance(callback, KeepRowScores)]  # type: ignore[attr-defined]
     trainer.callbacks = [*others, *keep]  # type: ignore[attr-defined]
     with ended_by_signals(trainer):
-        trainer.test(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+        trainer.test(module, datamodule=data.loaders, ckpt_path=ckpt_path, weights_only=True, verbose=False)
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test/")}
 
 
@@ -75,21 +77,22 @@ def finish(
     settings: TrainSettings,
     trainer: Trainer,
     module: EnergyFlowModule,
-    data: EnergyDataModule,
+    data: RunData,
     metrics: dict[str, float],
     console: Console,
 ) -> None:
     """Write the model's metrics; fit the baselines; write and show all results. Only the first process does this."""
     if not trainer.is_global_zero:
         return
-    task, folder = task_of(settings.optimized_metric), Path(settings.paths.output_dir)
+    task, folder = settings.task, Path(settings.paths.output_dir)
     write_metrics(metrics, folder)  # even if the baselines fail
     if f"test/{task.primary}" not in metrics:
         return
     baselines = fit_baselines(settings, trainer, module, data, module.loss)
     flat = {f"baseline/{name}/{metric}": v for name, row in baselines.metrics.items() for metric, v in row.items()}
     write_metrics({**metrics, **flat}, folder)
-    add_row_scores(folder / FILE, baselines.row_scores, console)
+    if data.test is not None:
+        add_row_scores(folder / FILE, baselines.row_scores, console)
     model = {metric: metrics[f"test/{metric}"] for metric in task.headings if f"test/{metric}" in metrics}
     show_metrics(task, task.title, {ALONE: model, **baselines.metrics}, console)
     show_notes(baselines, console)

@@ -12,7 +12,7 @@ from rich.console import Console
 from energy_flow.checkpoints import compatibility
 from energy_flow.checkpoints import format as checkpoints
 from energy_flow.checkpoints.io import LAST, AtomicCheckpointIO, LoadedCheckpoint
-from energy_flow.data import EnergyDataModule
+from energy_flow.data import OwnData, RunData
 from energy_flow.errors import CheckpointError, EnergyFlowError
 from energy_flow.runs.checks import say_whose_data
 from energy_flow.runs.job import resume_command
@@ -57,12 +57,17 @@ def _read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
     return None
 
 
-def check_resume(resumed: LoadedCheckpoint, module: EnergyFlowModule, data: EnergyDataModule, console: Console) -> None:
+def check_resume(resumed: LoadedCheckpoint, module: EnergyFlowModule, data: RunData, console: Console) -> None:
     """Raise a CheckpointError unless a checkpoint fits a module; print its step, and which data differ."""
     assert resumed.contents is not None
     compatibility.check_resume(resumed.contents, module.hparams, resumed.path)
     compatibility.check_weights(resumed.contents["state_dict"], module, resumed.path)
     say_whose_data(checkpoints.origin(resumed.contents)[1], data, console)
+    if isinstance(data, OwnData) and not hasattr(data.loaders.train_dataloader(), "load_state_dict"):
+        log.warning(
+            "data._target_: its train_dataloader has no state_dict and load_state_dict: a run that resumes within an "
+            "epoch begins with other batches than a run that was never stopped"
+        )
     console.print(f"resuming from step {resumed.step} of {resumed.path}", highlight=False, soft_wrap=True)
 
 

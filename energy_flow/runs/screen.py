@@ -8,7 +8,7 @@ from rich.console import Console
 from torch.nn import functional
 
 from energy_flow.comparison.baselines import BaselineResults
-from energy_flow.data import EnergyDataModule
+from energy_flow.data import RunData
 from energy_flow.metrics.task import Task
 from energy_flow.tables import print_text, rich_table
 from energy_flow.training.module import EnergyFlowModule
@@ -20,9 +20,11 @@ def describe(module: EnergyFlowModule) -> str:
     """Describe a model in one line."""
     lattice, model = module.processor.settings, module.processor.model
     frozen = f", {module.num_frozen:,} of them frozen" if module.num_frozen else ""
+    gru = f"GRU {model.num_layers} x {model.hidden_size}"
+    carrier = gru if model.carrier is None else f"carrier {type(module.processor.carrier).__name__}"
     return (
         f"flow lattice {lattice.width} x {lattice.height} x {lattice.depth}, energy dimension {model.energy_dim}, "
-        f"{lattice.num_steps} step{'s' * (lattice.num_steps != 1)}, GRU {model.num_layers} x {model.hidden_size}: "
+        f"{lattice.num_steps} step{'s' * (lattice.num_steps != 1)}, {carrier}: "
         f"{module.num_parameters:,} parameters{frozen}"
     )
 
@@ -49,7 +51,7 @@ def show_notes(baselines: BaselineResults, console: Console) -> None:
         console.print(f"{name}: {detail}", style="dim", highlight=False, soft_wrap=True)
 
 
-def show_examples(module: EnergyFlowModule, data: EnergyDataModule, console: Console) -> None:
+def show_examples(module: EnergyFlowModule, data: RunData, console: Console) -> None:
     """Print the nearest targets of the first test rows by name, if the rows have names."""
     dataset = data.test
     if dataset is None or dataset.names is None:

@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from energy_flow.comparison.baselines import BaselineSettings
 from energy_flow.errors import ConfigError
-from energy_flow.settings import ProgramSettings
+from energy_flow.metrics.task import REGRESSION, RETRIEVAL, Task, direction, is_known, task_of
+from energy_flow.settings import ProgramSettings, read
+from energy_flow.training.losses import LossSettings
 
 Section = dict[str, Any]
 
@@ -20,10 +22,16 @@ class ScoredSettings(ProgramSettings):
     optimized_metric: str
     baselines: BaselineSettings
 
+    @property
+    def task(self) -> Task:
+        """The task of `optimized_metric`; a ConfigError if the metric is unknown."""
+        return task_of(self.optimized_metric)
+
 
 class TrainSettings(ScoredSettings):
     """The whole config of a training run. The classes that own the sections check them."""
 
+    optimized_mode: Literal["min", "max"] | None = None  # older runs have none
     ckpt_path: str | None
     resume: Literal["auto"] | None
     test: bool
@@ -42,6 +50,28 @@ class TrainSettings(ScoredSettings):
         if self.resume is not None and self.ckpt_path is not None:
             raise ValueError(f"resume = {self.resume} and ckpt_path = {self.ckpt_path}: give one of them")
         return self
+
+    @property
+    def task(self) -> Task:
+        """The task of `optimized_metric`. With a metric of one's own the loss decides: ranks or errors.
+
+        Raises:
+            ConfigError: a metric has no direction, or another one than `optimized_mode` says.
+        """
+        name, mode = self.optimized_metric, self.optimized_mode
+        if is_known(name):
+            if mode not in (None, direction(name)):
+                raise ConfigError(f"optimized_mode = {mode!r}: {name} is best at its {direction(name)}. Leave it null")
+            return task_of(name)
+        if mode is None:
+            try:
+                return task_of(name)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; for another one set optimized_mode, min or max") from error
+        if not name.startswith("val/"):
+            raise ConfigError(f"optimized_metric = {name!r}: must be measured in a validation: val/NAME")
+        loss = read(LossSettings, self.loss, "loss")
+        return RETRIEVAL if loss.contrastive > 0 or loss.cosine > 0 else REGRESSION
 
     @property
     def checkpoint_folder(self) -> Path:

@@ -16,7 +16,7 @@ from rich.table import Table
 from energy_flow.atomic import atomic_write
 from energy_flow.comparison.jobs import Job, distinguishing_overrides, read_jobs
 from energy_flow.comparison.multirun import compare_jobs
-from energy_flow.metrics.task import TASKS
+from energy_flow.metrics.task import TASKS, is_known
 from energy_flow.tables import markdown_table, print_text, rich_table, write_csv
 
 _TEXT = ("job", "overrides", "error")
@@ -75,10 +75,11 @@ def _compare(folder: Path, jobs: Sequence[Job]) -> Table | None:
 
 
 def _columns(jobs: Sequence[Job]) -> list[str]:
-    """The columns of the table: the summary metrics of all tasks that the jobs optimised."""
+    """The columns of the table: the summary metrics of all tasks that the jobs optimised, and metrics of their own."""
     tasks = [task for task in TASKS if any(name in job.metrics for name in task.optimized for job in jobs)]
     tested = [f"test/{metric}" for task in tasks for metric in task.summary]
-    names = [*(f"val/{task.primary}" for task in tasks), *tested, "fit_seconds"]
+    own = {name: None for job in jobs for name in job.metrics if name.startswith("val/") and not is_known(name)}
+    names = [*(f"val/{task.primary}" for task in tasks), *own, *tested, "fit_seconds"]
     known = [name for name in names if any(name in job.metrics for job in jobs)]
     return ["job", "overrides", *known, *["error"] * any(job.error is not None for job in jobs)]
 

@@ -16,11 +16,15 @@ from pydantic import ConfigDict, Field, model_validator
 
 from energy_flow.checkpoints.io import AtomicCheckpointIO
 from energy_flow.errors import ConfigError
-from energy_flow.runs.instantiate import CONFIG_KEY, RESERVED, one_line, refuse_unknown
+from energy_flow.runs.instantiate import CONFIG_KEY
 from energy_flow.settings import Settings, check_arguments, did_you_mean, read
+from energy_flow.targets import one_line
 from energy_flow.training.callbacks.last_checkpoint import LastCheckpoint
 
 log = logging.getLogger(__name__)
+
+# Arguments of Lightning's Trainer that have another place in the config.
+_RESERVED = {"logger": "the group `logger`", "callbacks": "the group `callbacks`", "default_root_dir": "paths.log_dir"}
 
 Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
@@ -55,29 +59,21 @@ class TrainerSettings(Settings):
         return self
 
 
-# The metrics that the module logs at the end of a validation.
-_SCORES = ("mrr", "recall@1", "recall@10", "recall@100", "median_rank", "cosine")
-_LOSSES = ("loss", "contrastive", "cosine_loss", "mse", "surface")
-VALIDATED = tuple(f"val/{name}" for name in (*_SCORES, *_LOSSES))
-
-
 def build_trainer(
     section: Mapping[str, Any],
     *,
     callbacks: list[pl.Callback],
     loggers: list[Logger],
     output_dir: str,
-    num_batches: int | None = None,
     checkpoint_io: AtomicCheckpointIO | None = None,
 ) -> pl.Trainer:
-    """Lightning's Trainer from the config group `trainer`; one that trains gets its number of batches per epoch.
+    """Lightning's Trainer from the config group `trainer`.
 
     Raises:
-        ConfigError: an argument that the Trainer doesn't have or can't use, a missing device, a run that would fail in
-            its first epoch, or a folder that can't be written.
+        ConfigError: an argument that the Trainer doesn't have or can't use, a missing device, or a folder that can't be
+            written.
     """
-    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self"}
-    refuse_unknown(section, known - RESERVED.keys(), "trainer")
+    _refuse_unknown(section)
     settings = read(TrainerSettings, section, "trainer")
     check_arguments(pl.Trainer.__init__, section, "trainer")
     if not settings.enable_progress_bar:
@@ -100,10 +96,18 @@ def build_trainer(
         raise ConfigError(f"{where}: {one_line(error).rstrip('.!')}{remedy}") from error
     if trainer.precision != settings.precision:
         raise ConfigError(f"{where}: this device doesn't support it; trainer.precision={trainer.precision} works")
-    if num_batches is not None:
-        _check_epoch(trainer, num_batches // trainer.world_size)
     _check_folders(trainer)
     return trainer
+
+
+def _refuse_unknown(section: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for a key that is no argument of Lightning's Trainer, or has another place in the config."""
+    known = set(inspect.signature(pl.Trainer.__init__).parameters) - {"self", *_RESERVED}
+    for name in section:
+        if name in _RESERVED:
+            raise ConfigError(f"trainer.{name}: set it through {_RESERVED[name]}")
+        if name not in known:
+            raise ConfigError(f"trainer.{name}: unknown key; {did_you_mean(name, known)}")
 
 
 def _profiler(name: Any, output_dir: str) -> Any:
@@ -112,11 +116,18 @@ def _profiler(name: Any, output_dir: str) -> Any:
     return profilers[name](dirpath=output_dir, filename="profile") if name in profilers else name
 
 
-def _check_epoch(trainer: pl.Trainer, num_batches: int) -> None:
+def check_epoch(trainer: pl.Trainer, num_batches: int | None) -> None:
     """Refuse settings that would end a run in its first epoch, and adapt the intervals of a short run.
 
     A run logs at least once per epoch, so that a short one has a curve, and validates at its end at the latest.
+
+    Args:
+        trainer: its intervals are changed in place.
+        num_batches: training batches of an epoch, of all processes together. None: nobody knows, nothing is checked.
     """
+    if num_batches is None:
+        return
+    num_batches //= trainer.world_size
     limit = trainer.limit_train_batches or 0
     num_batches = min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
     if num_batches == 0:
@@ -134,7 +145,6 @@ def _check_epoch(trainer: pl.Trainer, num_batches: int) -> None:
         log.info("first validation after %d batches, but training ends after %d: validating at its end", first, stop)
         # With `check_val_every_n_epoch=None` the interval may be longer than an epoch.
         trainer.val_check_interval, trainer.check_val_every_n_epoch = stop, None
-    _check_monitors(trainer)
 
 
 def _stop(trainer: pl.Trainer, num_batches: int) -> int:
@@ -145,24 +155,6 @@ def _stop(trainer: pl.Trainer, num_batches: int) -> int:
         epochs, steps = divmod(trainer.max_steps, math.ceil(num_batches / accumulated))  # an epoch ends with a step
         stops.append(epochs * num_batches + min(num_batches, steps * accumulated))
     return min(stops)
-
-
-def _check_monitors(trainer: pl.Trainer) -> None:
-    """Check that every metric that a callback monitors is measured."""
-    watched = [
-        (getattr(callback, CONFIG_KEY, type(callback).__name__), callback.monitor)
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if getattr(callback, "monitor", None) is not None
-    ]
-    for key, name in watched:
-        if name not in VALIDATED and name != "train/loss" and not name.startswith("val/flows/"):
-            raise ConfigError(f"{key}.monitor = {name!r}: no such metric; {did_you_mean(name, VALIDATED)}")
-    waiting = {key: name for key, name in watched if name.startswith("val/")}
-    if trainer.limit_val_batches == 0 and waiting:
-        raise ConfigError(
-            f"trainer.limit_val_batches = 0: {', '.join(sorted(set(waiting.values())))} would never be measured. "
-            f"Validate, or leave out the callbacks that monitor it: {' '.join(f'{key}=null' for key in waiting)}"
-        )
 
 
 def _check_folders(trainer: pl.Trainer) -> None:

@@ -14,9 +14,8 @@ from energy_flow import signals
 from energy_flow.checkpoints.io import LoadedCheckpoint
 from energy_flow.checkpoints.lightning_loops import kill_spawned_processes
 from energy_flow.core.faults import REMEDY
-from energy_flow.data import EnergyDataModule
+from energy_flow.data import RunData
 from energy_flow.errors import ConfigError, EnergyFlowError, NotFiniteError
-from energy_flow.metrics.task import task_of
 from energy_flow.runs.resume import how_to_resume
 from energy_flow.runs.screen import describe
 from energy_flow.runs.settings import TrainSettings
@@ -25,14 +24,13 @@ from energy_flow.training.module import EnergyFlowModule
 
 
 def introduce(
-    console: Console, settings: TrainSettings, module: EnergyFlowModule, data: EnergyDataModule, trainer: Trainer
+    console: Console, settings: TrainSettings, module: EnergyFlowModule, data: RunData, trainer: Trainer
 ) -> None:
     """Print the folder, model, data and device of a run."""
-    pairs = ", ".join(f"{len(split):,} {name}" for name, split in data.splits().items())
     console.print(
         f"run folder: {settings.paths.output_dir}\n"
         f"{describe(module)}\n"
-        f"data {settings.data['name']}: {pairs} pairs of dimension {data.dim}\n"
+        f"data {settings.data.get('name', settings.data.get('_target_'))}: {data.describe()}\n"
         f"device {trainer.strategy.root_device}, precision {trainer.precision}, seed {settings.seed}",
         highlight=False,
         soft_wrap=True,
@@ -42,7 +40,7 @@ def introduce(
 def fit(
     trainer: Trainer,
     module: EnergyFlowModule,
-    data: EnergyDataModule,
+    data: RunData,
     resumed: LoadedCheckpoint | None,
     last: Path,
 ) -> None:
@@ -58,7 +56,7 @@ def fit(
     ckpt_path = None if resumed is None else str(resumed.path)
     try:
         with ended_by_signals(trainer):
-            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+            trainer.fit(module, datamodule=data.loaders, ckpt_path=ckpt_path, weights_only=True)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
     except EnergyFlowError:  # its message has the remedy
@@ -93,12 +91,13 @@ def log_results(trainer: Trainer, settings: TrainSettings, metrics: Mapping[str,
     The metrics are renamed to `result/...`: the curves of the same metrics must not get a point at step 0.
     """
     sections = {name: getattr(settings, name) for name in ("lattice", "model", "loss", "optimizer")}
-    data = {name: settings.data[name] for name in ("name", "batch_size")}
+    data = {name: settings.data[name] for name in ("name", "_target_", "batch_size") if name in settings.data}
     fitting = {name: settings.trainer[name] for name in ("max_epochs", "precision")}
     flat = flatten({"seed": settings.seed, **sections, "data": data, "trainer": fitting})
     hparams = {key: value if isinstance(value, int | float | str) else str(value) for key, value in flat.items()}
-    task = task_of(settings.optimized_metric)
-    names = [*(f"test/{metric}" for metric in task.headings), *task.optimized, "params", "fit_seconds"]
+    task = settings.task
+    names = [*(f"test/{metric}" for metric in task.headings), *task.optimized, settings.optimized_metric]
+    names += ["params", "fit_seconds"]
     results = {f"result/{name}": metrics[name] for name in names if name in metrics}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):

@@ -1,6 +1,8 @@
-"""The forms of a batch: a dict with `source`, `target` and `row`, or a pair (source, target)."""
+"""The forms of a batch: a dict with `source`, `target`, `row` and further entries, or a pair (source, target)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +12,56 @@ from energy_flow.errors import ConfigError
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
 
 
-def unpack_batch(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return source and target [B, D] in the model's `dtype`, and row int64 [B], or None if the batch has no rows.
+@dataclass(frozen=True)
+class UnpackedBatch:
+    """The parts of a batch of B samples."""
 
-    Custom loaders often give NumPy's float64.
+    source: Tensor  # [B, D]
+    target: Tensor  # [B, D]
+    rows: Tensor | None  # int64 [B]
+    others: dict[str, Any] = field(default_factory=dict)  # all further entries
+
+    @property
+    def context(self) -> dict[str, Tensor]:
+        """The further entries that are tensors [B, ...]: a neuron with a method `sense` gets them."""
+        return context_of(self.others, len(self.source))
+
+    def entries(self) -> dict[str, Any]:
+        """All entries by name, for loss terms of one's own."""
+        row = {} if self.rows is None else {"row": self.rows}
+        return {"source": self.source, "target": self.target, **row, **self.others}
+
+
+def unpack_batch(batch: Batch, dtype: torch.dtype) -> UnpackedBatch:
+    """Name the parts of a batch. Its floating-point numbers get the model's `dtype`: loaders often give float64.
 
     Raises:
         ConfigError: the batch has another form.
     """
     if isinstance(batch, Mapping) and {"source", "target"} <= batch.keys():
-        return batch["source"].to(dtype), batch["target"].to(dtype), batch.get("row")
+        others = {name: convert(value, dtype) for name, value in batch.items() if name not in _NAMED}
+        return UnpackedBatch(batch["source"].to(dtype), batch["target"].to(dtype), batch.get("row"), others)
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0].to(dtype), batch[1].to(dtype), None
+        return UnpackedBatch(batch[0].to(dtype), batch[1].to(dtype), None)
     content = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f" of {len(batch)}"
     raise ConfigError(
         f"a batch is a {type(batch).__name__}{content}: give a dict with 'source' and 'target' (and 'row'), "
         "or a pair (source, target)"
     )
+
+
+_NAMED = ("source", "target", "row")
+
+
+def context_of(entries: Mapping[str, Any], num_samples: int) -> dict[str, Tensor]:
+    """The entries other than source, target and row that are tensors [num_samples, ...]."""
+    return {
+        name: value
+        for name, value in entries.items()
+        if name not in _NAMED and isinstance(value, Tensor) and value.ndim > 0 and len(value) == num_samples
+    }
+
+
+def convert(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor in `dtype`; anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -4,7 +4,7 @@ N rows of the split, D embedding dimension, S cells, E energy dimension
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from energy_flow.metrics.retrieval import ranks, retrieval_metrics
 from energy_flow.metrics.task import squared_errors
 from energy_flow.training.losses import Candidates, LossSettings, embedding_losses, weighted
 
+_TERM = "term/"  # before the names of loss terms of one's own
 _CHUNK = 1024  # rows whose [chunk, N] scores are in memory at a time
 
 
@@ -23,6 +24,7 @@ class EpochScores:
 
     Args:
         loss: weights of the loss terms.
+        temperature: of the contrastive loss, with the weights of this evaluation.
 
     Attributes:
         prediction: output embeddings of all rows in row order, [N, D]; after `gather`.
@@ -32,19 +34,27 @@ class EpochScores:
     prediction: Tensor
     target: Tensor
 
-    def __init__(self, loss: LossSettings) -> None:
-        self._loss = loss
+    def __init__(self, loss: LossSettings, temperature: float | Tensor) -> None:
+        self._loss, self._temperature = loss, temperature
         self._batches: list[dict[str, Tensor]] = []
 
     def add(
-        self, prediction: Tensor, target: Tensor, surface: Tensor, target_surface: Tensor, rows: Tensor | None
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        surface: Tensor,
+        target_surface: Tensor,
+        rows: Tensor | None,
+        terms: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Keep the parts of a batch that the metrics of the epoch need.
 
-        Embeddings are [B, D], surfaces [B, S, E], rows int64 [B], or None if the batch has no rows.
+        Embeddings are [B, D], surfaces [B, S, E], rows int64 [B], or None if the batch has no rows. `terms` are loss
+        terms of one's own by name, scalars: in the metrics of the epoch a batch counts by its number of rows.
         """
         error = (surface - target_surface).square().mean((1, 2)).float()
         kept = {"prediction": prediction.to(target.dtype), "target": target, "surface": error}
+        kept |= {f"{_TERM}{name}": value.expand(len(target)) for name, value in (terms or {}).items()}
         self._batches.append(kept if rows is None else {**kept, "row": rows})
 
     def gather(self, gather: Callable[[Tensor], Tensor]) -> None:
@@ -53,6 +63,7 @@ class EpochScores:
         joined = {name: gather(torch.cat([batch[name] for batch in batches])) for name in batches[0]}
         joined = _in_row_order(joined)
         self.prediction, self.target, self._surface_error = joined["prediction"], joined["target"], joined["surface"]
+        self._terms = {name.removeprefix(_TERM): v.mean() for name, v in joined.items() if name.startswith(_TERM)}
 
     @functools.cached_property
     def rank(self) -> Tensor:
@@ -60,12 +71,12 @@ class EpochScores:
         with torch.autocast(self.prediction.device.type, enabled=False):
             return ranks(self.prediction, self.target)
 
-    def metrics(self, temperature: float | Tensor) -> dict[str, float]:
-        """Retrieval metrics, all loss terms (the contrastive one at `temperature`), and their weighted sum `loss`."""
+    def metrics(self) -> dict[str, float]:
+        """Retrieval metrics, all loss terms, and their weighted sum `loss`."""
         with torch.autocast(self.prediction.device.type, enabled=False):
             metrics = retrieval_metrics(self.prediction, self.target, self.rank)
-            losses = split_losses(self.prediction, self.target, temperature)
-        losses["surface"] = self._surface_error.mean()
+            losses = split_losses(self.prediction, self.target, self._temperature)
+        losses = {**losses, "surface": self._surface_error.mean(), **self._terms}
         for name, loss in losses.items():
             # `cosine` is already a metric.
             metrics["cosine_loss" if name == "cosine" else name] = loss.item()

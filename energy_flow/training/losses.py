@@ -6,7 +6,7 @@ B samples of this process, G candidates, D embedding dimension, S cells, E energ
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from energy_flow.settings import Settings
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+SHIPPED = ("cosine", "mse", "surface", "contrastive")
+# Names in `train/...` and `val/...` that a term of one's own can't have.
+_TAKEN = (*SHIPPED, "loss", "cosine_loss", "mrr", "median_rank", "temperature", "skipped")
 
 
 class LossSettings(Settings):
@@ -28,10 +32,24 @@ class LossSettings(Settings):
     candidates: Literal["batch", "bank"]
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     learn_temperature: bool
+    terms: dict[str, dict[str, Any] | None] | None = None  # checkpoints of older versions have none
+
+    @model_validator(mode="after")
+    def _has_terms(self) -> Self:
+        for name, section in (self.terms or {}).items():
+            if not name.isidentifier() or name in _TAKEN:
+                raise ValueError(
+                    f"loss.terms.{name}: must be a name of letters, digits and _, and none of {', '.join(_TAKEN)}"
+                )
+            weight = 1.0 if section is None else section.get("weight", 1.0)
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not (is_number and 0 <= weight < math.inf):
+                raise ValueError(f"loss.terms.{name}.weight = {weight!r}: must be a finite number of at least 0")
+        return self
 
     @model_validator(mode="after")
     def _trains_the_whole_model(self) -> Self:
-        if self.cosine or self.mse or self.contrastive:
+        if self.cosine or self.mse or self.contrastive or any(self.term_weights().values()):
             return self
         remedy = "give one of them a weight > 0, e.g. loss.contrastive=1.0"
         if self.surface:
@@ -54,7 +72,16 @@ class LossSettings(Settings):
 
     def weights(self) -> dict[str, float]:
         """The weight of each term, by its name."""
-        return {"cosine": self.cosine, "mse": self.mse, "surface": self.surface, "contrastive": self.contrastive}
+        return {**{name: getattr(self, name) for name in SHIPPED}, **self.term_weights()}
+
+    def term_section(self, name: str) -> dict[str, Any]:
+        """The section of a term of one's own."""
+        return (self.terms or {}).get(name) or {}
+
+    def term_weights(self) -> dict[str, float]:
+        """The weight of each term of one's own, by its name."""
+        sections = (self.terms or {}).items()
+        return {name: float(section.get("weight", 1.0)) for name, section in sections if section is not None}
 
 
 class Temperature(nn.Module):

@@ -6,12 +6,12 @@ from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from energy_flow.checkpoints import compatibility
+from energy_flow import targets
+from energy_flow.checkpoints import compatibility, weight_averaging
 from energy_flow.checkpoints import format as checkpoints
-from energy_flow.checkpoints.lightning_loops import get_logging_step
+from energy_flow.checkpoints.lightning_loops import get_logging_step, is_fitting
 from energy_flow.core.energy_lattice import LatticeSettings
 from energy_flow.core.faults import FaultQueue
 from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
@@ -22,10 +22,11 @@ from energy_flow.core.timing import PhaseTimer
 from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
-from energy_flow.training.batch import Batch, unpack_batch
+from energy_flow.training.batch import Batch, UnpackedBatch, context_of, convert, unpack_batch
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars
 from energy_flow.training.epoch_scores import EpochScores
 from energy_flow.training.losses import (
+    SHIPPED,
     Candidates,
     LossSettings,
     Temperature,
@@ -34,14 +35,16 @@ from energy_flow.training.losses import (
     surface_loss,
     weighted,
 )
-from energy_flow.training.optimizer import OptimizerSettings, build_optimizer, build_schedule, freeze_parts
+from energy_flow.training.optimizer import build_optimizer, build_schedule, freeze_parts, read_optimizer
+from energy_flow.training.parts import LossTerms
 from energy_flow.training.step_guard import StepGuard, propagate_nonfinite
 
 
 class EnergyFlowModule(pl.LightningModule):
     """A flow lattice with its losses, metrics and optimiser.
 
-    A batch is a dict with `source` and `target` [B, D] and, if noise is enabled, `row` int64 [B]. A pair
+    A batch is a dict with `source` and `target` [B, D] and, if noise is enabled, `row` int64 [B]. Its further entries
+    reach the loss terms of `loss.terms`, and, if they are tensors [B, ...], a neuron with a method `sense`. A pair
     (source, target) from a custom loader works too.
 
     Args:
@@ -80,7 +83,8 @@ class EnergyFlowModule(pl.LightningModule):
         self.loss = read(LossSettings, loss, "loss")
         self.temperature = Temperature(self.loss)
         self._bank: Tensor | None = None  # directions [N, D] of all training targets, with loss.candidates = bank
-        self.optimizer_settings = None if optimizer is None else read(OptimizerSettings, optimizer, "optimizer")
+        self.optimizer_settings = None if optimizer is None else read_optimizer(optimizer)
+        self._from_user = targets.is_from_user()
         lattice_settings = read(LatticeSettings, lattice, "lattice")
         self.processor = FlowProcessor(
             dim,
@@ -89,6 +93,7 @@ class EnergyFlowModule(pl.LightningModule):
             seed,
             None if rollout is None else read(RolloutSettings, rollout, "rollout"),
         )
+        self.terms = LossTerms(self.loss, self.processor)
         if self.optimizer_settings is not None:
             freeze_parts(self.processor, self.optimizer_settings.freeze)
         self.phase_timer: PhaseTimer | None = None
@@ -99,6 +104,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.latest_loss: float | None = None
         self._scalars = DelayedScalars()
         self.scores: EpochScores | None = None
+        self._validating, self._steps_before = False, 0  # optimiser steps at the start of a validation
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
@@ -116,7 +122,8 @@ class EnergyFlowModule(pl.LightningModule):
         checkpoint = checkpoints.load(checkpoint_path)
         if options.get("strict") is not False:  # without `strict`, weights of other models are allowed
             compatibility.check_model(cls, checkpoint, checkpoint_path, options)
-        return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
+        with targets.from_file():
+            return super().load_from_checkpoint(checkpoint_path, **{**options, "weights_only": True})
 
     @property
     def num_parameters(self) -> int:
@@ -128,21 +135,25 @@ class EnergyFlowModule(pl.LightningModule):
         """Number of parameters that are not trained, of `num_parameters`."""
         return sum(parameter.numel() for parameter in self.parameters() if not parameter.requires_grad)
 
-    def forward(self, source: Tensor, rows: Tensor | None = None, *, record_trajectories: bool = False) -> FlowOutput:
+    def forward(self, source: Tensor, rows: Tensor | None = None, **options: Any) -> FlowOutput:
         """Run embeddings [B, D] through the flow lattice; see `FlowProcessor.forward` for the other arguments."""
-        output: FlowOutput = self.processor(
-            source, rows, record_trajectories=record_trajectories, timer=self.phase_timer
-        )
+        output: FlowOutput = self.processor(source, rows, timer=self.phase_timer, **options)
         return output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        source, target, rows = self._unpack(batch)
-        output = self(source, rows)
+        unpacked = self._unpack(batch)
+        output = self(unpacked.source, unpacked.rows, context=unpacked.context)
         self._faults.put(output.faults)
-        losses = self._losses(output, target, rows)
+        losses = self._losses(output, unpacked)
         loss = weighted(losses, self.loss)
         trained = {name: losses[name] for name, weight in self.loss.weights().items() if weight > 0}
-        self.guard.record(source, target, rows, _quantities(output, trained, loss))
+        if not loss.requires_grad:
+            raise ConfigError(
+                f"loss: the terms {', '.join(trained)} have no gradient: none depends on a trained part. Compute "
+                "loss.terms from the output of the model, without .detach()"
+            )
+        quantities = _quantities(output, trained, loss)
+        self.guard.record(unpacked.source, unpacked.target, unpacked.rows, quantities)
         # This log call is for callbacks. Loggers get their values below, because Lightning would wait for the device.
         self.log("train/loss", loss, logger=False)
         if is_logging_batch(self.trainer):
@@ -178,7 +189,8 @@ class EnergyFlowModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.guard.start()
-        self.processor.optimizer_step.fill_(self.trainer.global_step)
+        self._set_steps()
+        self._validating = False
         self.fingerprint = getattr(self.trainer.datamodule, "fingerprint", {})  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -188,15 +200,22 @@ class EnergyFlowModule(pl.LightningModule):
         self.guard.read()
 
     def on_train_end(self) -> None:
+        self._set_steps()  # a callback may have copied averages into all buffers
         self.write_scalars(wait=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.processor.optimizer_step.fill_(self.trainer.global_step)
+        self._set_steps()
+
+    def on_validation_start(self) -> None:
+        self._steps_before = int(self.processor.optimizer_step)
 
     def on_validation_epoch_start(self) -> None:
-        self.scores = EpochScores(self.loss)
+        self.processor.set_optimizer_step(self._steps_before)  # a callback may have swapped in averages of all buffers
+        self._validating = True
+        self.scores = EpochScores(self.loss, self.temperature())
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        self.scores = EpochScores(self.loss, self.temperature())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation_step(batch, "val")
@@ -205,6 +224,7 @@ class EnergyFlowModule(pl.LightningModule):
         self._evaluation_step(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
+        self._validating = False
         self._log_metrics("val", "the validation data")
 
     def on_test_epoch_end(self) -> None:
@@ -217,26 +237,31 @@ class EnergyFlowModule(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Output embeddings [B, D] of a batch. Targets are optional: a tensor or a dict with `source` works too."""
-        source = batch if isinstance(batch, Tensor) else batch["source"] if isinstance(batch, Mapping) else batch[0]
-        output = self(source.to(self.processor.dtype))
-        self._faults.put(output.faults, batch.get("row") if isinstance(batch, Mapping) else None)
+        entries = batch if isinstance(batch, Mapping) else {"source": batch if isinstance(batch, Tensor) else batch[0]}
+        entries = {name: convert(value, self.processor.dtype) for name, value in entries.items()}
+        source = entries["source"].to(self.processor.dtype)
+        output = self(source, context=context_of(entries, len(source)))
+        self._faults.put(output.faults, entries.get("row"))
         self._faults.raise_all()
         return output.embedding
 
     def configure_optimizers(self) -> Any:
         if self.optimizer_settings is None:
             raise ConfigError("optimizer = None: the module can't be trained; build it with a section `optimizer`")
-        optimizer = build_optimizer(self.optimizer_settings, self.named_parameters())
-        schedule = build_schedule(self.optimizer_settings, optimizer, self.trainer.estimated_stepping_batches)
+        total_steps = self.trainer.estimated_stepping_batches
+        with targets.from_user() if self._from_user else targets.from_file():
+            optimizer = build_optimizer(self.optimizer_settings, self.named_parameters())
+            schedule = build_schedule(self.optimizer_settings, optimizer, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            # A callback may save before `on_train_batch_end` ran. The checkpoint shares this tensor with the module.
-            self.processor.optimizer_step.fill_(self.trainer.global_step)
+        # A callback may save before `on_train_batch_end` ran. The checkpoint shares this tensor with the module.
+        self._set_steps()
+        weight_averaging.correct_saved(checkpoint, self, validating=self._validating)
         checkpoint[checkpoints.KEY] = checkpoints.provenance(self.run_config, self.processor.dim, self.fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weight_averaging.correct_loaded(checkpoint, self)
         config, fingerprint = checkpoints.origin(checkpoint)
         if self.run_config is None:  # a resumed run has its own config
             self.run_config = config
@@ -248,13 +273,18 @@ class EnergyFlowModule(pl.LightningModule):
             self.latest_loss = scalars["train/loss"]
             log_scalars(self.trainer, scalars, step)
 
-    def _losses(self, output: FlowOutput, target: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+    def _set_steps(self) -> None:
+        """In a fit, set the count of the optimiser steps by which flows move."""
+        if is_fitting(self):
+            self.processor.set_optimizer_step(self.trainer.global_step)
+
+    def _losses(self, output: FlowOutput, batch: UnpackedBatch) -> dict[str, Tensor]:
         """All loss terms of a training batch."""
-        candidates = self._candidates(target, rows)
-        losses = embedding_losses(output.embedding, target, self.temperature(), candidates)
+        candidates = self._candidates(batch.target, batch.rows)
+        losses = embedding_losses(output.embedding, batch.target, self.temperature(), candidates)
         if self.loss.surface > 0:
-            losses["surface"] = surface_loss(output.surface, self._target_surface(target))
-        return losses
+            losses["surface"] = surface_loss(output.surface, self._target_surface(batch.target))
+        return {**losses, **self.terms(output, batch.entries())}
 
     def _candidates(self, target: Tensor, rows: Tensor | None) -> Candidates | None:
         """Candidates of the contrastive loss: all training targets, or the batch's, joined over all processes."""
@@ -275,13 +305,15 @@ class EnergyFlowModule(pl.LightningModule):
 
     def _evaluation_step(self, batch: Batch, stage: str) -> None:
         """Run an evaluation batch and keep its outputs for the metrics of the epoch."""
-        source, target, rows = self._unpack(batch)
-        output = self(source, rows)
+        unpacked = self._unpack(batch)
+        target, rows = unpacked.target, unpacked.rows
+        output = self(unpacked.source, rows, context=unpacked.context)
         self._faults.put(output.faults, rows)
         assert self.scores is not None
-        self.scores.add(output.embedding, target, output.surface, self._target_surface(target), rows)
+        terms = self.terms(output, unpacked.entries())
+        self.scores.add(output.embedding, target, output.surface, self._target_surface(target), rows, terms)
         flows = {f"{stage}/flows/{name}": value.float() for name, value in output.statistics.items()}
-        self.log_dict(flows, on_epoch=True, batch_size=len(source), sync_dist=True)
+        self.log_dict(flows, on_epoch=True, batch_size=len(target), sync_dist=True)
 
     def _log_metrics(self, stage: str, data: str) -> None:
         """Log the metrics of an evaluation epoch. Several processes give the same metrics as one."""
@@ -291,11 +323,11 @@ class EnergyFlowModule(pl.LightningModule):
         assert self.scores is not None
         self.scores.gather(self._gather)
         monitored = getattr(self.trainer.checkpoint_callback, "monitor", None) or "val/mrr"
-        for name, value in self.scores.metrics(self.temperature()).items():
+        for name, value in self.scores.metrics().items():
             # All processes have the same value; `sync_dist` only avoids a warning of Lightning.
             self.log(f"{stage}/{name}", value, prog_bar=f"{stage}/{name}" == monitored, sync_dist=True)
 
-    def _unpack(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _unpack(self, batch: Batch) -> UnpackedBatch:
         return unpack_batch(batch, self.processor.dtype)
 
     def _gather(self, value: Tensor) -> Tensor:
@@ -314,4 +346,5 @@ def _quantities(output: FlowOutput, losses: dict[str, Tensor], loss: Tensor) -> 
         "output surface (flows)": output.surface,
         "output embedding (map out)": output.embedding,
     }
-    return {**parts, **{f"{name} loss": value for name, value in losses.items()}, "loss": loss}
+    terms = {f"{name} loss" if name in SHIPPED else f"loss.terms.{name}": value for name, value in losses.items()}
+    return {**parts, **terms, "loss": loss}

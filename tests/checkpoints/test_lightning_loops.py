@@ -82,6 +82,26 @@ def watched(folder: Path, function: Callable[[Trainer], Any], **options: Any) ->
     return watch.seen
 
 
+def test_a_module_knows_whether_it_is_fitted() -> None:
+    seen: list[bool] = []
+
+    class Asked(BoringModel):
+        def on_validation_start(self) -> None:
+            seen.append(loops.is_fitting(self))
+
+        def on_test_start(self) -> None:
+            seen.append(loops.is_fitting(self))
+
+    module = Asked()
+    assert not loops.is_fitting(module), "it has no trainer"
+    trainer = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(module)
+    trainer.validate(module)
+    trainer.test(module)
+    assert set(seen[:-2]) == {True}
+    assert seen[-2:] == [False, False]
+
+
 def test_cluster_environment(tmp_path: Path) -> None:
     assert isinstance(loops.cluster_environment(trainer(tmp_path)), LightningEnvironment)
 

@@ -94,7 +94,7 @@ def words(program: str, folder: Path, overrides: tuple[str, ...]) -> list[str]:
     own = MODULES[program][1]
     splits = {f"data.{split}": str(folder / f"{split}.safetensors") for split in SIZES} if "data" in own else {}
     given = {word.split("=")[0].lstrip("+~") for word in overrides}
-    if "data=reverse_dictionary" in overrides:
+    if any(word.startswith("data=") and word != "data=files" for word in overrides):
         splits = {}
     defaults = {**own, **splits, "paths.log_dir": str(folder / "logs")}
     return [*(f"{key}={value}" for key, value in defaults.items() if key not in given), *overrides]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from energy_flow import train
 from energy_flow.errors import ConfigError
 from energy_flow.metrics.row_scores import read_row_scores
-from energy_flow.runs.trainer import VALIDATED
+from energy_flow.runs.monitors import VALIDATED
 from energy_flow.training.module import EnergyFlowModule
 from tests.cli.helpers import DIM, Outcome, Program
 from tests.training.runs import NO_WARNINGS, scalars

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from energy_flow.errors import ConfigError
-from energy_flow.runs.instantiate import build_all
+from energy_flow.runs.instantiate import build_callbacks
 from energy_flow.settings import Remedy, check_arguments
 from energy_flow.training.callbacks.bad_steps import StopOnBadSteps
 from energy_flow.training.callbacks.flow_monitor import FlowMonitor
@@ -38,19 +38,19 @@ def test_a_wrong_argument(callback: type, good: dict[str, Any], name: str, value
     with pytest.raises(ConfigError) as in_python:
         callback(**{**good, name: value})
     with pytest.raises(ConfigError) as in_config:
-        build_all({section: {"_target_": target, **good, name: value}}, "callbacks")
+        build_callbacks({section: {"_target_": target, **good, name: value}})
     message = str(in_python.value)
     assert message.startswith(f"callbacks.{section}.{name} = {value!r}: ")
     assert limit in message
     assert remedy in message
     assert str(in_config.value) == message
-    assert type(build_all({section: {"_target_": target, **good}}, "callbacks")[0]) is callback
+    assert type(build_callbacks({section: {"_target_": target, **good}})[0]) is callback
 
 
 def test_the_message_has_the_config_key() -> None:
     target = f"{MemoryCleanup.__module__}.MemoryCleanup"
     with pytest.raises(ConfigError, match=r"^callbacks\.mine\.interval = 0: "):
-        build_all({"mine": {"_target_": target, "interval": 0, "threshold": 0.5}}, "callbacks")
+        build_callbacks({"mine": {"_target_": target, "interval": 0, "threshold": 0.5}})
 
 
 def test_every_wrong_argument_is_named() -> None:

@@ -24,7 +24,7 @@ def split() -> dict[str, Tensor]:
 
 
 def make_scores(split: dict[str, Tensor], batches: list[list[int]], with_rows: bool = True) -> EpochScores:
-    scores = EpochScores(read(LossSettings, compose("loss=combined")["loss"], "loss"))
+    scores = EpochScores(read(LossSettings, compose("loss=combined")["loss"], "loss"), TEMPERATURE)
     for rows in batches:
         values = {name: value[rows] for name, value in split.items()}
         scores.add(**values, rows=torch.tensor(rows) if with_rows else None)
@@ -33,7 +33,7 @@ def make_scores(split: dict[str, Tensor], batches: list[list[int]], with_rows: b
 
 
 def test_metrics_are_those_of_the_whole_split(split: dict[str, Tensor]) -> None:
-    found = make_scores(split, [list(range(10)), list(range(10, N))]).metrics(TEMPERATURE)
+    found = make_scores(split, [list(range(10)), list(range(10, N))]).metrics()
     losses = embedding_losses(split["prediction"], split["target"], TEMPERATURE)
     surface = surface_loss(split["surface"], split["target_surface"])
     expected = retrieval_metrics(split["prediction"], split["target"])
@@ -53,7 +53,7 @@ def test_rows_are_sorted_and_count_once(split: dict[str, Tensor]) -> None:
     assert torch.equal(scores.prediction, split["prediction"])
     assert torch.equal(scores.target, split["target"])
     in_order = make_scores(split, [list(range(N))])
-    assert scores.metrics(TEMPERATURE) == in_order.metrics(TEMPERATURE)
+    assert scores.metrics() == in_order.metrics()
     assert torch.equal(scores.row_scores("rank"), ranks(split["prediction"], split["target"]))
 
 
@@ -64,20 +64,20 @@ def test_without_rows_batches_keep_their_order(split: dict[str, Tensor]) -> None
 
 def test_values_of_other_processes_are_joined(split: dict[str, Tensor]) -> None:
     """This process has the even rows, and `gather` adds the odd rows of the other process."""
-    scores = EpochScores(read(LossSettings, compose("loss=combined")["loss"], "loss"))
+    scores = EpochScores(read(LossSettings, compose("loss=combined")["loss"], "loss"), TEMPERATURE)
     scores.add(**{name: value[::2] for name, value in split.items()}, rows=torch.arange(0, N, 2))
     error = (split["surface"] - split["target_surface"]).square().mean((1, 2))
     others = iter((split["prediction"][1::2], split["target"][1::2], error[1::2], torch.arange(1, N, 2)))
     scores.gather(lambda value: torch.cat([value, next(others)]))
     expected = make_scores(split, [list(range(N))])
-    assert scores.metrics(TEMPERATURE) == expected.metrics(TEMPERATURE)
+    assert scores.metrics() == expected.metrics()
 
 
 def test_row_scores(split: dict[str, Tensor]) -> None:
     scores = make_scores(split, [list(range(N))])
     errors = scores.row_scores("mse")
     assert errors.dtype == torch.float64
-    assert errors.mean().item() == pytest.approx(scores.metrics(TEMPERATURE)["mse"], rel=1e-6)
+    assert errors.mean().item() == pytest.approx(scores.metrics()["mse"], rel=1e-6)
     with pytest.raises(ValueError, match="measure = 'mrr': must be rank or mse"):
         scores.row_scores("mrr")
 
@@ -85,7 +85,7 @@ def test_row_scores(split: dict[str, Tensor]) -> None:
 def test_predictions_that_are_not_finite_are_refused(split: dict[str, Tensor]) -> None:
     split["prediction"][3, 2] = torch.nan
     with pytest.raises(EnergyFlowError, match=rf"1 of {N} predictions are not finite \(rows 3\)"):
-        make_scores(split, [list(range(N))]).metrics(TEMPERATURE)
+        make_scores(split, [list(range(N))]).metrics()
 
 
 def test_chunks_give_the_losses_of_the_whole(split: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:

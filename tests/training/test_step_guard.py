@@ -1,5 +1,6 @@
 """A step with NaN or Inf changes neither weights nor moments nor later steps."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from energy_flow.training.batch import UnpackedBatch
 from energy_flow.training.module import EnergyFlowModule
 from energy_flow.training.optimizer import SkippingAdamW
 from energy_flow.training.step_guard import StepGuard, propagate_nonfinite
@@ -34,12 +36,12 @@ def in_source(value: float, name: str = "source") -> Inject:
     def inject(module: EnergyFlowModule, step: int) -> None:
         original = module._unpack
 
-        def unpack(batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-            found = dict(zip(("source", "target", "row"), original(batch), strict=True))
-            found[name] = found[name].clone()
+        def unpack(batch: Any) -> UnpackedBatch:
+            found = original(batch)
+            changed = getattr(found, name).clone()
             if now(module) == step:
-                found[name][2, 3] = value
-            return found["source"], found["target"], found["row"]
+                changed[2, 3] = value
+            return dataclasses.replace(found, **{name: changed})
 
         module._unpack = unpack  # type: ignore[method-assign]
 

@@ -18,6 +18,7 @@ from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.core.geometry import Deposit
 from energy_flow.data import TransportSettings
 from energy_flow.settings import Remedy, checked_arguments
+from energy_flow.training.batch import UnpackedBatch, unpack_batch
 from energy_flow.viz import (
     field_figure,
     group_figure,
@@ -57,7 +58,7 @@ class FlowMonitor(Callback):
     @checked_arguments("callbacks.flow_monitor")
     def __init__(self, every_n_epochs: Count, samples: Count, max_flows: Count) -> None:
         self._every_n_epochs, self._samples, self._max_flows = every_n_epochs, samples, max_flows
-        self._batch: tuple[Tensor, Tensor | None] | None = None
+        self._batch: UnpackedBatch | None = None
         self._drawn_epoch: int | None = None
         self._drawn_step: int | None = None
 
@@ -71,7 +72,7 @@ class FlowMonitor(Callback):
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._batch is None and batch_idx == 0 and dataloader_idx == 0 and _writers(trainer):
-            self._batch = _first_rows(batch, self._samples)
+            self._batch = _first_rows(unpack_batch(batch, pl_module.processor.dtype), self._samples)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -93,10 +94,9 @@ class FlowMonitor(Callback):
             log.info("there was no validation batch, so there are no flows to draw")
             return
         self._drawn_step = trainer.global_step
-        source, rows = self._batch
-        processor = pl_module.processor
+        batch, processor = self._batch, pl_module.processor
         with _evaluating(processor), torch.no_grad(), trainer.precision_plugin.forward_context():
-            output = processor(source, rows, record_trajectories=True)
+            output = processor(batch.source, batch.rows, context=batch.context, record_trajectories=True)
         histograms = _histograms(output)
         lattice = processor.settings
         figures = _figures(output, lattice.width, lattice.height, lattice.deposit, self._max_flows)
@@ -127,12 +127,17 @@ def _writers(trainer: Trainer) -> list[SummaryWriter]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def _first_rows(batch: Any, samples: int) -> tuple[Tensor, Tensor | None]:
-    """Copy the first rows of `source` and, if the batch has it, `row`."""
-    source, rows = (batch["source"], batch.get("row")) if isinstance(batch, dict) else (batch[0], None)
+def _first_rows(batch: UnpackedBatch, samples: int) -> UnpackedBatch:
+    """Copy the first rows of a batch."""
+
+    def first(value: Tensor) -> Tensor:
+        return value[:samples].clone()
+
     # Validation runs in inference mode. A copy made in that mode can't be used outside of it.
     with torch.inference_mode(False):
-        return source[:samples].clone(), None if rows is None else rows[:samples].clone()
+        rows = None if batch.rows is None else first(batch.rows)
+        context = {name: first(value) for name, value in batch.context.items()}
+        return UnpackedBatch(first(batch.source), first(batch.target), rows, context)
 
 
 @contextmanager
