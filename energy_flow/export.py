@@ -179,8 +179,8 @@ def _traced(inference: Inference) -> ExportedProgram:
         return torch.export.export(inference, (source,), dynamic_shapes=batch, strict=False)
     except Exception as error:
         raise ExportError(
-            f"torch.export can't trace the model: {_reason(error)}. Its parts must compute with tensors alone: no Python "
-            "numbers or choices that depend on values, and sizes from tensor.shape, not from len(tensor)"
+            f"torch.export can't trace the model: {_reason(error)}. Its parts must compute with tensors alone: no "
+            "Python numbers or choices that depend on values, and sizes from tensor.shape, not from len(tensor)"
         ) from error
 
 
@@ -200,6 +200,9 @@ def _onnx_file(program: ExportedProgram, opset: int | None) -> bytes:
         raise ExportError(
             f"the model can't be translated to ONNX: {_reason(error)}. Write a .pt2 file, or update onnx and onnxscript"
         ) from error
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    if opset is not None and versions[""] != opset:
+        raise ExportError(f"opset = {opset}: the installed exporter can't write it. Set opset={versions['']}, or null")
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     return proto.SerializeToString()
@@ -249,8 +252,8 @@ def _check_file(written: Path, path: Path, inference: Inference) -> float:
         share = (difference / scale)[wrong].max().item()
         raise ExportError(
             f"output = {path}: the file computes other numbers than the model in {wrong.sum().item()} of "
-            f"{len(source)} rows; the largest difference is {share:.2g} of a row's largest entry, and rounding explains "
-            f"{_TOLERANCE:.0e}. No file is left. Write the other format, or update torch, onnx and onnxruntime"
+            f"{len(source)} rows; the largest difference is {share:.2g} of a row's largest entry, and rounding "
+            f"explains {_TOLERANCE:.0e}. No file is left. Write the other format, or update torch, onnx and onnxruntime"
         )
     return (difference / scale).nan_to_num(nan=0.0).max().item()
 
@@ -288,15 +291,17 @@ def _pt2_runner(path: Path) -> Run:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide notes of the exporters to their own developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:
