@@ -23,7 +23,7 @@ from energy_flow.errors import ConfigError
 from energy_flow.settings import annotations
 from energy_flow.tables import markdown_table
 
-PROGRAMS = ("train", "evaluate", "predict", "encode", "check", "benchmark")
+PROGRAMS = ("train", "evaluate", "predict", "encode", "export", "check", "benchmark")
 HYDRA = "hydra"  # Hydra's own group: `--hydra-help` is about it
 
 # The class that checks a program's own keys, a group or an option of a group.

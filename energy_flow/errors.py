@@ -23,6 +23,10 @@ class CheckpointError(EnergyFlowError):
     """A checkpoint that is corrupt or belongs to another architecture."""
 
 
+class ExportError(EnergyFlowError):
+    """A model that can't be exported, or an exported file that computes other numbers."""
+
+
 class NoLandingError(EnergyFlowError, RuntimeError):
     """Samples of a batch without a single landing: their output would silently be zero."""
 

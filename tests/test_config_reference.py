@@ -26,6 +26,7 @@ SETTINGS = {
     "evaluate": "energy_flow.evaluate:EvaluateSettings",
     "predict": "energy_flow.predict:PredictSettings",
     "encode": "energy_flow.encode:EncodeSettings",
+    "export": "energy_flow.export:ExportSettings",
     "check": "energy_flow.check:CheckSettings",
     "benchmark": "energy_flow.benchmark:BenchmarkSettings",
 }

@@ -190,13 +190,14 @@ class FlowProcessor(nn.Module):
             ),
             trajectories=trajectories,
         )
-        self.last_output = output.detached()
+        if not torch.compiler.is_exporting():  # its tensors are stand-ins without values
+            self.last_output = output.detached()
         return output
 
     def read_out(self, surface: Tensor, embedding: Tensor) -> Tensor:
         """Map an output surface [B, S, E] to embeddings [B, D]; add the skip from the input where there is one."""
         output: Tensor = self.lattice.map_out(surface)
-        _check_shape("processor.lattice.map_out", output, "[B, D]", (len(surface), self.dim))
+        _check_shape("processor.lattice.map_out", output, "[B, D]", (surface.shape[0], self.dim))
         return output if self.skip_gain is None else output + self.skip_gain * embedding
 
     def cleanup_memory_safe(self) -> int:
@@ -245,7 +246,7 @@ class FlowProcessor(nn.Module):
     def _surface(self, embedding: Tensor) -> Tensor:
         """Energies of the input plane, [B, S, E]."""
         surface: Tensor = self.map_in(embedding)
-        shape = (len(embedding), self.settings.num_cells, self.model.energy_dim)
+        shape = (embedding.shape[0], self.settings.num_cells, self.model.energy_dim)
         _check_shape("processor.map_in", surface, "[B, S, E]", shape)
         return surface.to(_geometry_dtype(self.dtype))
 

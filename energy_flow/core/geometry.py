@@ -5,16 +5,17 @@ dimension, M flow slots per sample, T steps, L recurrent layers, K cells that on
 hidden size, where no plane is meant.
 """
 
-import functools
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from energy_flow.ops.constants import cached_tensor
+
 Deposit = Literal["bilinear", "nearest"]
 
 
-@functools.cache
+@cached_tensor
 def cell_centres(width: int, height: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Centres (x, y) of all cells of a plane, [S, 2], at `surface_index = y * width + x`.
 

@@ -91,8 +91,11 @@ class TensorizedFlowStorage:
         self.state = state
         self.capacity = capacity
         self.status = pool.take("status", (batch, capacity), torch.uint8, device).zero_()  # [B, M] FlowStatus
-        self.steps, self.age = pool.take("steps, age", (2, batch, capacity), torch.int64, device).zero_()  # [B, M]
-        self.created, self.overflow = pool.take("created, overflow", (2, batch), torch.int64, device).zero_()  # [B]
+        ages = pool.take("steps, age", (2, batch, capacity), torch.int64, device).zero_()
+        counts = pool.take("created, overflow", (2, batch), torch.int64, device).zero_()
+        # By index: torch.export fixes the batch size where a tensor is unpacked and its parts are written to.
+        self.steps, self.age = ages[0], ages[1]  # [B, M]
+        self.created, self.overflow = counts[0], counts[1]  # [B]
         self.status[:, :num_flows] = FlowStatus.ACTIVE
         self.created.fill_(num_flows)
 

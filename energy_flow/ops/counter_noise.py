@@ -1,10 +1,11 @@
 """Exploration noise as a pure function of its arguments: the same bits on every device, in every order of computing."""
 
-import functools
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
+
+from energy_flow.ops.constants import cached_tensor
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -38,7 +39,7 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _WORD, product & _WORD
 
 
-@functools.cache
+@cached_tensor
 def normal_quantiles(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Midpoint quantiles of the standard normal distribution, [2^16], from -4.3 to 4.3, variance 1."""
     # This is a table because logarithms and cosines (Box-Muller) round differently on each device.

@@ -145,7 +145,8 @@ def scattered_sums(
     """
     energy_dim = values.shape[1]
     table = values.new_zeros(energy_dim + (2 if bounded else 3), num_groups)
-    mass, denominator = table[energy_dim : energy_dim + 2]
+    # By index: torch.export fixes the batch size where a tensor is unpacked and its parts are written to.
+    mass, denominator = table[energy_dim], table[energy_dim + 1]
     groups = keys.view(-1)
     mass.scatter_add_(0, groups, weights.view(-1))
     maximum = None
@@ -155,8 +156,8 @@ def scattered_sums(
         maximum.scatter_reduce_(0, groups, _member_scores(scores, weights), "amax")
     share = weights * _exponential(scores, keys, maximum)
     denominator.scatter_add_(0, groups, share.view(-1))
-    for column, value in zip(table[:energy_dim], values.unbind(1), strict=True):
-        column.scatter_add_(0, groups, (share * value[:, None]).view(-1))
+    for column, value in enumerate(values.unbind(1)):
+        table[column].scatter_add_(0, groups, (share * value[:, None]).view(-1))
     return table.t()
 
 
@@ -206,9 +207,9 @@ def _normalise(table: Tensor, energy_dim: int, bounded: bool) -> tuple[Tensor, T
     """Averages [G, E] and mass [G]. Adds the empty members to the denominators in place."""
     mass, denominator = table[:, energy_dim], table[:, energy_dim + 1]
     denominator += (1 - mass).clamp_(min=0).mul_(_empty_member(table, energy_dim, bounded))
-    average = table.new_empty(len(table), energy_dim)
-    for numerator, out in zip(table.unbind(1), average.unbind(1), strict=False):
-        torch.div(numerator, denominator, out=out)
+    average = table.new_empty(table.shape[0], energy_dim)
+    for column in range(energy_dim):
+        torch.div(table[:, column], denominator, out=average[:, column])
     return average, mass.clone()
 
 

@@ -23,6 +23,7 @@ from energy_flow import train
 from energy_flow.check import main as check_main
 from energy_flow.encode import main as encode_main
 from energy_flow.evaluate import main as evaluate_main
+from energy_flow.export import main as export_main
 from energy_flow.predict import main as predict_main
 from energy_flow.train import main as train_main
 
@@ -55,6 +56,7 @@ MODULES = {
     "evaluate": (evaluate_main, EVALUATE),
     "predict": (predict_main, PREDICT),
     "encode": (encode_main, ENCODE),
+    "export": (export_main, {"output": "model.onnx"}),
     "check": (check_main, {"data": "files"}),
 }
 
@@ -127,6 +129,9 @@ class Program:
 
     def encode(self, *overrides: str) -> Outcome:
         return self._run("encode", overrides)
+
+    def export(self, *overrides: str) -> Outcome:
+        return self._run("export", overrides)
 
     def check(self, *overrides: str) -> Outcome:
         return self._run("check", overrides)

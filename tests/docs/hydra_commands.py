@@ -15,7 +15,7 @@ from energy_flow.core.flow_processor import ModelSettings
 from energy_flow.data import read_data_settings
 from energy_flow.settings import read
 
-PROGRAMS = ("train", "evaluate", "predict", "encode", "check", "benchmark")
+PROGRAMS = ("train", "evaluate", "predict", "encode", "export", "check", "benchmark")
 _NO_RUN = {"--help", "--cfg"}  # these work without required keys
 
 
