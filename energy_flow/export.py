@@ -192,8 +192,14 @@ def _onnx_file(program: ExportedProgram, opset: int | None) -> bytes:
     """
     try:
         program = program.run_decompositions({torch.ops.aten.searchsorted.Tensor: _searchsorted})
-        names = {"input_names": ["source"], "output_names": ["embedding"]}
-        translated = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
+        translated = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            verbose=False,
+            input_names=["source"],
+            output_names=["embedding"],
+        )
         assert translated is not None
         proto = translated.model_proto
     except Exception as error:
@@ -236,7 +242,7 @@ def _check_file(written: Path, path: Path, inference: Inference) -> float:
         ExportError: they differ by more than rounding, or rounding alone changes the outputs of most rows.
     """
     run = _onnx_runner(written) if path.suffix == ".onnx" else _pt2_runner(written)
-    source = _check_rows(inference.processor.dim)
+    source = _check_rows(dim)
     expected, moves = inference(source), _moves(inference, source)
     scale = expected.abs().amax(1)
     if (moves <= _LARGEST_MOVE * scale).float().mean() <= 0.5:

@@ -33,7 +33,7 @@ FREE = {"atomic", "errors", "settings", "signals", "tables", "targets", "version
 HEAVY = {"lightning", "hydra", "omegaconf", "matplotlib", "tensorboard"}
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select", "synchronize"}
 # These may wait: they run between batches, for users who read a result, or only on a CPU.
-MAY_WAIT = {"collect_completed_flows_surface_direct", "seconds", "_with_active_only"}
+MAY_WAIT = {"collect_completed_flows_surface_direct", "seconds", "_with_active_only", "_witness_step"}
 
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *BENCHMARKS.rglob("*.py")])
 

@@ -238,7 +238,10 @@ def step_modules(
             f"processor.neuron ({type(neuron).__name__}): returned {found}, but it must be features [B, M, F] = "
             f"[{active.shape[0]}, {active.shape[1]}, F]. See energy_flow.core.parts.Neuron"
         )
-    decision, hidden = _checked_decision(carrier, carrier(features, state.energy, hidden), state)
+    result = carrier(features, state.energy, hidden)
+    if hidden is None:  # all steps are alike, so the first one is checked
+        _check_carrier(carrier, result, state)
+    decision, hidden = result
     decision = decision.to(state.position.dtype)
     return StepResult(*move(state.position, state.energy, active, decision, noise, *rule), decision), hidden
 
@@ -278,7 +281,7 @@ class AutogradStepper:
         self._hidden = map_tensors(lambda hidden: births.gather_from_parents(hidden, hidden), self._hidden)
 
 
-def _checked_decision(carrier: nn.Module, result: Any, state: FlowState) -> tuple[Tensor, Any]:
+def _check_carrier(carrier: nn.Module, result: Any, state: FlowState) -> None:
     """Check the result of a carrier's step.
 
     Raises:
@@ -303,4 +306,3 @@ def _checked_decision(carrier: nn.Module, result: Any, state: FlowState) -> tupl
                 f"{where}: returned a hidden state of shape {list(value.shape)}, but it must begin with [B, M] = "
                 f"{list(flows)}: a state per flow. See energy_flow.core.parts.Carrier"
             )
-    return decision, hidden

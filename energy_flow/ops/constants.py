@@ -16,7 +16,7 @@ def cached_tensor(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
     While `torch.export` traces a call, new tensors are stand-ins without values. They are not kept, or later calls
     would compute with them.
     """
-    kept = functools.cache(make)
+    kept: Callable[P, Tensor] = functools.cache(make)  # type: ignore[assignment]
 
     @functools.wraps(make)
     def take(*args: P.args, **kwargs: P.kwargs) -> Tensor:

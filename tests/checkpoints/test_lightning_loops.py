@@ -233,7 +233,7 @@ OVERRIDDEN = {
     "_Writer": {"_check_log_dir_exists"},
 }
 # Private names of torch that Lightning also has.
-OTHERS = {"_version", "_dynamo"}
+OTHERS = {"_version", "_dynamo", "_C", "_modules"}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "lightning_loops.py")
 

@@ -1,6 +1,8 @@
 """The elementwise parts of a step and of its backward pass, as they are or compiled."""
 
 import functools
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +32,16 @@ from energy_flow.ops.narrow_linear import (
 Function = Callable[..., Any]
 _MAX_FORMS = 256
 _limits = threading.local()
+
+
+def compiler() -> str:
+    """The C++ compiler that torch.compile needs on a CPU."""
+    return os.environ.get("CXX", "g++")
+
+
+def has_compiler() -> bool:
+    """Whether it is installed."""
+    return shutil.which(compiler()) is not None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ of the last one; the backward pass replays the others one by one. The memory dep
 """
 
 import functools
-import os
-import shutil
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from torch import Tensor
 from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.engine.chunking import ChunkSizes
 from energy_flow.core.engine.compaction import Activity
-from energy_flow.core.engine.compiled import step_kernels
+from energy_flow.core.engine.compiled import compiler, has_compiler, step_kernels
 from energy_flow.core.engine.cuda_graphs import GraphCache
 from energy_flow.core.engine.locking import EngineLock
 from energy_flow.core.engine.packed_weights import PackedGradients, PackedWeights, padded, step_parameters
@@ -241,7 +239,7 @@ class TapeEngine:
         if self._settings.compile != "auto":
             return self._settings.compile
         if device.type == "cpu":
-            return hidden_size >= _WORTH_COMPILING and _has_compiler()
+            return hidden_size >= _WORTH_COMPILING and has_compiler()
         return has_triton()
 
     def _bytes_per_sample(self, surface: Tensor, job: TapeJob, keep: bool) -> int:
@@ -321,9 +319,9 @@ def _backward_and_count(
 def _check(settings: RolloutSettings, surface: Tensor) -> None:
     device = surface.device
     on_cpu = device.type == "cpu"
-    if settings.compile is True and on_cpu and not _has_compiler():
+    if settings.compile is True and on_cpu and not has_compiler():
         raise ConfigError(
-            f"rollout.compile = true: torch.compile needs {_compiler()} on a CPU, which isn't installed. Install "
+            f"rollout.compile = true: torch.compile needs {compiler()} on a CPU, which isn't installed. Install "
             "it, or set rollout.compile=auto"
         )
     if settings.cuda_graph is True and device.type != "cuda":
@@ -333,14 +331,6 @@ def _check(settings: RolloutSettings, surface: Tensor) -> None:
             f"rollout.compaction = true: on {device} it needs Triton, and compute capability 8.0 or more. Set "
             "rollout.compaction=auto"
         )
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
-
-
-def _has_compiler() -> bool:
-    return shutil.which(_compiler()) is not None
 
 
 def _products_dtype(surface: Tensor, parameter: Tensor) -> torch.dtype:
