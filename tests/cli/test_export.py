@@ -38,13 +38,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
             "spawn.enabled": True,
             "max_flows_per_sample": 9,
             "filter.enabled": True,
-            "filter.min_displacement": 0.28,
+            "filter.min_displacement": 0.15,
             "convergence.enabled": True,
             "convergence.threshold": 0.3,
+            "convergence.min_steps": 2,
+            "movement.scale": 0.4,
+            "spawn.threshold": 0.2,
             "deposit": "nearest",
         },
         {"num_layers": 2, "map_hidden": 7, "skip": True},
-        ("spawned", "removed"),
+        ("spawned", "removed", "overflow"),
     ),
     "lstm, local field, mean": (
         {"aggregation": part("aggregation.MeanAggregation"), "max_steps": 2},
@@ -102,7 +105,7 @@ def test_parts_and_rules(case: str, suffix: str, tmp_path: Path) -> None:
     lattice, model, events = CASES[case]
     processor, path = processor_of(lattice, model), tmp_path / f"model{suffix}"
     assert 0 <= export_model(processor, path) < 1e-3
-    source = torch.randn(5, 6)
+    source = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         output = processor(source)
         for event in events:
@@ -195,7 +198,9 @@ def test_training_mode_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_landing_is_nan(tmp_path: Path) -> None:
-    processor = processor_of({"filter.enabled": True, "filter.min_displacement": 5.0}, {})
+    processor = processor_of(
+        {"filter.enabled": True, "filter.min_displacement": 5.0, "movement.max_displacement": 0.1}, {}
+    )
     assert Inference(processor)(torch.randn(2, 6)).isnan().all()
     with pytest.raises(ExportError, match="can't be checked"):
         export_model(processor, tmp_path / "model.pt2")
