@@ -119,7 +119,8 @@ class Inference(nn.Module):
         super().__init__()
         pretrained = isinstance(model, EnergyFlowModel)
         self.normalize = pretrained and model.card.normalize
-        self.processor = copy.deepcopy(model.processor if pretrained else model).to("cpu", torch.float32)
+        processor = model.processor if isinstance(model, EnergyFlowModel) else model
+        self.processor: FlowProcessor = copy.deepcopy(processor).to("cpu", torch.float32)
         self.processor.requires_grad_(False)
         self.dim: int = self.processor.dim
         self.processor.rollout_settings = RolloutSettings.automatic().model_copy(
