@@ -18,8 +18,11 @@ UNKNOWN = [
     (
         "callbacks.early_stopping._target_=nope.Nope",
         "callbacks.early_stopping._target_ = nope.Nope",
-        "ENERGY_FLOW_TRUST",
+        "there is no such class",
     ),
+    ("model.carrier=lstm", "model.carrier = 'lstm'", "give model/carrier=lstm"),
+    ("model.carrier.hidden_size=3", "model.carrier.hidden_size", "model/carrier=OPTION"),
+    ("model/carrier=lsmt", "model/carrier = lsmt", "did you mean lstm?"),
     ("+data.x=1", "data.x", "known: batch_size"),
     ("+model.x=1", "model.x", "known: energy_dim"),
     ("size=smal", "size = smal", "did you mean small?"),

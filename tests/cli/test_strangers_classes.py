@@ -27,7 +27,13 @@ SECTIONS: dict[str, Any] = {
     "argument": {"_target_": LSTM, "hidden_size": EVIL, "num_layers": 1},
     "in a list": {"_target_": "torch.nn.ModuleList", "modules": [EVIL]},
 }
-PLACES = [("model", "neuron"), ("model", "carrier"), ("model", "map_in"), ("model", "map_out"), ("lattice", "aggregation")]
+PLACES = [
+    ("model", "neuron"),
+    ("model", "carrier"),
+    ("model", "map_in"),
+    ("model", "map_out"),
+    ("lattice", "aggregation"),
+]
 
 
 @pytest.fixture(autouse=True)
