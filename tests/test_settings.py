@@ -22,7 +22,7 @@ def function(
     attribute: "Any.missing",  # type: ignore[name-defined]
     broken: "list[",  # type: ignore[syntax]  # noqa: F722
     protocol: Optional[Unchecked] = None,  # noqa: UP045
-    free=None,  # type: ignore[no-untyped-def]  # noqa: ANN001
+    free=None,  # type: ignore[no-untyped-def]
 ) -> "Run":  # type: ignore[name-defined]  # noqa: F821
     """Stands for a third-party constructor."""
 
