@@ -85,7 +85,7 @@ def annotations(function: Callable[..., Any]) -> dict[str, Any]:
     An annotation may name a class that is imported under `TYPE_CHECKING` alone.
     """
     function = inspect.unwrap(function)
-    names, found = getattr(function, "__globals__", {}), {}
+    names, found = getattr(function, "__globals__", {}), dict[str, Any]()
     for name, annotation in getattr(function, "__annotations__", {}).items():
         alone = types.SimpleNamespace(__annotations__={name: annotation})
         with suppress(NameError, AttributeError, TypeError, SyntaxError):

@@ -24,7 +24,7 @@ UNKNOWN = [
     ("model.carrier.hidden_size=3", "model.carrier.hidden_size", "model/carrier=OPTION"),
     ("model/carrier=lsmt", "model/carrier = lsmt", "did you mean lstm?"),
     ("+data.x=1", "data.x", "known: batch_size"),
-    ("+model.x=1", "model.x", "known: energy_dim"),
+    ("+model.x=1", "model.x", "known: carrier"),
     ("size=smal", "size = smal", "did you mean small?"),
     ("sizee=small", "sizee", "did you mean size?"),
     ("nosuchgroup=x", "nosuchgroup", "known: ablation, baselines"),
