@@ -117,8 +117,7 @@ class Inference(nn.Module):
 
     def __init__(self, model: EnergyFlowModel | FlowProcessor) -> None:
         super().__init__()
-        pretrained = isinstance(model, EnergyFlowModel)
-        self.normalize = pretrained and model.card.normalize
+        self.normalize = isinstance(model, EnergyFlowModel) and model.card.normalize
         processor = model.processor if isinstance(model, EnergyFlowModel) else model
         self.processor: FlowProcessor = copy.deepcopy(processor).to("cpu", torch.float32)
         self.processor.requires_grad_(False)

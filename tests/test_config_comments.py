@@ -31,10 +31,9 @@ def without_meaning(conf: Path) -> list[str]:
     known = {key.path for file in files.values() for key in file.keys if key.meaning}
     missing = [str(path.relative_to(conf)) for path, file in files.items() if not file.meaning]
     for path, file in files.items():
+        package = f"{group_of(path, conf).replace('/', '.')}."
         for key in file.keys:
-            brings = path.parent == conf or (
-                not file.choices and key.path.startswith(f"{group_of(path, conf).replace('/', '.')}.")
-            )
+            brings = path.parent == conf or (not file.choices and key.path.startswith(package))
             section = key.default is None and not brings  # a section of a preset, whose keys are below it
             if not key.meaning and not section and (brings or key.path not in known):
                 missing.append(f"{path.relative_to(conf)}: {key.path}")

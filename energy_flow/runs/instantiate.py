@@ -60,9 +60,8 @@ def _build_all(section: Mapping[str, Any] | None, key: str, kind: type) -> list[
             raise ConfigError(f"{where} = {entry!r}: must be a section with a _target_, or null to leave it out")
         found = targets.build(entry, where)
         if not isinstance(found, kind):
-            raise ConfigError(
-                f"{where}._target_ = {entry['_target_']}: gives a {type(found).__name__}, no {kind.__name__}"
-            )
+            named = f"{where}._target_ = {entry['_target_']}"
+            raise ConfigError(f"{named}: gives a {type(found).__name__}, no {kind.__name__}")
         setattr(found, CONFIG_KEY, where)
         built.append(found)
     return built

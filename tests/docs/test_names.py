@@ -48,7 +48,7 @@ def known_keys() -> frozenset[str]:
     found: set[str] = set()
     for config in configs:
         add_keys(OmegaConf.to_container(config), "", found)
-    return frozenset(found | {"hydra.run.dir"})
+    return frozenset(found | {"hydra.run.dir", "hydra.searchpath"})
 
 
 def add_keys(section: object, prefix: str, found: set[str]) -> None:
@@ -142,10 +142,10 @@ def has_tag(runs: Runs, tag: str) -> bool:
 
 
 def has_path(runs: Runs, path: str) -> bool:
-    """Whether the path is in the repository, in a run folder, or among the names above."""
+    """Whether the path is in the repository, in a run folder, a nested config group, or among the names above."""
     if path in AFTER_A_FAULT:
         return f'"{Path(path).name}"' in package_source() or Path(path).stem in package_source()
-    if path in OF_THE_READER | OF_OTHERS or (ROOT / path).exists():
+    if path in OF_THE_READER | OF_OTHERS or (ROOT / path).exists() or (ROOT / "conf" / path).is_dir():
         return True
     parts = re.split(r"<\w+>|\*", path.rstrip("/"))  # each stands for one name of a file or folder
     pattern = re.compile("(.*/)?" + "[^/]+".join(map(re.escape, parts)))
