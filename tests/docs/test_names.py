@@ -29,7 +29,12 @@ VARIABLE = re.compile(r"([A-Z][A-Z_]+)=\S+")
 ON_A_GPU = {"memory/allocated", "memory/reserved", "memory/peak", "memory/inactive_split", "cleanup/cache_freed_bytes"}
 AFTER_A_FAULT = {"checkpoints/before_fault.ckpt", "bad_batch.safetensors"}
 # Names of the reader's files, and names of other software.
-OF_THE_READER = {"my_conf", "experiment/mine.yaml", "train.safetensors", "pairs.jsonl", "a.ckpt", "b.ckpt"}
+OF_THE_READER = {"my_conf", "experiment/mine.yaml", "loss/huber.yaml", "data/mine.yaml"} | {
+    "train.safetensors",
+    "pairs.jsonl",
+    "a.ckpt",
+    "b.ckpt",
+}
 OF_OTHERS = {"sentence-transformers/", "PYTORCH_CUDA_ALLOC_CONF", "HYDRA_FULL_ERROR", "fit-profile.txt"}
 
 
