@@ -117,9 +117,9 @@ class Inference(nn.Module):
 
     def __init__(self, model: EnergyFlowModel | FlowProcessor) -> None:
         super().__init__()
-        pretrained = isinstance(model, EnergyFlowModel)
-        self.normalize = pretrained and model.card.normalize
-        self.processor = copy.deepcopy(model.processor if pretrained else model).to("cpu", torch.float32)
+        processor = model if isinstance(model, FlowProcessor) else model.processor
+        self.normalize = isinstance(model, EnergyFlowModel) and model.card.normalize
+        self.processor: FlowProcessor = copy.deepcopy(processor).to("cpu", torch.float32)
         self.processor.requires_grad_(False)
         self.processor.rollout_settings = RolloutSettings.automatic().model_copy(
             update={"engine": "autograd", "chunk": None}
@@ -192,8 +192,14 @@ def _onnx_file(program: ExportedProgram, opset: int | None) -> bytes:
     """
     try:
         program = program.run_decompositions({torch.ops.aten.searchsorted.Tensor: _searchsorted})
-        names = {"input_names": ["source"], "output_names": ["embedding"]}
-        translated = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
+        translated = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            verbose=False,
+            input_names=["source"],
+            output_names=["embedding"],
+        )
         assert translated is not None
         proto = translated.model_proto
     except Exception as error:
