@@ -117,8 +117,8 @@ class Inference(nn.Module):
 
     def __init__(self, model: EnergyFlowModel | FlowProcessor) -> None:
         super().__init__()
+        processor = model if isinstance(model, FlowProcessor) else model.processor
         self.normalize = isinstance(model, EnergyFlowModel) and model.card.normalize
-        processor = model.processor if isinstance(model, EnergyFlowModel) else model
         self.processor: FlowProcessor = copy.deepcopy(processor).to("cpu", torch.float32)
         self.processor.requires_grad_(False)
         self.dim: int = self.processor.dim

@@ -2,15 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import TypeVarTuple
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
+Arguments = TypeVarTuple("Arguments")
 
 
-def cached_tensor(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def cached_tensor(make: Callable[[*Arguments], Tensor]) -> Callable[[*Arguments], Tensor]:
     """Decorate a function that makes a constant tensor: keep its results. Callers must not write to them.
 
     While `torch.export` traces a call, new tensors are stand-ins without values. They are not kept, or later calls
@@ -19,8 +19,8 @@ def cached_tensor(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
     kept: Callable[P, Tensor] = functools.cache(make)  # type: ignore[assignment]
 
     @functools.wraps(make)
-    def take(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def take(*args: *Arguments) -> Tensor:
         is_traced = type(torch.empty(0)) is not Tensor
-        return make(*args, **kwargs) if is_traced else kept(*args, **kwargs)
+        return make(*args) if is_traced else kept(*args)
 
     return take
