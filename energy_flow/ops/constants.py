@@ -16,7 +16,7 @@ def cached_tensor(make: Callable[[*Arguments], Tensor]) -> Callable[[*Arguments]
     While `torch.export` traces a call, new tensors are stand-ins without values. They are not kept, or later calls
     would compute with them.
     """
-    kept: Callable[P, Tensor] = functools.cache(make)  # type: ignore[assignment]
+    kept = functools.cache(make)
 
     @functools.wraps(make)
     def take(*args: *Arguments) -> Tensor:
