@@ -139,7 +139,14 @@ def log_paths(words: tuple[str, ...]) -> list[str]:
     return [value.replace("...", "*") for value in values if value.startswith("logs/")]
 
 
+def is_group(name: str) -> bool:
+    """Whether the name is that of a config group, such as model/carrier."""
+    return (ROOT / "conf" / name).is_dir()
+
+
 def has_tag(runs: Runs, tag: str) -> bool:
+    if is_group(tag):
+        return True
     if tag in ON_A_GPU:
         return f'"{tag}"' in package_source()
     pattern = re.sub(r"<\w+>", "*", tag).replace("[", "[[]")
@@ -147,10 +154,10 @@ def has_tag(runs: Runs, tag: str) -> bool:
 
 
 def has_path(runs: Runs, path: str) -> bool:
-    """Whether the path is in the repository, in a run folder, a nested config group, or among the names above."""
+    """Whether the path is in the repository, in a run folder, a config group, or among the names above."""
     if path in AFTER_A_FAULT:
         return f'"{Path(path).name}"' in package_source() or Path(path).stem in package_source()
-    if path in OF_THE_READER | OF_OTHERS or (ROOT / path).exists() or (ROOT / "conf" / path).is_dir():
+    if path in OF_THE_READER | OF_OTHERS or (ROOT / path).exists() or is_group(path):
         return True
     parts = re.split(r"<\w+>|\*", path.rstrip("/"))  # each stands for one name of a file or folder
     pattern = re.compile("(.*/)?" + "[^/]+".join(map(re.escape, parts)))
