@@ -16,7 +16,7 @@ from energy_flow_benchmarks.output import in_bytes, in_seconds
 
 COLOURS = (VERMILION, BLUE, GREEN, ORANGE, INK, GREY)
 MARKERS = ("s", "o", "^", "D", "v", "P")
-BAR_COLOURS = (INK, ORANGE, BLUE, GREY)
+BAR_COLOURS = (INK, GREEN, ORANGE, BLUE, GREY)
 SECONDS, BYTES = "seconds", "peak_bytes"
 SHOWN: dict[str, Callable[[float | None], str]] = {SECONDS: in_seconds, BYTES: in_bytes}
 LOG_BASE = {SECONDS: 10, BYTES: 2}
