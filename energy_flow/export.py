@@ -121,7 +121,6 @@ class Inference(nn.Module):
         self.normalize = isinstance(model, EnergyFlowModel) and model.card.normalize
         self.processor: FlowProcessor = copy.deepcopy(processor).to("cpu", torch.float32)
         self.processor.requires_grad_(False)
-        self.dim: int = self.processor.dim
         self.processor.rollout_settings = RolloutSettings.automatic().model_copy(
             update={"engine": "autograd", "chunk": None}
         )
@@ -174,7 +173,7 @@ def _traced(inference: Inference) -> ExportedProgram:
         ExportError: a part does more than compute with tensors.
     """
     batch = {"source": {0: torch.export.Dim.DYNAMIC}}
-    source = torch.randn(_TRACED_BATCH, inference.dim)
+    source = torch.randn(_TRACED_BATCH, inference.processor.dim)
     inference(source)  # its errors are in our words
     try:
         return torch.export.export(inference, (source,), dynamic_shapes=batch, strict=False)
@@ -243,7 +242,7 @@ def _check_file(written: Path, path: Path, inference: Inference) -> float:
         ExportError: they differ by more than rounding, or rounding alone changes the outputs of most rows.
     """
     run = _onnx_runner(written) if path.suffix == ".onnx" else _pt2_runner(written)
-    source = _check_rows(inference.dim)
+    source = _check_rows(inference.processor.dim)
     expected, moves = inference(source), _moves(inference, source)
     scale = expected.abs().amax(1)
     if (moves <= _LARGEST_MOVE * scale).float().mean() <= 0.5:

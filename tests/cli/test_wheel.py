@@ -119,4 +119,6 @@ def test_the_console_scripts(site: Path, tmp_path: Path) -> None:
     out = run([predict, "row=0", "k=3"], tmp_path, PYTHONPATH=str(site))
     assert "true word: crapulous, rank " in out, "the weights and data of the package"
     assert "input: ???" in run([encode, "--cfg", "job"], tmp_path, PYTHONPATH=str(site))
+    run([site / "bin" / "energy-flow-export", "output=model.pt2"], tmp_path, PYTHONPATH=str(site))
+    assert (tmp_path / "model.pt2").is_file()
     assert "groups" in run([train, "--help"], tmp_path, PYTHONPATH=str(site)).lower()
