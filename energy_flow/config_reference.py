@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter
-from pydantic_core import SchemaError
+from pydantic import ConfigDict, TypeAdapter
 
 from energy_flow.config import config_dir
 from energy_flow.config_comments import Choice, Key, read_file
@@ -157,8 +156,8 @@ def _limits_of_argument(target: str, name: str) -> str:
         if name not in hints:
             return ""
         schema = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True)).json_schema()
-    except (ImportError, AttributeError, ValueError, PydanticUserError, SchemaError):
-        return ""  # a user's class that isn't there, or a type without a schema: the rest of the help is still wanted
+    except Exception:  # noqa: BLE001  # of a user's module, on import, or a type without a schema: the help goes on
+        return ""
     return _in_words(schema, schema.get("$defs", {}))
 
 

@@ -6,6 +6,7 @@ Every class owns its `Settings`; the defaults are in `conf/` only.
 import difflib
 import functools
 import inspect
+import json
 import re
 import types
 import typing
@@ -117,12 +118,22 @@ def _wrong_value(value: Any, annotation: Any, key: str) -> list[str]:
     except (PydanticUserError, SchemaError):
         return []
     except ValidationError as error:
-        if isinstance(value, list) and not _wrong_value(tuple(value), annotation, key):
-            return []  # a config has no tuples
+        if _fits_as_json(value, annotation):
+            return []
         lines = _join((f"{key} = {_shown(value)}", _reason(detail)) for detail in error.errors(include_url=False))
         remedies = [extra.text for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, Remedy)]
         return ["; ".join([line, *remedies]) for line in lines]
     return []
+
+
+def _fits_as_json(value: Any, annotation: Any) -> bool:
+    """Whether a value has the type in the way of JSON. A config has no tuples, sets, paths or enums of its own."""
+    adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        adapter.validate_json(json.dumps(value), strict=True)
+    except (ValidationError, TypeError):
+        return False
+    return True
 
 
 def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,17 +9,20 @@ import contextvars
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from energy_flow.errors import ConfigError
+import torch
+
+from energy_flow.errors import ConfigError, EnergyFlowError
 from energy_flow.settings import check_arguments, did_you_mean
 
 # Environment variable with packages whose classes a section from a file may name, separated by commas.
 TRUST = "ENERGY_FLOW_TRUST"
-# Packages that need no trust: their classes don't run code or open files that a section names.
-_KNOWN = ("energy_flow.core", "energy_flow.training", "torch.nn", "torch.optim", "datetime")
+# Packages whose classes a file may name: parts of a lattice, layers, optimisers and times. None of them opens a file or
+# a connection. Loggers and callbacks do: no file names them.
+_KNOWN = ("energy_flow.core", "energy_flow.training.optimizer", "torch.nn", "torch.optim", "datetime")
 _SHOWN = 100  # characters of a path in a message
 
 _from_user: contextvars.ContextVar[bool] = contextvars.ContextVar("from_user", default=False)
@@ -53,13 +56,14 @@ def _set(value: bool) -> Iterator[None]:
         _from_user.reset(token)
 
 
-def build(entry: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
+def build(entry: Any, key: str, given: Mapping[str, Any] | None = None, spare: Sequence[str] = ()) -> Any:
     """Build the object of a section.
 
     Args:
         entry: a mapping with `_target_` and arguments; an argument may be such a section, too.
         key: of the section in the config.
         given: further arguments, such as sizes. Each is passed if the class has it, and the section doesn't set it.
+        spare: arguments of the section that are left out if the class doesn't have them.
 
     Raises:
         ConfigError: there is no such class, it isn't trusted, or an argument is unknown, missing or wrong.
@@ -70,7 +74,8 @@ def build(entry: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
     parameters = _parameters(target)
     takes_all = parameters is None or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     parameters = parameters or {}
-    arguments = {name: value for name, value in entry.items() if name != "_target_"}
+    left_out = {"_target_", *(name for name in spare if name not in parameters and not takes_all)}
+    arguments = {name: value for name, value in entry.items() if name not in left_out}
     unknown = [name for name in arguments if name not in parameters and not takes_all]
     if unknown:
         raise ConfigError(f"{key}.{unknown[0]}: unknown key; {did_you_mean(unknown[0], set(parameters))}")
@@ -84,10 +89,19 @@ def build(entry: Any, key: str, given: Mapping[str, Any] | None = None) -> Any:
         built = {name: _instantiate(value, f"{key}.{name}") for name, value in arguments.items()}
         with from_file():  # the class itself may load a file, and a section in there isn't the user's
             return target(**built, **sizes)
-    except ConfigError:
+    except (EnergyFlowError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of a class that isn't ours
-        raise ConfigError(f"{key}: {one_line(error)}") from error
+    except Exception as error:  # of any class: it isn't ours
+        raise ConfigError(f"{key}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def parameters_of(entry: Mapping[str, Any], key: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the class that a section names.
+
+    Raises:
+        ConfigError: there is no such class, or it isn't trusted.
+    """
+    return _parameters(_find(entry, key)) or {}
 
 
 def one_line(error: BaseException) -> str:
@@ -139,7 +153,8 @@ def _find(entry: Mapping[str, Any], key: str) -> Any:
     packages = (*_KNOWN, *filter(None, os.environ.get(TRUST, "").split(",")))
     refusal = (
         f"{where}: refused, none of its code was run: it comes from a file, and a file may name classes of "
-        f"{', '.join(packages)} only. To trust another package, name it in the environment: {TRUST}=my_package"
+        f"{', '.join(packages)} only. To trust another package, name it in the environment: {TRUST}=my_package. In "
+        "Python, build your own config inside energy_flow.targets.from_user()"
     )
     if not isinstance(path, str) or not (_from_user.get() or _within(path, packages)):
         raise ConfigError(refusal)

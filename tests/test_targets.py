@@ -22,6 +22,14 @@ TRAPS: dict[str, Any] = {
     "class": {"_target_": "subprocess.Popen", "args": "mkdir trap"},
     "through a module of the list": {"_target_": "energy_flow.training.losses.functional.partial", "func": "print"},
     "a class that a module of the list imports": {"_target_": "energy_flow.checkpoints.io.AtomicCheckpointIO"},
+    "a logger, which opens a connection": {
+        "_target_": "energy_flow.training.csv_logger.ResumableCSVLogger",
+        "save_dir": "ftp://localhost:1/x",
+    },
+    "a callback, which opens a connection": {
+        "_target_": "energy_flow.training.callbacks.best_checkpoint.BestCheckpoint",
+        "dirpath": "ftp://localhost:1/x",
+    },
     "a prefix": {"_target_": "torch.nn_of_mine.Module"},
     "a module that runs when imported": {"_target_": "evil.Part"},
     "a function of the list": {"_target_": "torch.nn.init.ones_", "tensor": 3},

@@ -1,5 +1,6 @@
 """The format of a checkpoint: its schema, and how it is read and verified."""
 
+import errno
 import importlib.metadata
 import platform
 import zipfile
@@ -15,6 +16,8 @@ from energy_flow.checkpoints.archive import read_archive
 from energy_flow.errors import CheckpointError
 from energy_flow.version import __version__
 
+# Errors of the system around a file, not of its bytes.
+_UNREADABLE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
 KEY = "energy_flow"  # our own section of a checkpoint, see `Provenance`
 Count = Annotated[int, Field(ge=0)]
 Dimension = Annotated[int, Field(ge=1)]
@@ -180,6 +183,14 @@ def corruption(path: Path) -> str | None:
 def _read_bytes(path: Path, *, outline: bool = False) -> Any:
     try:
         return read_archive(path, outline=outline)
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno in _UNREADABLE:  # the bytes may be fine: another checkpoint must not take its place
+            raise CheckpointError(
+                f"{path}: can't be read: {error.strerror}. Make it readable, and try again"
+            ) from error
+        raise CorruptCheckpointError(_reason(error)) from error
     except Exception as error:  # of any type: zip and unpickler run on corrupt bytes
         raise CorruptCheckpointError(_reason(error)) from error
 

@@ -70,7 +70,8 @@ class OwnData:
         return f"batches of dimension {self.dim}"
 
     def _has(self, method: str) -> bool:
-        return getattr(type(self.loaders), method) is not getattr(LightningDataModule, method)
+        own = getattr(self.loaders, method)  # `LightningDataModule.from_datasets` sets it on the object
+        return getattr(own, "__func__", own) is not getattr(LightningDataModule, method)
 
     def _dim(self) -> int:
         dim = getattr(self.loaders, "dim", None)
@@ -98,8 +99,7 @@ def build_data(config: Mapping[str, Any]) -> RunData:
     section = config["data"]
     if "_target_" not in section:
         return EnergyDataModule.from_config(config)
-    # Presets of sizes set it, also for a class that has no such argument.
-    given = {"batch_size": section["batch_size"]} if "batch_size" in section else {}
-    arguments = {name: value for name, value in section.items() if name not in given}
-    module = targets.build(arguments, "data", {**given, "seed": config["seed"]})
+    # Presets of sizes set batch_size, also for a class that has no such argument.
+    spare = ("batch_size",) if "batch_size" in section else ()
+    module = targets.build(section, "data", {"seed": config["seed"]}, spare)
     return module if isinstance(module, EnergyDataModule) else OwnData(module, section["_target_"])

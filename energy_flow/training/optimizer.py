@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow.errors import ConfigError
 from energy_flow.settings import Settings, did_you_mean, read
-from energy_flow.targets import build
+from energy_flow.targets import build, parameters_of
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Section = dict[str, Any]
@@ -163,14 +163,16 @@ def build_schedule(settings: AnyOptimizerSettings, optimizer: torch.optim.Optimi
     """
     if settings.schedule is None and isinstance(settings, OwnOptimizerSettings):
         return LambdaLR(optimizer, lambda step: 1.0)
-    if total_steps == math.inf:
+    given: dict[str, Any] = {"optimizer": optimizer}
+    if total_steps != math.inf:
+        given["total_steps"] = int(total_steps)
+    if total_steps == math.inf and (settings.schedule is None or _needs_total_steps(settings.schedule)):
         raise ConfigError(
             "trainer.max_epochs = -1: the schedule of the learning rate needs to know where a run ends. "
             "Set trainer.max_epochs or trainer.max_steps"
         )
     if isinstance(settings, OptimizerSettings) and settings.schedule is None:
         return WarmupCosine(optimizer, int(total_steps), settings.warmup_steps, settings.final_lr)
-    given = {"optimizer": optimizer, "total_steps": int(total_steps)}
     schedule = build(settings.schedule, "optimizer.schedule", given)
     if isinstance(schedule, LRScheduler) and not isinstance(schedule, ReduceLROnPlateau):
         return schedule
@@ -178,6 +180,11 @@ def build_schedule(settings: AnyOptimizerSettings, optimizer: torch.optim.Optimi
         f"optimizer.schedule: gives a {type(schedule).__name__}. Take a schedule of torch.optim.lr_scheduler that "
         "depends on the number of steps alone"
     )
+
+
+def _needs_total_steps(section: Mapping[str, Any]) -> bool:
+    """Whether a schedule's section leaves it to the run how many steps there are."""
+    return "total_steps" not in section and "total_steps" in parameters_of(section, "optimizer.schedule")
 
 
 class WarmupCosine(LambdaLR):

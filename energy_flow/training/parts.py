@@ -71,10 +71,13 @@ class LossTerms(nn.Module):
         """
         dtype = torch.promote_types(output.embedding.dtype, torch.float32)
         return {
-            name: _scalar((self._functions.get(name) or getattr(self, name))(output, batch), name).to(dtype)
+            name: _scalar(self._term(name)(output, batch), name).to(dtype)
             for name, weight in self._weights.items()
             if weight > 0 or not self.training
         }
+
+    def _term(self, name: str) -> Any:
+        return self._functions[name] if name in self._functions else getattr(self, name)
 
 
 def _check_call(term: Any, where: str) -> None:
