@@ -74,7 +74,7 @@ class UserModel(nn.Module):
         """Move all flows one step: position [N, 3], energy [N, E], hidden state, active bool [N]."""
         features = self.processor.neuron(position, energy)
         top, hidden = self.recur(torch.cat([features, energy], dim=-1), hidden)
-        decision = self.processor.carrier.heads(top)
+        decision = self.processor.carrier.heads(top.to(energy.dtype))
         limit, residual = self.processor.settings.movement.max_displacement, self.processor.model.residual_energy
         rule = MoveRule(scale, scale.new_full((), limit), residual)
         position, energy, _, reached = move(position, energy, active, decision, None, *rule)

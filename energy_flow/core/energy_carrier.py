@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from energy_flow.core.precision import parameter_dtype, without_autocast
 from energy_flow.ops.gru_cell import gru_cell
 
 
@@ -53,7 +52,7 @@ class EnergyCarrier(nn.Module):
             zeros = inputs.new_zeros(()).expand(*inputs.shape[:-1], self.hidden_size)
             hidden = (zeros,) * len(self.cells)
         hidden = self.recur(inputs, hidden)
-        return self.heads(hidden[-1]), hidden
+        return self.heads(hidden[-1].to(energy.dtype)), hidden
 
     def recur(self, inputs: Tensor, hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One step of the GRU: inputs [..., F + E] and L hidden states [..., H] -> the next L hidden states."""
@@ -64,8 +63,7 @@ class EnergyCarrier(nn.Module):
         return tuple(next_hidden)
 
     def heads(self, hidden: Tensor) -> Tensor:
-        """Both heads: [..., H] -> change of energy and direction [..., E + 3]."""
-        # The heads set energies and positions: they run in the dtype of their weights, also under autocast.
-        with without_autocast(hidden.device):
-            hidden = hidden.to(parameter_dtype(self.energy_head))
+        """Both heads: [..., H], in the dtype of the energies -> change of energy and direction [..., E + 3]."""
+        # The heads set energies and positions: they run in that dtype, also under autocast, which meta doesn't have.
+        with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
             return torch.cat([self.energy_head(hidden), self.displacement_head(hidden)], dim=-1)

@@ -22,8 +22,6 @@ from energy_flow.core.networks import (
     make_map_out,
     make_neuron,
 )
-from energy_flow.core.parts import SensingNeuron
-from energy_flow.core.precision import parameter_dtype
 from energy_flow.core.rollout import Rollout, RolloutCall, RolloutResult, RolloutSettings
 from energy_flow.core.statistics import flow_statistics
 from energy_flow.core.tensors import held_bytes, map_tensors
@@ -92,18 +90,19 @@ class FlowProcessor(nn.Module):
         # A number r and its square. An average of several pairs has another square, so it shows that buffers were
         # averaged, and with them `optimizer_step`.
         self.register_buffer("_witness", torch.zeros(2), persistent=False)
-        self._witnessed = 0
+        self._noted, self._checked = -1, -1  # versions of `optimizer_step` and of `_witness`
         self.last_output: FlowOutput | None = None
         self.rollout_settings = RolloutSettings.automatic() if rollout is None else rollout
         self._engines = Engines(self.rollout_settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"last_output": None}  # a copy, e.g. for weight averaging, has seen no batch
+        # A copy, e.g. for weight averaging, has seen no batch, and its tensors count their versions anew.
+        return self.__dict__ | {"last_output": None, "_noted": -1, "_checked": -1}
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
-        return parameter_dtype(self)
+        return next((value.dtype for value in self.parameters() if value.is_floating_point()), torch.float32)
 
     def trained_parts(self) -> dict[str, nn.Module]:
         """The networks by name, without maps that have no parameters."""
@@ -165,9 +164,8 @@ class FlowProcessor(nn.Module):
         self._witness_step()
         with _phase(timer, "place"):
             surface = self._surface(embedding)
-            sensed = self.neuron.sense(surface, dict(context or {})) if isinstance(self.neuron, SensingNeuron) else None
         with _phase(timer, "propagate"):
-            flows, counts, trajectories = self._run(surface, rows, sensed, record_trajectories)
+            flows, counts, trajectories = self._run(surface, rows, dict(context or {}), record_trajectories)
         with _phase(timer, "collect"):
             landings = self.lattice.landings(flows)
             deposits = self.lattice.collect(landings)
@@ -222,6 +220,7 @@ class FlowProcessor(nn.Module):
     def _write_witness(self) -> None:
         remainder = (self.optimizer_step % _WITNESS_RANGE).to(self._witness.dtype)
         self._witness.copy_(torch.stack([remainder, remainder.square()]))
+        self._noted = _version(self.optimizer_step)
 
     def _witness_step(self) -> None:
         """In training, note the step; in evaluation, check after every change that nobody averaged it.
@@ -232,8 +231,9 @@ class FlowProcessor(nn.Module):
         if self.optimizer_step.is_meta or is_traced(self.optimizer_step):
             return
         if self.training:
-            self._write_witness()
-        elif self._witnessed != self._witness._version:
+            if self._noted != _version(self.optimizer_step):
+                self._write_witness()
+        elif self._checked != _version(self._witness):
             remainder, square = self._witness.tolist()
             if square != remainder**2:
                 raise ConfigError(
@@ -241,7 +241,7 @@ class FlowProcessor(nn.Module):
                     "Average without buffers (AveragedModel(model, use_buffers=False)), or call "
                     "processor.set_optimizer_step(N) of the averaged model"
                 )
-            self._witnessed = self._witness._version
+            self._checked = _version(self._witness)
 
     def _surface(self, embedding: Tensor) -> Tensor:
         """Energies of the input plane, [B, S, E]."""
@@ -250,7 +250,7 @@ class FlowProcessor(nn.Module):
         _check_shape("processor.map_in", surface, "[B, S, E]", shape)
         return surface.to(_geometry_dtype(self.dtype))
 
-    def _run(self, surface: Tensor, rows: Tensor | None, sensed: Any, keep_paths: bool) -> RolloutResult:
+    def _run(self, surface: Tensor, rows: Tensor | None, context: dict[str, Tensor], keep_paths: bool) -> RolloutResult:
         """All steps of all flows."""
         noisy = self.training and self.settings.noise.std > 0
         call = RolloutCall(
@@ -260,15 +260,19 @@ class FlowProcessor(nn.Module):
             rule=self.move_rule(),
             noisy=noisy,
             keep_paths=keep_paths,
-            sensed=sensed,
         )
         rollout = Rollout(self.lattice, self.seed)
-        return self._engines.run(self.rollout_settings, self.neuron, self.carrier, rollout, surface, call)
+        return self._engines.run(self.rollout_settings, self.neuron, self.carrier, rollout, surface, call, context)
 
 
 def _geometry_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of positions and energies: float32, or float64 for float64 parameters."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _version(value: Tensor) -> int:
+    """How often a tensor was changed in place; -2 for one of inference mode, which doesn't count."""
+    return -2 if value.is_inference() else value._version
 
 
 def _check_shape(part: str, value: Tensor, letters: str, shape: tuple[int, ...]) -> None:

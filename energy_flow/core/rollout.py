@@ -108,19 +108,6 @@ class Stepper(Protocol):
         """Give children the hidden states of their parents."""
 
 
-class RuleKey:
-    """Lattice settings as a key: equal only to themselves. They hold sections of parts, which can't be hashed."""
-
-    def __init__(self, settings: LatticeSettings) -> None:
-        self._settings = settings
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RuleKey) and other._settings is self._settings
-
-    def __hash__(self) -> int:
-        return id(self._settings)
-
-
 class Rollout:
     """Applies the rules of a lattice in every step.
 
@@ -132,7 +119,7 @@ class Rollout:
     def __init__(self, lattice: EnergyLattice, seed: int) -> None:
         self.lattice, self.seed = lattice, seed
         self.settings: LatticeSettings = lattice.settings
-        self.key = RuleKey(lattice.settings), seed
+        self.key = lattice.settings.model_dump_json(), seed  # the rules as a key of dicts
         self._num_cells, self._num_steps = self.settings.num_cells, self.settings.num_steps
 
     def run(self, surface: Tensor, stepper: Stepper, call: RolloutCall, pool: TensorPool) -> RolloutResult:

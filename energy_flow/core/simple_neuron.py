@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from energy_flow.core.precision import without_autocast
-
 
 class SimpleNeuron(nn.Module):
     """Computes the features of a flow from its position and energy.
@@ -23,7 +21,7 @@ class SimpleNeuron(nn.Module):
 
     def forward(self, position: Tensor, energy: Tensor) -> Tensor:
         """Positions [..., 3] and energies [..., E] -> features [..., F]."""
-        with without_autocast(position.device):
+        with torch.autocast("cpu" if position.is_meta else position.device.type, enabled=False):  # meta has none
             features: Tensor = self.network(torch.cat([position, energy.to(position.dtype)], dim=-1))
             return features
 

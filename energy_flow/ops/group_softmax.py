@@ -103,7 +103,7 @@ def differentiable_averages(
     mass = weights.new_zeros(num_groups).index_add(0, groups, weights.reshape(-1))
     shift, empty = None, torch.ones_like(mass)
     if not bounded:
-        floor = torch.where(mass.detach() >= 1, -torch.inf, 0.0)
+        floor = torch.zeros_like(mass).masked_fill(mass.detach() >= 1, -torch.inf)
         shift = floor.scatter_reduce(0, groups, _member_scores(scores, weights).detach(), "amax")
         empty = (-shift.clamp(min=0)).exp()
     share = weights * _exponential(scores, keys, shift)

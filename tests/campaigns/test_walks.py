@@ -8,7 +8,7 @@ import pytest
 
 from tests.campaigns.walks import Walk, walk_of_training_step
 
-MAX_HOPS = {"autograd": 190, "tape": 260}
+MAX_HOPS = {"autograd": 150, "tape": 260}
 
 
 def test_calls_and_returns_between_files_are_hops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

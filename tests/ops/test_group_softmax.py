@@ -35,6 +35,14 @@ def landings(seed: int, num: int = 12, shares: int = 4, num_groups: int = 6, ene
     return [scores, values, keys, weights / weights.sum(dim=1, keepdim=True)]
 
 
+@pytest.mark.parametrize("bound", [None, 5.0])
+def test_second_derivatives(bound: float | None) -> None:
+    """In float64, with a maximum per group and with a fixed shift."""
+    scores, values, keys, weights = landings(3, num=4)
+    inputs = [scores.requires_grad_(), values.requires_grad_(), (0.9 * weights).requires_grad_()]
+    assert torch.autograd.gradgradcheck(lambda s, v, w: group_softmax_deposit(s, v, keys, w, 6, bound=bound)[0], inputs)
+
+
 @pytest.mark.parametrize("num", [1, 3, 12])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_the_formula(num: int, seed: int) -> None:

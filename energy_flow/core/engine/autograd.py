@@ -7,6 +7,7 @@ buffers, inputs and random numbers of the first, so gradients are exact even if 
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ from energy_flow.core.rollout import (
 from energy_flow.core.tensor_pool import TensorPool
 from energy_flow.core.tensors import map_tensors
 from energy_flow.core.tracing import is_traced
-from energy_flow.ops.backend import has_triton
+
+# Forward methods of the classes that were compiled, as they were then.
+_COMPILED: dict[type[nn.Module], Callable[..., Any]] = {}
 
 _Run = Callable[[Tensor, RolloutCall], RolloutResult]
 
@@ -38,17 +41,18 @@ class AutogradEngine:
     """Runs rollouts of any modules.
 
     Args:
-        settings: `chunk` and `compile` matter.
+        settings: `chunk` and `compile` matter. The step is compiled where `compile = true`: what torch.compile makes of
+            other people's modules is theirs to judge.
+        lock: held by every run and replay. A replay puts other tensors into the modules for a while, and no other
+            thread may read them then.
     """
 
-    def __init__(self, settings: RolloutSettings) -> None:
-        self._compile = settings.compile
+    def __init__(self, settings: RolloutSettings, lock: EngineLock) -> None:
+        self._compile = settings.compile is True
+        self._lock = lock
         self._sizes = ChunkSizes(settings.chunk)
-        self._measures = settings.chunk == "auto"
         self._sample_bytes: dict[Hashable, int] = {}
-        self._lock = EngineLock()
 
-    @torch.compiler.disable
     def run(
         self, neuron: nn.Module, carrier: nn.Module, rollout: Rollout, surface: Tensor, call: RolloutCall
     ) -> RolloutResult:
@@ -65,29 +69,33 @@ class AutogradEngine:
         """
         modules = (neuron, carrier)
         traced = is_traced(surface)
-        step = compiled_step() if not traced and self._compiles(modules, surface) else step_modules
+        step = compiled_step() if not traced and self._compiles(modules) else step_modules
 
         def run(part: Tensor, own: RolloutCall) -> RolloutResult:
             return rollout.run(part, AutogradStepper(neuron, carrier, own, step), own, TensorPool())
 
         if traced:
             return run(surface, call)
-        # A replay puts other tensors into the modules for a while: no other thread may read them then.
-        with self._lock:
-            return self._sizes.within_memory(
-                len(surface),
-                surface.device,
-                kind=(torch.is_grad_enabled(), self._kind(modules, surface, rollout)),
-                bytes_per_sample=lambda: self._bytes_per_sample(modules, run, rollout, surface, call),
-                held=lambda: 0,
-                release=lambda: None,
-                attempt=lambda chunk: self._chunks(modules, run, surface, call, chunk),
-            )
+        return self._sizes.within_memory(
+            len(surface),
+            surface.device,
+            kind=(torch.is_grad_enabled(), self._kind(modules, surface, rollout)),
+            bytes_per_sample=lambda: self._bytes_per_sample(modules, run, rollout, surface, call),
+            held=lambda: 0,
+            release=lambda: None,
+            attempt=lambda chunk: self._chunks(modules, run, surface, call, chunk),
+        )
 
-    def _compiles(self, modules: tuple[nn.Module, ...], surface: Tensor) -> bool:
-        """Whether to compile the step. Compiled code doesn't notice a hook that comes later, so hooks rule it out."""
-        wanted = surface.is_cuda and has_triton() if self._compile == "auto" else self._compile
-        return wanted and not any(has_hook(part) for module in modules for part in module.modules())
+    def _compiles(self, modules: tuple[nn.Module, ...]) -> bool:
+        """Whether to compile the step.
+
+        Compiled code doesn't notice a hook, or another forward method of a class, that comes after it was compiled.
+        """
+        if not self._compile:
+            return False
+        parts = [part for module in modules for part in module.modules()]
+        same = all(_COMPILED.setdefault(type(part), type(part).forward) is type(part).forward for part in parts)
+        return same and not any(has_hook(part) for part in parts)
 
     def _chunks(
         self, modules: tuple[nn.Module, ...], run: _Run, surface: Tensor, call: RolloutCall, chunk: int

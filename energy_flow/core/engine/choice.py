@@ -25,7 +25,8 @@ _KNOWN: dict[type[nn.Module], set[str]] = {
     nn.GRUCell: _CELL,
     GRUCell: _CELL,
 }
-_FORWARDS = {kind: kind.forward for kind in _KNOWN}
+# Their own methods, as they are when this module is imported.
+_METHODS = [(kind, name, method) for kind in _KNOWN for name, method in vars(kind).items() if callable(method)]
 _HOOKS = {
     "_forward_hooks": "a forward hook",
     "_forward_pre_hooks": "a forward pre-hook",
@@ -50,6 +51,11 @@ def tape_obstacle(neuron: nn.Module, carrier: nn.Module, lattice: nn.Module, sur
         reason = _changed(part)
         if reason is not None:
             return f"processor.{name} {reason}"
+    replaced = next(
+        (f"{kind.__name__}.{name}" for kind, name, method in _METHODS if vars(kind).get(name) is not method), None
+    )
+    if replaced is not None:
+        return f"{replaced} was replaced"
     return _unlike_sizes(neuron, carrier) or _mixed(neuron, carrier, surface)
 
 
@@ -107,8 +113,9 @@ def _changed(part: nn.Module) -> str | None:
     if hook is not None:
         return f"has {hook}"
     kind, own = type(part), vars(part)
-    if "forward" in own or kind.forward is not _FORWARDS.get(kind):
-        return "has a forward method of its own"
+    patched = [name for name in own if callable(getattr(kind, name, None))]
+    if patched:
+        return f"has a {patched[0]} of its own"
     names = {name for name, value in part._parameters.items() if value is not None}
     if names != _KNOWN.get(kind, set()):
         return f"has the parameters {', '.join(sorted(names)) or 'none'} instead of {', '.join(sorted(_KNOWN[kind]))}"
@@ -122,17 +129,30 @@ def _unlike_sizes(neuron: nn.Module, carrier: nn.Module) -> str | None:
     """Sizes that only the modules themselves can explain."""
     neuron, carrier = cast(SimpleNeuron, neuron), cast(EnergyCarrier, carrier)
     first, second = cast(nn.Linear, neuron.network[0]), cast(nn.Linear, neuron.network[2])
-    heads = (carrier.energy_head, carrier.displacement_head)
-    size, inputs = carrier.hidden_size, second.out_features + heads[0].out_features
-    wanted = [inputs] + [size] * (len(carrier.cells) - 1)
-    cells = [(cell.weight_ih.shape, cell.weight_hh.shape) for cell in cast(list[nn.GRUCell], carrier.cells)]
+    energy, direction = carrier.energy_head, carrier.displacement_head
+    size, features, energy_dim = carrier.hidden_size, second.weight.shape[0], energy.weight.shape[0]
+    wanted = [(features + energy_dim, size)] + [(size, size)] * (len(carrier.cells) - 1)
+    cells = [(cell.weight_ih.shape[1], cell.weight_hh.shape[1]) for cell in cast(list[nn.GRUCell], carrier.cells)]
     fits = (
-        cells == [((3 * size, width), (3 * size, size)) for width in wanted]
-        and all(head.weight.shape == (head.out_features, size) for head in heads)
-        and (heads[1].out_features, first.weight.shape[1]) == (3, 3 + heads[0].out_features)
+        cells == wanted
+        and all(_is_whole(layer) for layer in (first, second, energy, direction, *carrier.cells))
+        and energy.weight.shape[1] == size
+        and direction.weight.shape == (3, size)
+        and first.weight.shape[1] == 3 + energy_dim
         and second.weight.shape[1] == first.weight.shape[0]
     )
     return None if fits else "the sizes of processor.neuron and processor.carrier don't fit together"
+
+
+def _is_whole(layer: nn.Module) -> bool:
+    """Whether the weights of a layer have the sizes that the layer says."""
+    if isinstance(layer, nn.Linear):
+        outputs = layer.out_features
+        return layer.weight.shape == (outputs, layer.in_features) and layer.bias.shape == (outputs,)
+    assert isinstance(layer, nn.GRUCell)
+    gates, size = 3 * layer.hidden_size, layer.hidden_size
+    inputs = layer.weight_ih.shape == (gates, layer.input_size)
+    return inputs and layer.weight_hh.shape == (gates, size) and layer.bias_ih.shape == layer.bias_hh.shape == (gates,)
 
 
 def _mixed(neuron: nn.Module, carrier: nn.Module, surface: Tensor) -> str | None:

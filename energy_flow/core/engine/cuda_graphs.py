@@ -164,6 +164,5 @@ def _own_copy(values: _Record) -> _Record:
 
 
 def _launch(replay: _Replay, values: Any) -> None:
-    for fixed, value in zip(tensors_of(replay.inputs), tensors_of(values), strict=True):
-        fixed.copy_(value)
+    torch._foreach_copy_(tensors_of(replay.inputs), tensors_of(values))
     replay.graph.replay()

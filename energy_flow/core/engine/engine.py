@@ -67,15 +67,16 @@ class TapeEngine:
 
     Args:
         settings: how rollouts are computed.
+        lock: held by every call, as the buffers serve one batch at a time.
     """
 
-    def __init__(self, settings: RolloutSettings) -> None:
+    def __init__(self, settings: RolloutSettings, lock: EngineLock) -> None:
         self._settings = settings
+        self._lock = lock
         self._sizes = ChunkSizes(settings.chunk)
         self._activity = Activity()
         self._taped: _Taped | None = None
         self._graphs = GraphCache()
-        self._lock = EngineLock()
         self._pool = TensorPool()
         self._pool.dependants.append(self._graphs)  # graphs write to fixed addresses
 
@@ -83,7 +84,6 @@ class TapeEngine:
         # A copy of a model, e.g. for weight averaging, starts without a tape.
         return self.__dict__ | {"_taped": None, "_activity": Activity()}
 
-    @torch.compiler.disable
     def run(
         self, neuron: SimpleNeuron, carrier: EnergyCarrier, rollout: Rollout, surface: Tensor, call: RolloutCall
     ) -> RolloutResult:
@@ -216,7 +216,7 @@ class TapeEngine:
         if not wanted or call.keep_paths:
             return None
         modes = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-        inputs = surface.shape, surface.dtype, call.noisy, call.sample_ids is None
+        inputs = surface.device, surface.shape, surface.dtype, call.noisy, call.sample_ids is None
         rules = rollout.key, call.rule.residual_energy
         weights = tuple(value.shape for value in tensors_of(job.weights)), job.weights.trained
         return inputs, job.plan, keep, torch.is_inference_mode_enabled(), modes, rules, weights
@@ -282,7 +282,6 @@ class _TapedRollout(torch.autograd.Function):
         with without_autocast(surface.device):
             result = engine.forward(surface.detach(), job)
         ctx.engine, ctx.job = engine, job
-        ctx.trained = [value.requires_grad for value in parameters]
         ctx.save_for_backward(surface)  # so torch raises if it changes before the backward pass
         results.append(result)
         return result.flows.position, result.flows.energy
@@ -296,8 +295,7 @@ class _TapedRollout(torch.autograd.Function):
         (surface,) = ctx.saved_tensors
         with without_autocast(surface.device):
             grad_surface, gradients = ctx.engine.backward(surface.detach(), ctx.job, grad_position, grad_energy)
-        trained = zip(gradients, ctx.trained, strict=True)
-        return None, None, None, grad_surface, *(gradient if wanted else None for gradient, wanted in trained)
+        return None, None, None, grad_surface, *gradients
 
 
 # Functions, not methods: the engine keeps them with a tape, and must not keep itself alive.

@@ -13,7 +13,8 @@ class Snapshot:
     """The state of modules: copies of their tensors and generators, and which other attributes they had.
 
     A tensor that stands in several places, such as a tied weight, is copied once. A copy needs a gradient where its
-    original does, so autograd saves the same tensors with either. Lists, tuples and dicts are copied to a depth of one.
+    original does, so autograd saves the same tensors with either. Lists, tuples, dicts and sets are
+    copied; other objects, such as a deque, are shared.
 
     Args:
         modules: with all their submodules.
@@ -57,8 +58,12 @@ def _set_attributes(part: nn.Module, attributes: dict[str, Any]) -> None:
 
 
 def _shallow(value: Any) -> Any:
-    """A container of its own for the same entries."""
-    return type(value)(value) if type(value) in (list, tuple, dict, OrderedDict, set) else value
+    """Containers of their own, at any depth, for the same entries."""
+    if type(value) in (list, tuple):
+        return type(value)(_shallow(entry) for entry in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((name, _shallow(entry)) for name, entry in value.items())
+    return set(value) if type(value) is set else value
 
 
 def _leaves(value: Any) -> Iterator[Tensor | torch.Generator]:

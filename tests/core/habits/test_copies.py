@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.local_field import LocalFieldNeuron
 from energy_flow.errors import ConfigError
 from energy_flow.training.module import EnergyFlowModule
 from tests.core.habits.helpers import (
@@ -140,6 +141,22 @@ def test_averaged_buffers_are_refused(way: str, average: str) -> None:
     assert float(module.displacement_scale()) == float(processor.displacement_scale())
 
 
+@pytest.mark.parametrize("num_steps", range(1, 9))
+def test_averaged_buffers_are_refused_after_any_number_of_steps(num_steps: int) -> None:
+    """A copy counts the versions of its tensors anew: no number of steps before it hides the average."""
+    processor = processor_of(EVERY["autograd"])
+    for step in range(num_steps):
+        processor.set_optimizer_step(step)
+    averaged = AveragedModel(processor, use_buffers=True)
+    embedding, rows = inputs_of()
+    for step in range(num_steps, num_steps + 9):
+        averaged.update_parameters(processor)
+        processor.set_optimizer_step(step)
+        averaged.update_parameters(processor)
+        with pytest.raises(ConfigError, match="optimizer_step was averaged"):
+            averaged.module.eval()(embedding, rows)
+
+
 class StepsSeen(pl.Callback):
     """Keeps the optimiser steps that the model believes in and those that were taken, in every validation."""
 
@@ -215,6 +232,15 @@ def test_threads_with_an_own_part(way: str) -> None:
     """The same with a carrier of one's own."""
     processor = processor_of(GENERIC[way])
     processor.carrier = filled(OwnCarrier())
+    threads_agree(processor)
+
+
+@pytest.mark.parametrize("way", GENERIC)
+def test_threads_with_a_sensing_neuron(way: str) -> None:
+    """The same with a neuron that reads the surface before the first step."""
+    processor = processor_of(GENERIC[way])
+    sizes = {"energy_dim": 2, "features": 4, "width": 3, "height": 2, "channels": 2}
+    processor.neuron = filled(LocalFieldNeuron(**sizes, kernel_size=3, num_layers=2))
     threads_agree(processor)
 
 

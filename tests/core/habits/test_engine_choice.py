@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from energy_flow.core.energy_carrier import EnergyCarrier
 from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow.core.rollout import RolloutSettings
 from energy_flow.errors import ConfigError
@@ -190,3 +191,36 @@ def test_chunks_of_the_modules(chunk: str | int | None) -> None:
     """`rollout.chunk` is a setting of engine autograd, too."""
     settings = RolloutSettings.automatic().model_dump() | {"engine": "autograd", "chunk": chunk}
     assert read(RolloutSettings, settings, "rollout").chunk == chunk
+
+
+def test_a_patched_method_leaves_the_tape() -> None:
+    """A method of the carrier other than `forward`, patched on the object or on the class, counts as well."""
+    processor = processor_of({"engine": "tape"})
+    processor.carrier.heads = lambda hidden: hidden[..., :5]
+    with pytest.raises(ConfigError, match=r"processor\.carrier has a heads of its own"):
+        processor(*inputs_of())
+
+
+def test_a_class_that_is_patched_leaves_the_tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = processor_of({"engine": "tape"})
+    recur = EnergyCarrier.recur
+    monkeypatch.setattr(EnergyCarrier, "recur", lambda self, inputs, hidden: recur(self, 2 * inputs, hidden))
+    with pytest.raises(ConfigError, match=r"EnergyCarrier\.recur was replaced"):
+        processor(*inputs_of())
+
+
+def test_weights_of_other_sizes_leave_the_tape() -> None:
+    """A layer whose weights don't have the sizes that it says."""
+    processor = processor_of({"engine": "tape"})
+    layer = processor.neuron.network[2]
+    layer.weight, layer.bias = nn.Parameter(layer.weight[:2].detach()), nn.Parameter(layer.bias[:2].detach())
+    with pytest.raises(ConfigError, match=r"the sizes of processor\.neuron and processor\.carrier don't fit"):
+        processor(*inputs_of())
+
+
+def test_settings_without_effect_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Settings of the tape have no effect on other parts; the message says so."""
+    processor = processor_of({"engine": "auto", "recompute": True})
+    replace_carrier(processor)
+    processor(*inputs_of())
+    assert "rollout.recompute = true has no effect then" in caplog.text

@@ -282,3 +282,13 @@ def test_the_case_is_calm() -> None:
     """No flow of the low-precision tests reaches a plane."""
     output = processor_of({"engine": "autograd"}, CALM)(CALM.embedding())
     assert bool(output.landings.projected.all())
+
+
+@pytest.mark.parametrize("way", EVERY)
+def test_made_in_inference_mode(way: str) -> None:
+    """A model that is made and run in inference mode, whose tensors count no changes."""
+    with torch.inference_mode():
+        processor = processor_of(EVERY[way], CALM).eval()
+        output = processor(CALM.embedding().detach())
+    expected = processor_of(EVERY[way], CALM).eval()(CALM.embedding().detach())
+    torch.testing.assert_close(output.embedding, expected.embedding.detach(), rtol=0, atol=0)
