@@ -39,7 +39,7 @@ LIMIT = "arithmetic at the rate of"
 PRODUCT = "product"
 KINDS = {
     EAGER: "plain autograd",
-    "any parts": "parts of one's own",
+    "any parts": "engine for any parts",
     "": "a user's own loop",
     TAPE: "tape",
     LIMIT: "arithmetic alone",
