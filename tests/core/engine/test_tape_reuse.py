@@ -163,7 +163,10 @@ STEP_WEIGHTS = ("neuron", "carrier")
 def test_weights_changed_before_the_backward_pass_do_not_change_the_gradients(
     way: dict[str, Any], name: str, expected: Any
 ) -> None:
-    """Also biases, of which autograd itself would not need the old values: a replay does. The next batch has the new."""
+    """Also biases, of which autograd itself would not need the old values: a replay does.
+
+    The next batch has the new values.
+    """
     processor = processor_of(CASE, way)
     embedding, output = run(processor, 0)
     with torch.no_grad():
