@@ -1,6 +1,7 @@
 """The method of the earlier code base: one Python object per flow, loops, dictionaries, `.item()`, a stack per group.
 
-This is the "before" side of `benchmark=report`, slow on purpose; nothing else imports it. It follows the performance
+This is the "before" side of `benchmark=report`, slow on purpose; nothing else imports it. It has its own cells and
+statuses: a fault in those of the framework must show as a difference. It follows the performance
 analysis: a list comprehension finds completed flows, a dictionary groups them by coordinate, a loop aggregates group
 by group with new tensors, and flows are deleted one by one.
 
@@ -14,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from energy_flow.core.flow_processor import FlowProcessor
-from energy_flow.core.geometry import cell_centres
-from energy_flow.core.tensorized_flow_storage import FlowStatus
 
-ACTIVE, REACHED, PROJECTED = FlowStatus.ACTIVE, FlowStatus.REACHED, FlowStatus.PROJECTED
+ACTIVE, REACHED, PROJECTED, REMOVED = "active", "reached", "projected", "removed"
 Cell = tuple[int, int, int]  # sample, x, y
 
 
@@ -30,7 +29,7 @@ class ListFlow:
     energy: Tensor  # [E]
     hidden: list[Tensor]  # L tensors [H]
     steps: int = 0
-    status: int = ACTIVE
+    status: str = ACTIVE
 
 
 Flows = dict[int, ListFlow]  # by id
@@ -118,17 +117,23 @@ def forward(processor: FlowProcessor, embedding: Tensor) -> Tensor:
 
 def _place(surface: Tensor, processor: FlowProcessor) -> Flows:
     """Place one flow per cell of a surface [B, S, E], in the middle plane."""
-    centres = cell_centres(processor.settings.width, processor.settings.height, surface.dtype, surface.device)
+    width, height = processor.settings.width, processor.settings.height
     flows: Flows = {}
     for sample in range(surface.shape[0]):
-        for cell, centre in enumerate(centres):
-            flows[len(flows)] = ListFlow(
-                sample=sample,
-                position=torch.cat([centre, centre.new_zeros(1)]),
-                energy=surface[sample, cell],
-                hidden=[surface.new_zeros(processor.model.hidden_size) for _ in range(processor.model.num_layers)],
-            )
+        for y in range(height):
+            for x in range(width):
+                flows[len(flows)] = ListFlow(
+                    sample=sample,
+                    position=surface.new_tensor([_centre(x, width), _centre(y, height), 0.0]),
+                    energy=surface[sample, y * width + x],
+                    hidden=[surface.new_zeros(processor.model.hidden_size) for _ in range(processor.model.num_layers)],
+                )
     return flows
+
+
+def _centre(cell: int, num_cells: int) -> float:
+    """Return the normalised coordinate of a cell's centre."""
+    return 2 * cell / (num_cells - 1) - 1 if num_cells > 1 else 0.0
 
 
 def _step(flow: ListFlow, processor: FlowProcessor, scale: Tensor) -> None:

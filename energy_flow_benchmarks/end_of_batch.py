@@ -1,5 +1,7 @@
 """Both sides of `benchmark=report` at the end of one batch: the earlier method and the present one."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from energy_flow.core.energy_lattice import Deposits, EnergyLattice
-from energy_flow.core.flow_processor import FlowProcessor
+from energy_flow.core.flow_processor import FlowOutput, FlowProcessor
 from energy_flow.core.networks import ModelSettings
 from energy_flow.core.tensorized_flow_storage import FlowStatus
 from energy_flow_benchmarks import before
@@ -22,7 +24,7 @@ from energy_flow_benchmarks.flows import (
     report_lattice,
     under_way,
 )
-from energy_flow_benchmarks.measure import Effort, Prepared, Work, measure, peak_memory, ready, require_near
+from energy_flow_benchmarks.measure import Effort, Prepared, Work, measure, peak_memory, ready, require_within
 from energy_flow_benchmarks.workload import settings_of
 
 BEFORE, NOW = "before", "now"
@@ -32,6 +34,15 @@ DEPTH = 40
 TOLERANCE = 1e-5  # float32 sums over the few members of a group, in another order
 
 Groups = dict[before.Cell, list[before.ListFlow]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One case by both sides; `check` raises RuntimeError if their results differ."""
+
+    before: Work
+    now: Work
+    check: Callable[[Any, Any], None]
 
 
 class EndOfBatch:
@@ -52,9 +63,9 @@ class EndOfBatch:
             RuntimeError: the results differ.
         """
         rows: list[Row] = []
-        for case, works in self.cases().items():
-            self.check(case, *(ready(work)() for work in works))
-            builds = {side: lambda work=work: work for side, work in zip((BEFORE, NOW), works, strict=True)}
+        for case, pair in self.cases().items():
+            pair.check(ready(pair.before)(), ready(pair.now)())
+            builds = {side: lambda work=work: work for side, work in ((BEFORE, pair.before), (NOW, pair.now))}
             found = measure(builds, self.device, effort)
             times = {side: Measured(one.seconds) for side, one in found.items()}
             rows += rows_of("report", case, self.num_flows, times, BEFORE)
@@ -66,43 +77,50 @@ class EndOfBatch:
         peaks = {side: Measured(None, peak_memory(work, self.device)) for side, work in sides.items()}
         return rows + rows_of("report", MEMORY, self.num_flows, peaks)
 
-    def cases(self) -> dict[str, tuple[Work, Work]]:
-        """Return the work of every case: by the earlier method, by the present one."""
+    def cases(self) -> dict[str, Pair]:
+        """Return the work of every case."""
         flows, moving = self.flows, under_way(self.flows)
         listed, tensors = as_list(flows), as_tensors(flows)
-        works: tuple[tuple[Work, Work], ...] = (
-            (partial(self._collect_before, listed), partial(self._collect_now, tensors)),
-            (
+        pairs = (
+            Pair(
+                partial(self._collect_before, listed),
+                partial(self._collect_now, tensors),
+                partial(self._require_same_cells, listed),
+            ),
+            Pair(
                 partial(self._aggregate_before, self._collect_before(listed)),
                 partial(self._aggregate_now, self._collect_now(tensors)),
+                partial(require_within, "aggregation: now", limit=TOLERANCE),
             ),
-            (
+            Pair(
                 Prepared(lambda: as_list(flows), lambda listed: before.cleanup(listed, self.device)),
-                Prepared(self._processor, lambda processor: processor.cleanup_memory_safe()),
+                Prepared(self._processor, lambda processor: (processor.cleanup_memory_safe(), processor.last_output)),
+                _require_both_empty,
             ),
-            (partial(before.select_active, as_list(moving)), partial(_select_active, as_tensors(moving))),
-            (
+            Pair(
+                partial(before.select_active, as_list(moving)),
+                partial(_select_active, as_tensors(moving)),
+                _require_same_active,
+            ),
+            Pair(
                 Prepared(lambda: as_list(flows), self._end_before),
                 Prepared(lambda: (as_tensors(flows), self._processor()), lambda made: self._end_now(*made)),
+                partial(require_within, "end of batch: now", limit=TOLERANCE),
             ),
         )
-        return dict(zip(TIME_CASES, works, strict=True))
+        return dict(zip(TIME_CASES, pairs, strict=True))
 
-    def check(self, case: str, old: Any, new: Any) -> None:
-        """Compare the results of both sides.
-
-        Raises:
-            RuntimeError: they differ.
-        """
-        if case == "cleanup":
-            if old or not new:
-                raise RuntimeError(f"cleanup: {old} flows left before, {new} bytes freed now")
-            return
-        if case == "collection":  # energies are random, so groups with other members have other averages
-            old, new = self._aggregate_before(old), self._aggregate_now(new)
-        elif case == "data processing":
-            old, new = torch.cat(old, dim=1), torch.cat(new, dim=1)
-        require_near(f"{case}: now", old, new, TOLERANCE, scale=1.0)
+    def _require_same_cells(self, flows: before.Flows, groups: Groups, deposits: Deposits) -> None:
+        """Compare the cell of every flow; -1: it did not land."""
+        cell_of = {id(flow): cell for cell, members in groups.items() for flow in members}
+        cells = torch.full((len(flows),), -1)
+        for index, flow in enumerate(flows.values()):
+            if id(flow) in cell_of:
+                sample, x, y = cell_of[id(flow)]
+                cells[index] = (sample * self.settings.height + y) * self.settings.width + x
+        found = torch.where(deposits.weights[:, 0] > 0, deposits.keys[:, 0], -1)
+        if not torch.equal(cells, found.cpu()):
+            raise RuntimeError("collection: the two sides found different landings or cells")
 
     def _collect_before(self, flows: before.Flows) -> Groups:
         return before.collect(flows, self.settings.width, self.settings.height)
@@ -141,3 +159,15 @@ def _select_active(flows: TensorFlows) -> tuple[Tensor, Tensor]:
     """Return positions [A, 3] and energies [A, E] of the active flows. The rollout itself needs the mask alone."""
     active = flows.storage.status == FlowStatus.ACTIVE
     return flows.storage.state.position[active], flows.storage.state.energy[active]
+
+
+def _require_both_empty(left: int, now: tuple[int, FlowOutput | None]) -> None:
+    freed, output = now
+    if left or not freed or output is not None:
+        kept = "no output" if output is None else "the last output"
+        raise RuntimeError(f"cleanup: {left} flows left before; {freed} bytes freed and {kept} kept now")
+
+
+def _require_same_active(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
+    for name, left, right in zip(("positions", "energies"), old, new, strict=True):
+        require_within(f"data processing: {name}", left, right, limit=0.0)

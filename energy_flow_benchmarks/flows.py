@@ -14,6 +14,12 @@ from energy_flow_benchmarks import before
 from energy_flow_benchmarks.workload import settings_of
 
 EMBEDDING_DIM = 8
+NAMES = {
+    FlowStatus.ACTIVE: before.ACTIVE,
+    FlowStatus.REACHED: before.REACHED,
+    FlowStatus.PROJECTED: before.PROJECTED,
+    FlowStatus.REMOVED: before.REMOVED,
+}
 
 
 class FlowTensors(NamedTuple):
@@ -85,7 +91,7 @@ def as_list(flows: FlowTensors) -> before.Flows:
                 energy=flows.energy[sample, slot].clone().requires_grad_(),
                 hidden=[flows.hidden[sample, slot].clone()],
                 steps=steps[sample][slot],
-                status=status[sample][slot],
+                status=NAMES[status[sample][slot]],
             )
     return listed
 

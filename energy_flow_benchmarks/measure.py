@@ -143,14 +143,28 @@ def require_near(what: str, expected: Tensor, found: Tensor, tolerance: float, s
     Raises:
         RuntimeError: they do not, or their shapes differ; names the result, `what`.
     """
-    if expected.shape != found.shape:
-        raise RuntimeError(f"{what} has shape {list(found.shape)}, the reference {list(expected.shape)}")
-    largest = expected.detach().abs().max().clamp(min=scale)
-    difference = float((expected - found).detach().abs().max() / largest)
+    difference = _difference(what, expected, found) / max(scale, float(expected.detach().abs().max()))
     if not difference <= tolerance:
         raise RuntimeError(
             f"{what} differs from the reference by {difference:.3g} of the largest entry, allowed {tolerance:g}"
         )
+
+
+def require_within(what: str, expected: Tensor, found: Tensor, limit: float) -> None:
+    """Check that two results agree: max |expected - found| <= limit; 0: they are equal.
+
+    Raises:
+        RuntimeError: they do not, or their shapes differ; names the result, `what`.
+    """
+    difference = _difference(what, expected, found)
+    if not difference <= limit:
+        raise RuntimeError(f"{what} differs from the reference by {difference:.3g}, allowed {limit:g}")
+
+
+def _difference(what: str, expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        raise RuntimeError(f"{what} has shape {list(found.shape)}, the reference {list(expected.shape)}")
+    return float((expected - found).detach().abs().max())
 
 
 def free(device: torch.device) -> None:
@@ -191,13 +205,15 @@ def _median_seconds(work: Work, device: torch.device, min_seconds: float, clock:
     """Time runs until `min_seconds` have passed, at least one. As in timeit, no garbage is collected meanwhile."""
     taken: list[float] = []
     gc.collect()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         begin = clock()
         while not taken or clock() - begin < min_seconds:
             taken.append(_seconds(ready(work), device, clock))
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
     return statistics.median(taken)
 
 

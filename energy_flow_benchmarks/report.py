@@ -21,7 +21,7 @@ from energy_flow_benchmarks.end_of_batch import BEFORE, MEMORY, NOW, TIME_CASES,
 from energy_flow_benchmarks.figures import BYTES, SECONDS, Panel, figure_of_panels
 from energy_flow_benchmarks.findings import Findings, Grid, Measured, Row, find, rows_of, sizes_of
 from energy_flow_benchmarks.flows import EMBEDDING_DIM, plane_of, report_lattice
-from energy_flow_benchmarks.measure import Count, Effort, measure, require_near
+from energy_flow_benchmarks.measure import Count, Effort, measure, require_within
 from energy_flow_benchmarks.workload import settings_of
 
 CURVE_LIMIT = 1e-8  # float64 rounding, amplified by the optimiser steps
@@ -203,7 +203,7 @@ def _training_rows(settings: ReportSettings, num_flows: int, device: torch.devic
     lattice = report_lattice(width, height, depth=6)
     sizes = (settings.energy_dim, settings.hidden_size)
     sides = {side: training_step(side, lattice, *sizes, device, seed) for side in (BEFORE, NOW)}
-    require_near(f"{STEP}: loss", sides[BEFORE](), sides[NOW](), TOLERANCE, scale=1.0)
+    require_within(f"{STEP}: loss", sides[BEFORE](), sides[NOW](), TOLERANCE)
     builds = {side: lambda step=step: step for side, step in sides.items()}
     return rows_of("report", STEP, num_flows, measure(builds, device, settings), BEFORE)
 

@@ -60,7 +60,7 @@ def picture(rows: list[Row]) -> Figure:
 
 def _measure(workload: Workload, batch: int, own: ScalingOnDevice) -> list[Row]:
     builds = {
-        EAGER: workload.step(batch, own.dtype, engine="autograd", compile=False),
+        EAGER: workload.step(batch, own.dtype, engine="autograd", chunk=None, compile=False),
         TAPE: workload.step(batch, own.dtype, engine="tape"),
         LEAN: workload.step(batch, own.dtype, engine="tape", recompute=True),
     }

@@ -225,7 +225,7 @@ def _expected(workload: Workload, batch: int, dtype: Dtype) -> Tensor:
     Raises:
         RuntimeError: flows ended early, so that there is less arithmetic than the shares assume.
     """
-    processor = workload.processor(engine="autograd", compile=False)
+    processor = workload.processor(engine="autograd", chunk=None, compile=False)
     with torch.no_grad(), autocast(dtype, workload.device):
         output = processor(workload.batch(batch)[0])
     active = float(output.statistics["active_share"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
 
 from energy_flow.checkpoints.lightning_loops import is_fitting
 
@@ -16,17 +17,29 @@ TRAINED = "current_model_state"
 STEPS = "processor.optimizer_step"
 
 
-def correct_saved(checkpoint: dict[str, Any], module: LightningModule, *, validating: bool) -> None:
+def copy_weights(module: LightningModule) -> list[Tensor]:
+    """Copies of all weights before a callback may swap them; nothing without such a callback."""
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        return []
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def are_swapped(module: LightningModule, copies: list[Tensor]) -> bool:
+    """Whether the weights differ from those copies: a subclass of the callback may swap, or leave it out."""
+    return any(not torch.equal(*pair) for pair in zip(copies, module.parameters(), strict=False))
+
+
+def correct_saved(checkpoint: dict[str, Any], *, swapped: bool) -> None:
     """Correct a checkpoint that is about to be written.
 
     Args:
         checkpoint: after the hooks of all callbacks; changed in place.
-        module: the module that is trained.
-        validating: whether an epoch of validation runs.
+        swapped: whether the module has the averages at the moment, and the callback the trained weights.
     """
     if TRAINED not in checkpoint:
         return
-    if validating and any(_swaps(callback) for callback in module.trainer.callbacks):  # type: ignore[attr-defined]
+    if swapped:
         checkpoint["state_dict"], checkpoint[TRAINED] = checkpoint[TRAINED], checkpoint["state_dict"]
     _set_steps(checkpoint)
 
@@ -47,8 +60,3 @@ def _set_steps(checkpoint: dict[str, Any]) -> None:
     for section in ("state_dict", TRAINED):
         # A new tensor: the checkpoint shares the old one with a model.
         checkpoint[section] = {**checkpoint[section], STEPS: torch.tensor(checkpoint.get("global_step", 0))}
-
-
-def _swaps(callback: Any) -> bool:
-    start = WeightAveraging.on_validation_epoch_start
-    return isinstance(callback, WeightAveraging) and type(callback).on_validation_epoch_start is start

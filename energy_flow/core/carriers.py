@@ -182,7 +182,7 @@ class AttentionCarrier(HeadedCarrier):
         ConfigError: H isn't a multiple of `num_heads`.
     """
 
-    def __init__(self, *, features: Count, energy_dim: Count, hidden_size: Count, num_heads: Count = 4) -> None:
+    def __init__(self, *, features: Count, energy_dim: Count, hidden_size: Count, num_heads: Count) -> None:
         super().__init__(energy_dim, hidden_size)
         if num_heads < 1 or hidden_size % num_heads != 0:
             raise ConfigError(

@@ -13,7 +13,8 @@ class ReflectPad(nn.Module):
     """Continue planes [B, C, H, W] beyond their borders by reflection: c b | a b c | b a.
 
     The border cells stand once, because a flow is reflected at their centres. Planes of any size work, so a single
-    cell is repeated. The gradient is deterministic on every device; torch's own reflection isn't on a GPU.
+    cell is repeated. On a GPU the bits of the gradient can differ from run to run, unless
+    `torch.use_deterministic_algorithms(True)`, which torch's own reflection refuses there.
 
     Args:
         cells: cells to add on every side.

@@ -39,8 +39,8 @@ class LocalFieldNeuron(nn.Module):
         width: Count,
         height: Count,
         channels: Count,
-        kernel_size: Count = 3,
-        num_layers: Count = 2,
+        kernel_size: Count,
+        num_layers: Count,
     ) -> None:
         super().__init__()
         self.width, self.height = width, height
@@ -90,7 +90,8 @@ def read_field(field: Tensor, xy: Tensor, width: int, height: int) -> Tensor:
     """Read a field bilinearly at some places.
 
     `torch.nn.functional.grid_sample` has other gradients at the last cell, where its left cell is the last one, not
-    the last but one; and on a GPU its gradients differ from run to run.
+    the last but one; and on a GPU it refuses deterministic algorithms. Here several flows read one cell, so on a GPU
+    the bits of the field's gradient can differ from run to run, unless `torch.use_deterministic_algorithms(True)`.
 
     Args:
         field: [B, S, C].

@@ -36,8 +36,8 @@ class ConvMapIn(nn.Module):
         width: Count,
         height: Count,
         energy_dim: Count,
+        kernel_size: Count,
         hidden: Count | None = None,
-        kernel_size: Count = 3,
     ) -> None:
         super().__init__()
         channels = image_channels(embedding_dim, width, height)
@@ -77,8 +77,8 @@ class ConvMapOut(nn.Module):
         width: Count,
         height: Count,
         energy_dim: Count,
+        kernel_size: Count,
         hidden: Count | None = None,
-        kernel_size: Count = 3,
     ) -> None:
         super().__init__()
         channels = image_channels(embedding_dim, width, height)

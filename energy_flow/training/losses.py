@@ -41,7 +41,7 @@ class LossSettings(Settings):
                 raise ValueError(
                     f"loss.terms.{name}: must be a name of letters, digits and _, and none of {', '.join(_TAKEN)}"
                 )
-            weight = 1.0 if section is None else section.get("weight", 1.0)
+            weight = _weight_of(section or {})
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not (is_number and 0 <= weight < math.inf):
                 raise ValueError(f"loss.terms.{name}.weight = {weight!r}: must be a finite number of at least 0")
@@ -81,7 +81,12 @@ class LossSettings(Settings):
     def term_weights(self) -> dict[str, float]:
         """The weight of each term of one's own, by its name."""
         sections = (self.terms or {}).items()
-        return {name: float(section.get("weight", 1.0)) for name, section in sections if section is not None}
+        return {name: float(_weight_of(section)) for name, section in sections if section is not None}
+
+
+def _weight_of(section: Mapping[str, Any]) -> Any:
+    """The weight of a term of one's own: as its section sets it, or 1."""
+    return section.get("weight", 1.0)
 
 
 class Temperature(nn.Module):
@@ -104,6 +109,10 @@ class Candidates:
 
     directions: Tensor  # [G, D], of unit length
     own: Tensor  # int64 [B]: index of each prediction's own target
+
+    def __post_init__(self) -> None:
+        if self.directions.dim() != 2 or self.own.dim() != 1:
+            raise ValueError(f"directions {list(self.directions.shape)} must be [G, D], own {list(self.own.shape)} [B]")
 
     @classmethod
     def of_rows(cls, targets: Tensor, start: int, count: int) -> Self:

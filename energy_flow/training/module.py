@@ -104,7 +104,9 @@ class EnergyFlowModule(pl.LightningModule):
         self.latest_loss: float | None = None
         self._scalars = DelayedScalars()
         self.scores: EpochScores | None = None
-        self._validating, self._steps_before = False, 0  # optimiser steps at the start of a validation
+        # At the start of a validation: optimiser steps, and weights if a callback averages them.
+        self._steps_before, self._weights_before = 0, list[Tensor]()
+        self._swapped = False  # whether the module has the averages, in a validation
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
@@ -190,7 +192,7 @@ class EnergyFlowModule(pl.LightningModule):
     def on_train_start(self) -> None:
         self.guard.start()
         self._set_steps()
-        self._validating = False
+        self._swapped = False
         self.fingerprint = getattr(self.trainer.datamodule, "fingerprint", {})  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -208,10 +210,12 @@ class EnergyFlowModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         self._steps_before = int(self.processor.optimizer_step)
+        self._weights_before = weight_averaging.copy_weights(self)
 
     def on_validation_epoch_start(self) -> None:
         self.processor.set_optimizer_step(self._steps_before)  # a callback may have swapped in averages of all buffers
-        self._validating = True
+        self._swapped = weight_averaging.are_swapped(self, self._weights_before)
+        self._weights_before = []
         self.scores = EpochScores(self.loss, self.temperature())
 
     def on_test_epoch_start(self) -> None:
@@ -224,7 +228,7 @@ class EnergyFlowModule(pl.LightningModule):
         self._evaluation_step(batch, "test")
 
     def on_validation_epoch_end(self) -> None:
-        self._validating = False
+        self._swapped = False
         self._log_metrics("val", "the validation data")
 
     def on_test_epoch_end(self) -> None:
@@ -257,7 +261,7 @@ class EnergyFlowModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A callback may save before `on_train_batch_end` ran. The checkpoint shares this tensor with the module.
         self._set_steps()
-        weight_averaging.correct_saved(checkpoint, self, validating=self._validating)
+        weight_averaging.correct_saved(checkpoint, swapped=self._swapped)
         checkpoint[checkpoints.KEY] = checkpoints.provenance(self.run_config, self.processor.dim, self.fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

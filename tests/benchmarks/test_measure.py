@@ -12,7 +12,7 @@ import torch
 from energy_flow_benchmarks import measure as measuring
 from energy_flow_benchmarks.findings import Measured
 from energy_flow_benchmarks.machine import describe_machine
-from energy_flow_benchmarks.measure import Effort, Prepared, measure, peak_memory, require_near
+from energy_flow_benchmarks.measure import Effort, Prepared, measure, peak_memory, require_near, require_within
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -112,6 +112,15 @@ def test_the_garbage_collector_is_off_during_a_turn() -> None:
     assert gc.isenabled()
 
 
+def test_a_garbage_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        measure({"it": lambda: lambda: None}, CPU, ONCE)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["as it is", "behind another error"])
 def test_out_of_memory_is_a_result(inside: bool) -> None:
     built = []
@@ -154,6 +163,22 @@ def test_results_that_differ_are_refused(wrong: torch.Tensor, message: str) -> N
     require_near("it", right, right + 0.01, 0.01)
     with pytest.raises(RuntimeError, match=message):
         require_near("it", right, wrong, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(2), r"it has shape \[2\], the reference \[3\]"),
+        (torch.tensor([100.0, 2.0, 3.1]), "it differs from the reference by 0.1, allowed 0.01"),
+        (torch.full((3,), torch.nan), "it differs from the reference by nan"),
+    ],
+)
+def test_results_that_differ_by_more_than_a_limit_are_refused(wrong: torch.Tensor, message: str) -> None:
+    right = torch.tensor([100.0, 2.0, 3.0])
+    require_within("it", right, right + 0.005, 0.01)
+    require_within("it", right, right.clone(), 0.0)
+    with pytest.raises(RuntimeError, match=message):
+        require_within("it", right, wrong, 0.01)
 
 
 def test_a_rate_needs_a_time() -> None:

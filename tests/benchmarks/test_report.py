@@ -49,9 +49,9 @@ def test_both_sides_give_the_same(num_flows: int, seed: int) -> None:
     batch = batch_of(num_flows, seed)
     cases = batch.cases()
     assert tuple(cases) == end_of_batch.TIME_CASES
-    for case, (old, new) in cases.items():
-        batch.check(case, ready(old)(), ready(new)())
-    surface = ready(cases["end of batch"][1])()
+    for pair in cases.values():
+        pair.check(ready(pair.before)(), ready(pair.now)())
+    surface = ready(cases["end of batch"].now)()
     assert surface.shape == (4, num_flows // 4, 2)
     assert surface.requires_grad, "training collects with a graph"
     assert surface.any()
@@ -75,8 +75,8 @@ def test_both_sides_give_the_same_gradients() -> None:
 def test_every_kind_of_flow_is_there() -> None:
     batch = batch_of(400)
     states = [flow.status for flow in as_list(batch.flows).values()]
-    assert {FlowStatus.REACHED, FlowStatus.PROJECTED, FlowStatus.REMOVED} == set(states)
-    assert states.count(FlowStatus.REMOVED) < 60
+    assert {before.REACHED, before.PROJECTED, before.REMOVED} == set(states)
+    assert states.count(before.REMOVED) < 60
     moving = under_way(batch.flows)
     assert int((moving.status == FlowStatus.ACTIVE).sum()) == states.count(before.PROJECTED)
     reached = batch.flows.position[..., 2].abs() == 1
@@ -94,19 +94,64 @@ def test_the_list_version_leaves_active_flows_alone() -> None:
 @pytest.mark.parametrize("case", ["collection", "aggregation", "data processing", "end of batch"])
 def test_a_difference_between_the_sides_is_found(case: str) -> None:
     batch = batch_of()
-    old = ready(batch.cases()[case][0])()
+    pair = batch.cases()[case]
+    old = ready(pair.before)()
     batch.flows = finished_flows(4, batch.settings, 2, 3, CPU, seed=99)
-    new = ready(batch.cases()[case][1])()
+    new = ready(batch.cases()[case].now)()
     with pytest.raises(RuntimeError, match=case):
-        batch.check(case, old, new)
+        pair.check(old, new)
+
+
+def test_two_flows_in_exchanged_cells_are_found() -> None:
+    """The cell of every flow counts: the energies are equal, so no average differs."""
+    batch = batch_of()
+    batch.flows = batch.flows._replace(energy=torch.ones_like(batch.flows.energy))
+    pair = batch.cases()["collection"]
+    old, deposits = ready(pair.before)(), ready(pair.now)()
+    pair.check(old, deposits)
+    first, *others = (deposits.weights[:, 0] > 0).nonzero()[:, 0].tolist()
+    second = next(flow for flow in others if deposits.keys[flow, 0] != deposits.keys[first, 0])
+    deposits.keys[[first, second]] = deposits.keys[[second, first]]
+    with pytest.raises(RuntimeError, match="collection: the two sides found different landings or cells"):
+        pair.check(old, deposits)
+
+
+@pytest.mark.parametrize(
+    ("case", "allowed", "refused"),
+    [("aggregation", 9e-6, 2e-5), ("end of batch", 9e-6, 2e-5), ("data processing", 0, 1e-4)],
+)
+def test_the_tolerance_is_absolute(case: str, allowed: float, refused: float) -> None:
+    """Results far above 1 get no wider limit; active flows must be equal."""
+    pair = batch_of().cases()[case]
+    result = torch.full((2, 3), 100.0, dtype=torch.float64)
+
+    def outcome(value: torch.Tensor) -> Any:
+        return (value, value) if case == "data processing" else value
+
+    pair.check(outcome(result), outcome(result + allowed))
+    with pytest.raises(RuntimeError, match=f"{case}: .* differs from the reference by"):
+        pair.check(outcome(result), outcome(result + refused))
+
+
+def test_a_training_step_of_another_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"before": torch.tensor(100.0), "now": torch.tensor(100.0001)}
+    monkeypatch.setattr(report, "training_step", lambda side, *_: lambda: losses[side])
+    with pytest.raises(RuntimeError, match="training step: loss differs from the reference by"):
+        report._training_rows(tiny(), 8, CPU, 1)
 
 
 def test_a_cleanup_that_frees_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FlowProcessor, "cleanup_memory_safe", lambda self: 0)
-    batch = batch_of()
-    old, new = batch.cases()["cleanup"]
-    with pytest.raises(RuntimeError, match="cleanup: 0 flows left before, 0 bytes freed now"):
-        batch.check("cleanup", ready(old)(), ready(new)())
+    pair = batch_of().cases()["cleanup"]
+    with pytest.raises(RuntimeError, match="cleanup: 0 flows left before; 0 bytes freed and the last output kept now"):
+        pair.check(ready(pair.before)(), ready(pair.now)())
+
+
+def test_a_cleanup_that_keeps_the_last_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlowProcessor, "cleanup_memory_safe", lambda self: 8)
+    pair = batch_of().cases()["cleanup"]
+    with pytest.raises(RuntimeError, match="8 bytes freed and the last output kept now"):
+        pair.check(ready(pair.before)(), ready(pair.now)())
 
 
 @pytest.mark.parametrize(("num_flows", "plane"), [(125, (25, 5)), (2500, (50, 50)), (6250, (125, 50)), (7, (7, 1))])
@@ -187,6 +232,12 @@ def test_figures_say_how_much_less_or_more() -> None:
     assert impact.columns[:3] == ("line of the analysis", "expected", "1,000 flows")
     rows = [replace(row, seconds=None) for row in rows]
     assert report.impact_grid(rows, 0).lines[0][2] == "not measured"
+
+
+def test_the_earlier_version_takes_only_parameters_from_the_framework() -> None:
+    text = (ROOT / "energy_flow_benchmarks" / "before.py").read_text()
+    imports = re.findall(r"^\s*(?:from|import) (energy_flow\S*.*)$", text, re.MULTILINE)
+    assert imports == ["energy_flow.core.flow_processor import FlowProcessor"]
 
 
 def test_nothing_else_imports_the_earlier_version() -> None:

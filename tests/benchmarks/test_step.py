@@ -1,5 +1,6 @@
 """The plain PyTorch loop equals the framework, differences are found, and shares count the arithmetic of all steps."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
-from energy_flow_benchmarks import step, user_step
+from energy_flow_benchmarks import scaling, step, user_step
 from energy_flow_benchmarks.findings import Row
 from energy_flow_benchmarks.step import StepSettings, check, steps_of, usable_dtypes
 from energy_flow_benchmarks.user_step import Recurrence, UserModel, gru_of, parameters_of
@@ -101,6 +102,25 @@ def test_bf16_needs_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_dtypes(["float32"], CPU) == (["float32"], [])
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert usable_dtypes(["float32", "bfloat16"], CPU) == (["float32", "bfloat16"], [])
+
+
+def test_references_are_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference and the eager variants run in one piece and uncompiled, also where a setting `auto` chooses."""
+    asked: list[dict[str, Any]] = []
+    build = Workload.processor
+
+    def recording(self: Workload, **rollout: Any) -> Any:
+        asked.append(rollout)
+        return build(self, **rollout)
+
+    monkeypatch.setattr(Workload, "processor", recording)
+    of = workload().where_no_flow_ends()
+    step._expected(of, 2, "float32")
+    steps_of(of, 2, "float32")[step.EAGER]()
+    monkeypatch.setattr(scaling, "measure", lambda builds, *_: builds[scaling.EAGER]() and {})
+    with suppress(KeyError):  # nothing was measured
+        scaling._measure(of, 2, scaling.ScalingOnDevice(batches=[2], dtype="float32", repeats=1, min_seconds=0.0))
+    assert asked == [{"engine": "autograd", "chunk": None, "compile": False}] * 3
 
 
 def test_flows_that_end_early_end_the_benchmark() -> None:

@@ -21,7 +21,13 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def map_of(kind: type[nn.Module], width: int, height: int, **changes: int | None) -> nn.Module:
-    sizes = {"embedding_dim": CHANNELS * width * height, "energy_dim": ENERGIES, "hidden": 4, **changes}
+    sizes = {
+        "embedding_dim": CHANNELS * width * height,
+        "energy_dim": ENERGIES,
+        "hidden": 4,
+        "kernel_size": 3,
+        **changes,
+    }
     mapper = kind(width=width, height=height, **sizes).double()
     fill_parameters(mapper, seed=1, displacement=1.0)
     return mapper
@@ -99,7 +105,7 @@ def test_autocast(kind: type[nn.Module]) -> None:
 @every_kind
 def test_the_embedding_must_be_an_image(kind: type[nn.Module]) -> None:
     with pytest.raises(ConfigError) as error:
-        kind(embedding_dim=768, width=20, height=20, energy_dim=1)
+        kind(embedding_dim=768, width=20, height=20, energy_dim=1, kernel_size=3)
     assert str(error.value) == (
         "lattice.width x lattice.height = 20 x 20 = 400: a map by convolution reads an embedding as an image with one "
         "pixel per cell, so its 768 numbers must be a multiple of 400. Set lattice.width and lattice.height to the "

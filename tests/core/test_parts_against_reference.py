@@ -13,10 +13,15 @@ CARRIERS = {
     "mlp": {"_target_": "energy_flow.core.carriers.MLPCarrier", "hidden_size": 5, "num_layers": 2},
     "attention": {"_target_": "energy_flow.core.carriers.AttentionCarrier", "hidden_size": 6, "num_heads": 2},
 }
-LOCAL_FIELD = {"_target_": "energy_flow.core.local_field.LocalFieldNeuron", "channels": 3}
+LOCAL_FIELD = {
+    "_target_": "energy_flow.core.local_field.LocalFieldNeuron",
+    "channels": 3,
+    "kernel_size": 3,
+    "num_layers": 2,
+}
 CONV = {
-    "map_in": {"_target_": "energy_flow.core.maps.ConvMapIn", "hidden": 3},
-    "map_out": {"_target_": "energy_flow.core.maps.ConvMapOut", "hidden": 3},
+    "map_in": {"_target_": "energy_flow.core.maps.ConvMapIn", "hidden": 3, "kernel_size": 3},
+    "map_out": {"_target_": "energy_flow.core.maps.ConvMapOut", "hidden": 3, "kernel_size": 3},
 }
 AGGREGATIONS = ["SoftmaxAggregation", "MeanAggregation", "SumAggregation"]
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from energy_flow.core.convolution import ReflectPad, planes_to_surface
+from energy_flow.core.local_field import read_field
 from tests.core.test_parts_against_reference import AGGREGATIONS, CARRIERS, CONV, LOCAL_FIELD, SPAWN
 from tests.helpers import Case, assert_near, gradients
 
@@ -40,6 +42,26 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(carrier: str, aggregation: str) -> N
     actual, expected = run(case, "cuda"), run(case, "cpu")
     for name, value in expected.items():
         assert_near(actual[name], value, 1e-9, name)
+
+
+def test_deterministic_algorithms_give_the_same_bits_of_a_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million flows read 12 cells: without a fixed order the sums of their gradients vary in the last bits."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    generator = torch.Generator("cuda").manual_seed(1)
+    plane = torch.randn(1, 3, 3, 4, device="cuda", generator=generator, requires_grad=True)
+    xy = 2 * torch.rand(1, 1_000_000, 2, device="cuda", generator=generator) - 1
+    cotangent = torch.randn(1, 1_000_000, 3, device="cuda", generator=generator)
+
+    def gradient() -> Tensor:
+        padded = ReflectPad(1)(plane)[..., 1:-1, 1:-1]
+        return torch.autograd.grad(read_field(planes_to_surface(padded), xy, 4, 3), plane, cotangent)[0]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (gradient() for _ in range(5))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

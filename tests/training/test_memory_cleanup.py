@@ -196,11 +196,15 @@ def test_the_count_survives_a_resume(world: World) -> None:
         (
             0,
             0.5,
-            r"callbacks\.memory_cleanup\.interval = 0: should be greater than or equal to 1; callbacks",
+            r"callbacks\.memory_cleanup\.interval = 0: should be greater than or equal to 1; 50 training batches",
         ),
         (True, 0.5, r"callbacks\.memory_cleanup\.interval = true"),
         (1.5, 0.5, r"callbacks\.memory_cleanup\.interval = 1\.5"),
-        (1, 0.0, r"callbacks\.memory_cleanup\.threshold = 0\.0: should be greater than 0; .* share .*Lower it"),
+        (
+            1,
+            0.0,
+            r"callbacks\.memory_cleanup\.threshold = 0\.0: should be greater than 0; .* share .* \(0, 2/3\].*Lower it",
+        ),
         (1, 0.67, r"callbacks\.memory_cleanup\.threshold = 0\.67"),
         (1, float("nan"), r"callbacks\.memory_cleanup\.threshold = nan"),
     ],

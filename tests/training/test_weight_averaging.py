@@ -34,9 +34,31 @@ class Stop(pl.Callback):
         trainer.should_stop = trainer.current_epoch == 1
 
 
-def fit(folder: Path, *callbacks: pl.Callback, ckpt_path: Path | None = None, max_epochs: int = 2) -> pl.Trainer:
+class Overriding(EMAWeightAveraging):
+    """Swaps in a hook of its own."""
+
+    def on_validation_epoch_start(self, *arguments: Any) -> None:
+        super().on_validation_epoch_start(*arguments)
+
+
+class NotSwapping(EMAWeightAveraging):
+    """Validates the trained weights."""
+
+    def on_validation_epoch_start(self, *_: Any) -> None:
+        pass
+
+    on_validation_epoch_end = on_validation_epoch_start
+
+
+def fit(
+    folder: Path,
+    *callbacks: pl.Callback,
+    ckpt_path: Path | None = None,
+    max_epochs: int = 2,
+    kind: type[EMAWeightAveraging] = EMAWeightAveraging,
+) -> pl.Trainer:
     last = ModelCheckpoint(folder, "last", enable_version_counter=False)
-    averaging = EMAWeightAveraging(decay=0.7)
+    averaging = kind(decay=0.7)
     trainer = make_trainer(averaging, last, *callbacks, max_epochs=max_epochs, enable_checkpointing=True)
     module = make_module(SLOW, "loss.learn_temperature=true")
     trainer.fit(module, make_loader(24), make_loader(8), ckpt_path=ckpt_path, weights_only=True)
@@ -101,10 +123,11 @@ def test_a_run_resumes_exactly(tmp_path: Path) -> None:
     assert_equal(second[TRAINED], whole[TRAINED])
 
 
-def test_a_checkpoint_in_a_validation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [EMAWeightAveraging, Overriding, NotSwapping])
+def test_a_checkpoint_in_a_validation(tmp_path: Path, kind: type[EMAWeightAveraging]) -> None:
     """Lightning has swapped the weights then; the checkpoint has each set in its own place."""
     path = tmp_path / "within.ckpt"
-    fit(tmp_path, SaveInValidation(path))
+    fit(tmp_path, SaveInValidation(path), kind=kind)
     within, after = read(path), read(tmp_path / "last.ckpt")
     assert within["global_step"] == after["global_step"]
     assert_equal(within["state_dict"], after["state_dict"])

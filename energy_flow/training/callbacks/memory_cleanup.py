@@ -100,7 +100,11 @@ class MemoryCleanup(Callback):
     @checked_arguments("callbacks.memory_cleanup")
     def __init__(
         self,
-        interval: Annotated[int, Field(ge=1), Remedy("callbacks.memory_cleanup=null removes the callback")],
+        interval: Annotated[
+            int,
+            Field(ge=1),
+            Remedy("50 training batches are a good start, callbacks.memory_cleanup=null removes the callback"),
+        ],
         threshold: Annotated[
             float,
             Field(gt=0, le=1 / RAISE),
