@@ -104,8 +104,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.latest_loss: float | None = None
         self._scalars = DelayedScalars()
         self.scores: EpochScores | None = None
-        # Of a validation: optimiser steps and weights before it, and whether a callback has swapped in averages.
-        self._steps_before, self._weights_before, self._swapped = 0, list[Tensor](), False
+        self._steps_before, self._weights_before, self._swapped = 0, list[Tensor](), False  # by `on_validation_start`
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
