@@ -187,7 +187,13 @@ def test_limits_of_an_annotated_argument(tmp_path: Path) -> None:
     ]
 
 
-def test_a_class_that_cannot_be_imported_does_not_end_the_help(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, "class Own(:\n", "import nowhere_else\n", "raise RuntimeError('broken')\n"])
+def test_a_class_that_cannot_be_imported_does_not_end_the_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "nowhere.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "model" / "carrier").mkdir(parents=True)
     (tmp_path / "model" / "carrier" / "own.yaml").write_text("# Mine.\n_target_: nowhere.Own\nsize: 5   # Its size\n")
     program = read_program("train", [tmp_path, CONF])

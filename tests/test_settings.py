@@ -1,5 +1,7 @@
 """Annotations of third-party functions: the resolvable ones are checked."""
 
+from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Optional, Protocol, Union
 
 import pytest
@@ -46,3 +48,28 @@ def test_a_list_of_a_config_stands_for_a_tuple() -> None:
     check_arguments(of_pairs, {"pair": [1, 2], "many": [1, 2, 3]}, "key")
     with pytest.raises(ConfigError, match=r"key\.pair = \[1, 'a'\]"):
         check_arguments(of_pairs, {"pair": [1, "a"]}, "key")
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "good", "bad"),
+    [
+        (Path, "folder/file", 3),
+        (Path | None, None, 3),
+        (Colour, "red", "blue"),
+        (set[int], [1, 2], [1, "a"]),
+        (list[tuple[int, int]], [[1, 2], [3, 4]], [[1, 2], [3]]),
+        (dict[str, tuple[int, ...]] | list[tuple[str, float]], [["a", 1.0]], [["a"]]),
+    ],
+)
+def test_types_that_a_config_writes_as_text_and_lists(annotation: Any, good: Any, bad: Any) -> None:
+    def of_any(value: Any) -> None:
+        """Third-party code."""
+
+    of_any.__annotations__["value"] = annotation
+    check_arguments(of_any, {"value": good}, "key")
+    with pytest.raises(ConfigError, match=r"^key\.value = "):
+        check_arguments(of_any, {"value": bad}, "key")

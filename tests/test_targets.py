@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from energy_flow import targets
@@ -162,3 +163,20 @@ def test_annotations_that_only_a_type_checker_resolves(folder: Path) -> None:
         build({**entry, "offline": 3}, "logger.x")
     with pytest.raises(ConfigError, match=r"logger\.x\.betas = \[0\.9\]: should be a valid tuple"):
         build({**entry, "betas": [0.9]}, "logger.x")
+
+
+@pytest.mark.usefixtures("_own")
+def test_errors_of_a_constructor(folder: Path) -> None:
+    """Their type is named: the message of a KeyError is a name alone. Too little memory is no fault of a config."""
+    (folder / "failing.py").write_text(
+        "import torch\n"
+        "def missing(): return {}['width']\n"
+        "def memory(): raise MemoryError('host')\n"
+        "def device_memory(): raise torch.OutOfMemoryError('device')\n"
+    )
+    with pytest.raises(ConfigError, match=r"^x: KeyError: 'width'$"):
+        build({"_target_": "failing.missing"}, "x")
+    with pytest.raises(MemoryError, match="host"):
+        build({"_target_": "failing.memory"}, "x")
+    with pytest.raises(torch.OutOfMemoryError, match="device"):
+        build({"_target_": "failing.device_memory"}, "x")

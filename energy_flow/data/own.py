@@ -46,7 +46,11 @@ class OwnData:
         return self._has("test_dataloader")
 
     def setup(self, stage: str) -> None:
-        """Prepare the loaders. Lightning does it once more, so both methods of the module must bear a second call."""
+        """Prepare the loaders. Lightning does it once more, so both methods of the module must bear a second call.
+
+        Every process calls `prepare_data` here, and several may do so at once: there is no process group yet, so none
+        of them could wait for another.
+        """
         self.loaders.prepare_data()
         self.loaders.setup(stage)
         loader = self.loaders.val_dataloader()

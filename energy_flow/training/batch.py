@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from energy_flow.core.parts import SensingNeuron
 from energy_flow.errors import ConfigError
 
 Batch = Mapping[str, Tensor] | tuple[Tensor, Tensor] | list[Tensor]
@@ -23,8 +24,12 @@ class UnpackedBatch:
 
     @property
     def context(self) -> dict[str, Tensor]:
-        """The further entries that are tensors [B, ...]: a neuron with a method `sense` gets them."""
-        return context_of(self.others, len(self.source))
+        """The further entries that are tensors [B, ...]."""
+        return _of_samples(self.others, len(self.source))
+
+    def context_for(self, neuron: Any) -> dict[str, Tensor]:
+        """The context of this batch for a neuron, see `context_for`."""
+        return context_for(neuron, self.others, len(self.source))
 
     def entries(self) -> dict[str, Any]:
         """All entries by name, for loss terms of one's own."""
@@ -53,8 +58,26 @@ def unpack_batch(batch: Batch, dtype: torch.dtype) -> UnpackedBatch:
 _NAMED = ("source", "target", "row")
 
 
-def context_of(entries: Mapping[str, Any], num_samples: int) -> dict[str, Tensor]:
-    """The entries other than source, target and row that are tensors [num_samples, ...]."""
+def context_for(neuron: Any, entries: Mapping[str, Any], num_samples: int) -> dict[str, Tensor]:
+    """The entries other than source, target and row that are tensors [num_samples, ...], for the method `sense`.
+
+    Raises:
+        ConfigError: the neuron has this method, and a tensor has another length. In a batch of just this length the
+            neuron would get it.
+    """
+    context = _of_samples(entries, num_samples)
+    if isinstance(neuron, SensingNeuron):
+        for name, value in entries.items():
+            if name not in _NAMED and name not in context and isinstance(value, Tensor) and value.ndim > 0:
+                raise ConfigError(
+                    f"batch entry {name!r} has shape {list(value.shape)}, in a batch of {num_samples} samples: "
+                    "model.neuron has a method sense, which gets all tensors of a batch, so each must have one row per "
+                    "sample. Give the entry such rows, or keep it outside of the batch, such as in a buffer"
+                )
+    return context
+
+
+def _of_samples(entries: Mapping[str, Any], num_samples: int) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in entries.items()

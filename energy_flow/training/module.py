@@ -22,7 +22,7 @@ from energy_flow.core.timing import PhaseTimer
 from energy_flow.data.samples import Samples
 from energy_flow.errors import ConfigError
 from energy_flow.settings import read
-from energy_flow.training.batch import Batch, UnpackedBatch, context_of, convert, unpack_batch
+from energy_flow.training.batch import Batch, UnpackedBatch, context_for, convert, unpack_batch
 from energy_flow.training.callbacks.scalars import is_logging_batch, log_scalars
 from energy_flow.training.epoch_scores import EpochScores
 from energy_flow.training.losses import (
@@ -104,9 +104,7 @@ class EnergyFlowModule(pl.LightningModule):
         self.latest_loss: float | None = None
         self._scalars = DelayedScalars()
         self.scores: EpochScores | None = None
-        # At the start of a validation: optimiser steps, and weights if a callback averages them.
-        self._steps_before, self._weights_before = 0, list[Tensor]()
-        self._swapped = False  # whether the module has the averages, in a validation
+        self._steps_before, self._weights_before, self._swapped = 0, list[Tensor](), False  # by `on_validation_start`
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dim: int) -> Self:
@@ -144,7 +142,7 @@ class EnergyFlowModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         unpacked = self._unpack(batch)
-        output = self(unpacked.source, unpacked.rows, context=unpacked.context)
+        output = self(unpacked.source, unpacked.rows, context=unpacked.context_for(self.processor.neuron))
         self._faults.put(output.faults)
         losses = self._losses(output, unpacked)
         loss = weighted(losses, self.loss)
@@ -214,8 +212,7 @@ class EnergyFlowModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.processor.set_optimizer_step(self._steps_before)  # a callback may have swapped in averages of all buffers
-        self._swapped = weight_averaging.are_swapped(self, self._weights_before)
-        self._weights_before = []
+        self._swapped, self._weights_before = weight_averaging.are_swapped(self, self._weights_before), []
         self.scores = EpochScores(self.loss, self.temperature())
 
     def on_test_epoch_start(self) -> None:
@@ -244,7 +241,7 @@ class EnergyFlowModule(pl.LightningModule):
         entries = batch if isinstance(batch, Mapping) else {"source": batch if isinstance(batch, Tensor) else batch[0]}
         entries = {name: convert(value, self.processor.dtype) for name, value in entries.items()}
         source = entries["source"].to(self.processor.dtype)
-        output = self(source, context=context_of(entries, len(source)))
+        output = self(source, context=context_for(self.processor.neuron, entries, len(source)))
         self._faults.put(output.faults, entries.get("row"))
         self._faults.raise_all()
         return output.embedding
@@ -259,8 +256,7 @@ class EnergyFlowModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # A callback may save before `on_train_batch_end` ran. The checkpoint shares this tensor with the module.
-        self._set_steps()
+        self._set_steps()  # a callback may save before `on_train_batch_end`; the checkpoint shares this tensor
         weight_averaging.correct_saved(checkpoint, swapped=self._swapped)
         checkpoint[checkpoints.KEY] = checkpoints.provenance(self.run_config, self.processor.dim, self.fingerprint)
 
@@ -311,7 +307,7 @@ class EnergyFlowModule(pl.LightningModule):
         """Run an evaluation batch and keep its outputs for the metrics of the epoch."""
         unpacked = self._unpack(batch)
         target, rows = unpacked.target, unpacked.rows
-        output = self(unpacked.source, rows, context=unpacked.context)
+        output = self(unpacked.source, rows, context=unpacked.context_for(self.processor.neuron))
         self._faults.put(output.faults, rows)
         assert self.scores is not None
         terms = self.terms(output, unpacked.entries())

@@ -1,5 +1,6 @@
 """The arguments of the module, the written provenance and a whole checkpoint agree with the one schema."""
 
+import errno
 import inspect
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from energy_flow.checkpoints import format as checkpoints
 from energy_flow.checkpoints.archive import read_archive
 from energy_flow.checkpoints.format import Contents, HyperParameters, Provenance
 from energy_flow.errors import CheckpointError
+from energy_flow.runs.resume import newest_valid
 from energy_flow.training.module import EnergyFlowModule
 from tests.checkpoints.test_strangers import ARCHIVES, saved
 
@@ -67,3 +69,37 @@ def test_no_step_is_read_from_a_corrupt_file(tmp_path: Path, valid: dict[str, An
         path.write_bytes(corrupt)
         with pytest.raises(checkpoints.CorruptCheckpointError):
             checkpoints.read_step(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), CheckpointError),
+        (OSError(errno.EIO, "Input/output error"), CheckpointError),
+        (MemoryError("too large"), MemoryError),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_not_corrupt(
+    tmp_path: Path, valid: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[Exception]
+) -> None:
+    """So `resume=auto` doesn't continue from the older checkpoint beside it."""
+    newest, older = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    for path in (newest, older):
+        path.write_bytes(saved({**valid, "global_step": 12}))
+
+    def read(path: Path, *, outline: bool = False) -> Any:
+        if path == newest:
+            raise error
+        return read_archive(path, outline=outline)
+
+    monkeypatch.setattr(checkpoints, "read_archive", read)
+    for use in (checkpoints.load, checkpoints.corruption, lambda path: newest_valid(path.parent)):
+        with pytest.raises(raised) as caught:
+            use(newest)
+        assert not isinstance(caught.value, checkpoints.CorruptCheckpointError)
+        assert raised is MemoryError or "last.ckpt: can't be read: " in str(caught.value)
+    monkeypatch.setattr(checkpoints, "read_archive", read_archive)
+    newest.write_bytes(b"corrupt")
+    found = newest_valid(tmp_path)
+    assert found is not None
+    assert found.path == older, "or the first half couldn't fail"

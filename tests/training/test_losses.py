@@ -121,6 +121,12 @@ def test_candidates_in_any_order_and_number() -> None:
     assert loss.item() == pytest.approx(sum(one_by_one) / 3, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(("shape", "own"), [((7,), (3,)), ((7, 4, 1), (3,)), ((7, 4), (3, 1)), ((7, 4), ())])
+def test_candidates_of_another_shape(shape: tuple[int, ...], own: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must be \[G, D\], own .* \[B\]"):
+        Candidates(torch.zeros(shape), torch.zeros(own, dtype=torch.int64))
+
+
 def test_the_temperature_gets_a_gradient() -> None:
     prediction, target = numbers(4, 3, seed=16), numbers(4, 3, seed=17)
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

@@ -42,6 +42,13 @@ class Rates(Callback):
         self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
+class Stop(Callback):
+    """Ends a run after four batches."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 4
+
+
 def fit(module: EnergyFlowModule, *callbacks: Callback, loader: Any = None, **options: Any) -> Trainer:
     trainer = make_trainer(*callbacks, **{"max_epochs": 2, "limit_val_batches": 0, **options})
     trainer.fit(module, loader or make_loader(24))
@@ -135,6 +142,18 @@ def test_a_schedule_of_a_users_own_gets_the_number_of_steps() -> None:
     assert rates.seen == pytest.approx([0.01] * 3 + [0.005] * 3)
 
 
+def test_a_schedule_that_knows_no_end_in_a_run_without_one() -> None:
+    rates = Rates()
+    module = own_module("SGD", _target_="torch.optim.lr_scheduler.ExponentialLR", gamma=0.5)
+    fit(module, rates, Stop(), max_epochs=-1)
+    assert rates.seen == pytest.approx([0.01 * 0.5**step for step in range(4)])
+
+
+def test_a_schedule_that_needs_an_end_is_refused_in_a_run_without_one() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs = -1: .*Set trainer\.max_epochs or trainer\.max_steps"):
+        fit(own_module("SGD", _target_=f"{OWN}.Halved"), max_epochs=-1)
+
+
 def test_without_a_schedule_the_rate_is_constant() -> None:
     rates = Rates()
     fit(own_module("SGD"), rates)
@@ -152,7 +171,7 @@ def test_the_shipped_option_has_the_schedule_of_adamw() -> None:
 @pytest.mark.parametrize(
     ("name", "schedule", "message"),
     [
-        ("LBFGS", {}, r"optimizer: LBFGS doesn't support per-parameter options"),
+        ("LBFGS", {}, r"optimizer: ValueError: LBFGS doesn't support per-parameter options"),
         (f"{OWN}.Searching", {}, r"optimizer\._target_: Searching computes the loss several times in a step"),
         ("torch.nn.ReLU", {}, r"optimizer\.lr: unknown key"),
         ("Adamm", {}, r"optimizer\._target_ = torch\.optim\.Adamm: there is no such class"),
