@@ -19,8 +19,7 @@ STEPS = "processor.optimizer_step"
 
 def copy_weights(module: LightningModule) -> list[Tensor]:
     """Copies of all weights before a callback may swap them; nothing without such a callback."""
-    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-    if not any(isinstance(callback, WeightAveraging) for callback in callbacks):
+    if not _averages(module):
         return []
     return [parameter.detach().clone() for parameter in module.parameters()]
 
@@ -47,13 +46,20 @@ def correct_saved(checkpoint: dict[str, Any], *, swapped: bool) -> None:
 def correct_loaded(checkpoint: dict[str, Any], module: LightningModule) -> None:
     """Correct a checkpoint that was read, before a callback reads it; changed in place.
 
-    A run that resumes takes the trained weights. Every test takes the averages, as one without the callback does.
+    A run that resumes takes the trained weights, with the callback or without it. Every test takes the averages.
     """
     if TRAINED not in checkpoint:
         return
     _set_steps(checkpoint)
     if not is_fitting(module):
         checkpoint[TRAINED] = checkpoint["state_dict"]
+    elif not _averages(module):
+        checkpoint["state_dict"] = checkpoint[TRAINED]
+
+
+def _averages(module: LightningModule) -> bool:
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, WeightAveraging) for callback in callbacks)
 
 
 def _set_steps(checkpoint: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from energy_flow.errors import ConfigError
+
 # Root mean square of the surface energies before training; tanh is still nearly linear there.
 INITIAL_ENERGY = 0.3
 
@@ -85,6 +87,13 @@ class IdentityIn(nn.Module):
         self.num_cells, self.energy_dim = num_cells, energy_dim
 
     def forward(self, embedding: Tensor) -> Tensor:
+        numbers = self.num_cells * self.energy_dim
+        if embedding.shape[1] != numbers:  # `reshape` would mix samples
+            raise ConfigError(
+                f"model.map_in: embeddings of dimension {embedding.shape[1]} must be surfaces of lattice.width x "
+                f"lattice.height x model.energy_dim = {numbers} numbers. Set the lattice to the size of the data, or "
+                "choose model/map_in=linear"
+            )
         return embedding.reshape(-1, self.num_cells, self.energy_dim)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -83,13 +84,25 @@ def _closest(key: str, config_name: str) -> str:
     names = key.split(".")
     for depth, name in enumerate(names):
         if node is None:  # a part, whose keys its chosen option brings
-            part = "/".join(names[:depth])
-            return f"the option of {part} has no such key, or none is chosen. Choose one: {part}=OPTION"
+            return _in_null(names[:depth], name)
         if not isinstance(node, DictConfig) or name not in node:
             return did_you_mean(name, known - {"_target_"})
         node = node[name]
         known = set(map(str, node)) if isinstance(node, DictConfig) else set()
     return "it is not in the chosen groups"
+
+
+def _in_null(names: list[str], key: str) -> str:
+    """The remedy for a key below a value that is null by default."""
+    part = "/".join(names)
+    options = list(Path(config_dir(), part).glob("*.yaml"))
+    if not options:
+        return f"{'.'.join(names)} has no such key here. Add it with +{'.'.join(names)}.{key}=VALUE"
+    known = {name for path in options for name in yaml.safe_load(path.read_text())} - {"_target_", "defaults"}
+    closest = f"{did_you_mean(key, known)}. " if known else ""
+    return (
+        f"{closest}An option brings its keys: {part}=OPTION. To name a class here, write +{'.'.join(names)}.{key}=VALUE"
+    )
 
 
 def message_lines(error: BaseException) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from energy_flow.errors import ConfigError
+from energy_flow.errors import ConfigError, NotFiniteError
 from energy_flow.runs.instantiate import CONFIG_KEY
 from energy_flow.settings import did_you_mean
 
@@ -30,7 +30,10 @@ class CheckMetrics(Callback):
         self._checked = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if self._checked or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._check_own(trainer)
+        if self._checked:
             return
         self._checked = True
         logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
@@ -39,6 +42,16 @@ class CheckMetrics(Callback):
                 raise ConfigError(
                     f"{key} = {name!r}: the first validation didn't log it. Log it with pl_module.log in every "
                     f"validation, at on_validation_epoch_end at the latest. It logged: {', '.join(logged)}"
+                )
+
+    def _check_own(self, trainer: Trainer) -> None:
+        """Refuse NaN and Inf in a monitored metric of one's own, which would end the training without a word."""
+        for key, name in [("optimized_metric", self._optimized_metric), *_monitored(trainer)]:
+            value = trainer.callback_metrics.get(name)
+            if name.startswith("val/") and name not in VALIDATED and value is not None and not value.isfinite():
+                raise NotFiniteError(
+                    f"{key} = {name!r}: it is {float(value)} at step {trainer.global_step}, and a number that isn't "
+                    "finite picks no checkpoint. Mend the callback that logs it"
                 )
 
 
@@ -58,7 +71,10 @@ def check_monitors(trainer: Trainer, optimized_metric: str, terms: Collection[st
     watched = list(_monitored(trainer))
     for key, name in [*watched, ("optimized_metric", optimized_metric)]:
         if complete and name not in known and name != "train/loss" and not name.startswith("val/flows/"):
-            raise ConfigError(f"{key} = {name!r}: no such metric; {did_you_mean(name, known)}")
+            raise ConfigError(
+                f"{key} = {name!r}: no such metric; {did_you_mean(name, known)}. A metric of your own needs a callback "
+                "of your own that logs it"
+            )
     waiting = {key.removesuffix(".monitor"): name for key, name in watched if name.startswith("val/")}
     if trainer.limit_val_batches == 0 and waiting:
         raise ConfigError(

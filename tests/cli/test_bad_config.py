@@ -21,6 +21,7 @@ UNKNOWN = [
         "there is no such class",
     ),
     ("model.carrier=lstm", "model.carrier = 'lstm'", "give model/carrier=lstm"),
+    ("model.carrier.hiden_size=3", "model.carrier.hiden_size", "mean hidden_size?"),
     ("model.carrier.hidden_size=3", "model.carrier.hidden_size", "model/carrier=OPTION"),
     ("model/carrier=lsmt", "model/carrier = lsmt", "did you mean lstm?"),
     ("+data.x=1", "data.x", "known: batch_size"),

@@ -175,6 +175,20 @@ def test_a_metric_that_never_came(own: Program) -> None:
     assert "Traceback" not in outcome.err
 
 
+def test_a_metric_that_is_not_finite(own: Program) -> None:
+    """Early stopping would end the run at it without a word."""
+    (own.folder / "own_nan.py").write_text(
+        "from lightning.pytorch import Callback\n\n\nclass Nan(Callback):\n"
+        "    def on_validation_epoch_end(self, trainer, pl_module):\n"
+        "        pl_module.log('val/own', float('nan'))\n"
+    )
+    words = ("optimized_metric=val/own", "optimized_mode=min", "+callbacks.own._target_=own_nan.Nan")
+    outcome = train(own, *words)
+    assert outcome.code == 1
+    assert "= 'val/own': it is nan at step" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from energy_flow.core.embedding_mapper import IdentityIn
 from energy_flow.core.flow_processor import FlowProcessor
 from energy_flow.errors import ConfigError
 from tests.helpers import fill_parameters, lattice_settings, model_settings
@@ -62,3 +63,12 @@ def test_data_and_settings_that_do_not_fit(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         FlowProcessor(dim, lattice_settings(**settings), model_settings(**{"maps": "identity", **model}), seed=1)
+
+
+def test_embeddings_of_another_size_are_refused() -> None:
+    """Where the map is an option of its own; `reshape` would mix samples, and then complain about their number."""
+    map_in = IdentityIn(6, 1)
+    with pytest.raises(
+        ConfigError, match=r"model\.map_in: embeddings of dimension 12 .* = 6 numbers"
+    ):
+        map_in(torch.zeros(2, 12))

@@ -114,6 +114,25 @@ def test_a_validation_has_the_temperature_of_its_weights(tmp_path: Path) -> None
     assert validated == pytest.approx(tested, rel=1e-6)
 
 
+def test_a_run_resumes_without_the_callback_from_the_trained_weights(tmp_path: Path) -> None:
+    fit(tmp_path)
+    saved = read(tmp_path / "last.ckpt")
+    seen: dict[str, Tensor] = {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.update({name: value.detach().clone() for name, value in pl_module.state_dict().items()})
+
+    trainer = make_trainer(Look(), max_epochs=3)
+    trainer.fit(
+        make_module(SLOW, "loss.learn_temperature=true"),
+        make_loader(24),
+        ckpt_path=tmp_path / "last.ckpt",
+        weights_only=True,
+    )
+    assert_equal(seen, saved[TRAINED])
+
+
 def test_a_run_resumes_exactly(tmp_path: Path) -> None:
     fit(tmp_path / "whole", max_epochs=4)
     fit(tmp_path / "first", Stop(), max_epochs=4)

@@ -77,7 +77,7 @@ class Engines:
                 return self.tape.run(cast(SimpleNeuron, neuron), cast(EnergyCarrier, carrier), rollout, surface, call)
             if settings.engine == "tape":
                 raise ConfigError(
-                    f"rollout.engine = tape: {obstacle}, and the tape knows only the shipped parts as they are. Set "
+                    f"rollout.engine = tape: {obstacle}, and the tape knows only the default parts as they are. Set "
                     "rollout.engine=auto"
                 )
             self._say(obstacle, settings)
@@ -100,7 +100,7 @@ class Engines:
             unused = [key for key in ("recompute", "compaction", "cuda_graph") if getattr(settings, key) is True]
             log.warning(
                 "rollout.engine = auto: %s. So the modules run as they are, which is right for any part, and slower "
-                "than the fused step of the shipped parts (see docs/performance.md)%s",
+                "than the fused step of the default parts (see docs/performance.md)%s",
                 obstacle,
                 "".join(f". rollout.{key} = true has no effect then" for key in unused),
             )
