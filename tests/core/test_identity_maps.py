@@ -68,7 +68,5 @@ def test_data_and_settings_that_do_not_fit(
 def test_embeddings_of_another_size_are_refused() -> None:
     """Where the map is an option of its own; `reshape` would mix samples, and then complain about their number."""
     map_in = IdentityIn(6, 1)
-    with pytest.raises(
-        ConfigError, match=r"model\.map_in: embeddings of dimension 12 .* = 6 numbers"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.map_in: embeddings of dimension 12 .* = 6 numbers"):
         map_in(torch.zeros(2, 12))
