@@ -1,5 +1,6 @@
 """Settings of all tests: one thread, a GPU only with `-m gpu`, fixed seeds, a fast hypothesis profile."""
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for programs that tests start
@@ -25,3 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_not_searched() -> None:
+    """Keep the garbage collector to new objects: libraries bring millions, and tests collect often."""
+    gc.collect()
+    gc.freeze()

@@ -1,10 +1,12 @@
 """Annotations check the arguments of callbacks, in Python and in a config."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import pytest
 from pydantic import Field
 
+from energy_flow import targets
 from energy_flow.errors import ConfigError
 from energy_flow.runs.instantiate import build_callbacks
 from energy_flow.settings import Remedy, check_arguments
@@ -29,6 +31,13 @@ SECTIONS = {
     LastCheckpoint: "last_checkpoint",
     StopOnBadSteps: "bad_steps",
 }
+
+
+@pytest.fixture(autouse=True)
+def _own_config() -> Iterator[None]:
+    """Callbacks are built of the user's own config alone."""
+    with targets.from_user():
+        yield
 
 
 @pytest.mark.parametrize(("callback", "good", "name", "value", "limit", "remedy"), WRONG)

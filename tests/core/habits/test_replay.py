@@ -1,7 +1,7 @@
 """Between forward and backward: values changed, a second backward, random numbers and buffers in replayed chunks."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -127,41 +127,6 @@ def test_own_part_changed_before_backward(way: str) -> None:
     processor = processor_of(GENERIC[way])
     processor.carrier = filled(OwnCarrier())
     right_or_torch_refuses(processor, lambda processor, embedding, output: disturb(processor.carrier))
-
-
-class Joined(NamedTuple):
-    embedding: Tensor
-    surface: Tensor
-
-
-class Remembering(OwnCarrier):
-    """Keeps a nested list of tensors that grows in every step, and adds its length."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = {"steps": [[torch.zeros(())]]}
-
-    def forward(self, features: Tensor, energy: Tensor, hidden: Any) -> Any:
-        self.seen["steps"][0].append(energy.detach().mean())
-        decision, state = super().forward(features, energy, hidden)
-        return decision + 0.01 * len(self.seen["steps"][0]), state
-
-
-def test_a_replay_sees_the_lists_of_the_forward_pass() -> None:
-    """Lists at any depth, as they were: a part that counts its steps in one has exact gradients in chunks."""
-    processor = processor_of({"chunk": 1})
-    processor.carrier = filled(Remembering())
-    embedding, rows = inputs_of()
-    loss = scalar(processor(embedding, rows))
-    processor.carrier.seen["steps"][0].append(torch.ones(()))
-    length = len(processor.carrier.seen["steps"][0])
-    found = gradients_of(loss, trained(processor))
-    assert len(processor.carrier.seen["steps"][0]) == length
-    again = processor_of({"engine": "autograd", "chunk": 1})
-    again.carrier = filled(Remembering())
-    parts = [again(embedding[i : i + 1], rows[i : i + 1]) for i in range(len(rows))]
-    joined = scalar(Joined(torch.cat([part.embedding for part in parts]), torch.cat([part.surface for part in parts])))
-    assert_close(found, gradients_of(joined, trained(again)))
 
 
 Change = Callable[[FlowProcessor, Tensor, Any], Any]
